@@ -3,6 +3,7 @@
 #define SAFEATTN_BACKEND_H
 #include "plan.h"
 #include "safeattn.h"
+#include "threads.h"
 
 // A rank-4 operand whose last dim has unit stride (or size 1). A broadcast dim has stride 0.
 typedef struct sa_operand {
@@ -49,12 +50,5 @@ typedef struct sa_backend {
 
 // NULL, and an error that names `function` and says what is missing, when the device is not there.
 const sa_backend *sa_backend_of(const char *function, int device);
-
-// Runs task(argument, item, worker) for item 0 .. items-1, each once, on up to `workers` threads of which the caller is
-// worker 0; returns when all are done. Items are handed out in rising order. Runs inline when the pool is busy.
-typedef void (*sa_task)(void *argument, int64_t item, int worker);
-void sa_parallel(int workers, int64_t items, sa_task task, void *argument);
-// How many workers a job of so many flops deserves: 1 below the size at which waking them costs more than it gives.
-int sa_workers(double flops);
 
 #endif
