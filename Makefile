@@ -1,37 +1,53 @@
 # builds lua/safeattn/core.so and lua/safeattn/cdef.lua, and runs what the README names; `make help` lists it
 
-CC ?= gcc
+ifeq ($(origin CC),default)
+CC = gcc
+endif
 CFLAGS ?= -O3 -g
 BUILD ?= build
 CORE ?= lua/safeattn/core.so
 CDEF ?= lua/safeattn/cdef.lua
+PREFIX ?= /usr/local
+DESTDIR ?=
+LUAJIT ?= luajit
+
+VERSION = 0.1.0
+ABI := $(shell sed -n 's/^ *SA_ABI = \([0-9]*\).*/\1/p' src/safeattn.h)
 
 # What the code needs, kept apart from CFLAGS, which a packager sets. Products and sums are never fused behind our back
 # (-ffp-contract=off): the kernels say where they want a fused multiply-add, so that every build gives the same bits.
 OWN_CFLAGS = -std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -pthread -Isrc \
-	-Wall -Wextra -Wno-unused-parameter
+	-Wall -Wextra -Wno-unused-parameter -MMD -MP
 # LuaJIT unloads a library when its handle is collected; a pool of threads would then run on unmapped code.
 OWN_LDFLAGS = -shared -pthread -Wl,-z,nodelete
 LDLIBS = -lm -ldl
 
 SOURCES = $(wildcard src/*.c src/kernels/cpu/*.c)
 OBJECTS = $(SOURCES:src/%.c=$(BUILD)/%.o)
-HEADERS = $(wildcard src/*.h src/kernels/cpu/*.h)
 
 ifeq ($(shell uname -m),x86_64)
 $(BUILD)/kernels/cpu/avx2.o: ISA_CFLAGS = -march=x86-64-v3
 $(BUILD)/kernels/cpu/avx512.o: ISA_CFLAGS = -march=x86-64-v4 -mprefer-vector-width=512
 endif
 
+##> build the library for LuaJIT (lua/safeattn/core.so) and for C (build/libsafeattn.so)
 .PHONY: all
-all: $(CORE) $(CDEF)
+all: $(CORE) $(CDEF) $(BUILD)/libsafeattn.so
 
-$(CORE): $(OBJECTS)
+# The same objects twice: Lua opens core.so by its path; a C program records libsafeattn.so's name with its ABI number.
+LIBRARY = $(BUILD)/libsafeattn.so.$(ABI)
+$(LIBRARY): OWN_LDFLAGS += -Wl,-soname,$(@F)
+$(CORE) $(LIBRARY): $(OBJECTS)
 	$(CC) $(CFLAGS) $(OWN_LDFLAGS) $(LDFLAGS) -o $@.new $^ $(LDLIBS) && mv $@.new $@
 
-$(BUILD)/%.o: src/%.c $(HEADERS) Makefile
+$(BUILD)/libsafeattn.so: $(LIBRARY)
+	ln -sf $(<F) $@
+
+$(BUILD)/%.o: src/%.c Makefile
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS) $(OWN_CFLAGS) $(ISA_CFLAGS) -c -o $@ $<
+
+-include $(OBJECTS:.o=.d)
 
 $(CDEF): src/safeattn.h Makefile
 	@{ echo '-- the C declarations, made by `make` from src/safeattn.h'; \
@@ -39,6 +55,95 @@ $(CDEF): src/safeattn.h Makefile
 	   sed -n '/^\/\/ cdef: everything/,/^\/\/ cdef: end/p' $<; \
 	   echo ']]'; } > $@.new && mv $@.new $@
 
+# What a target needs is installed before anything is built.
+needs-%:
+	@CC="$(CC)" .ci/needs $*
+
+IN_TREE = LUA_PATH="lua/?.lua;lua/?/init.lua;;"
+
+##> a tour, then a small language model, trained on real text with dead rows in it
+.PHONY: demo
+demo: needs-demo
+	@$(MAKE) --no-print-directory all
+	@$(IN_TREE) $(LUAJIT) examples/tour.lua
+	@$(IN_TREE) $(LUAJIT) examples/train_lines.lua
+
+##> the whole suite (BUSTED_FLAGS="spec/mask_spec.lua" for a part of it)
+.PHONY: test
+test: needs-test
+	@$(MAKE) --no-print-directory all
+	busted $(BUSTED_FLAGS)
+
+##> the suite under the address and undefined-behaviour sanitizers
+.PHONY: test-asan
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined
+ASAN = build/asan
+test-asan: needs-test
+	@$(MAKE) --no-print-directory all
+	@$(MAKE) --no-print-directory all BUILD=$(ASAN) CORE=$(ASAN)/core.so LDFLAGS="$(SANITIZE)" \
+		CFLAGS="-O2 -g -fno-omit-frame-pointer $(SANITIZE)"
+	$(CC) -g $(SANITIZE) -std=c11 -Isrc -o $(ASAN)/minimal examples/c/minimal.c \
+		-L$(ASAN) -lsafeattn -lm -Wl,-rpath,'$$ORIGIN'
+	ASAN_OPTIONS=detect_leaks=1 $(ASAN)/minimal
+	# LuaJIT ends without freeing its own memory, so leaks are left to the C program above and to the suite's counters.
+	SAFEATTN_QUICK=1 SAFEATTN_LIB=$(CURDIR)/$(ASAN)/core.so ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" busted $(BUSTED_FLAGS)
+
+##> speed: a table, saved as build/bench.json too (BENCH=quick for a glance)
+.PHONY: bench
+bench: needs-demo
+	@$(MAKE) --no-print-directory all
+	@$(IN_TREE) $(LUAJIT) bench/attention.lua $(BENCH)
+
+##> luacheck and clang-format
+.PHONY: lint
+lint: needs-lint
+	luacheck --quiet lua spec examples bench safeattn-scm-1.rockspec
+	clang-format --dry-run -Werror $(wildcard src/*.[ch] src/kernels/cpu/*.[ch] examples/c/*.c)
+
+##> the API pages, in build/docs
+.PHONY: docs
+docs: needs-docs
+	ldoc --quiet .
+
+LIBDIR = $(PREFIX)/lib
+INCLUDEDIR = $(PREFIX)/include
+INST_LIBDIR ?= $(DESTDIR)$(LIBDIR)/lua/5.1
+INST_LUADIR ?= $(DESTDIR)$(PREFIX)/share/lua/5.1
+
+##> Lua modules, C library, header and pkg-config file (PREFIX=/usr/local, DESTDIR=)
+.PHONY: install
+install: install-modules install-c
+	install -d "$(INST_LIBDIR)/safeattn"
+	# One file under two names: a host that links libsafeattn.so and runs Lua has one library, not two.
+	ln -srf "$(DESTDIR)$(LIBDIR)/$(notdir $(LIBRARY))" "$(INST_LIBDIR)/safeattn/core.so"
+
+##> the Lua side alone (INST_LIBDIR, INST_LUADIR), as LuaRocks wants it
+.PHONY: install-lua
+install-lua: install-modules $(CORE)
+	install -d "$(INST_LIBDIR)/safeattn"
+	install -m 755 $(CORE) "$(INST_LIBDIR)/safeattn/core.so"
+
+.PHONY: install-modules
+install-modules: $(CDEF)
+	cd lua && find safeattn -name '*.lua' -exec install -D -m 644 {} "$(abspath $(INST_LUADIR))/{}" \;
+
+.PHONY: install-c
+install-c: $(LIBRARY)
+	install -d "$(DESTDIR)$(LIBDIR)/pkgconfig" "$(DESTDIR)$(INCLUDEDIR)"
+	install -m 755 $(LIBRARY) "$(DESTDIR)$(LIBDIR)"
+	ln -sf $(notdir $(LIBRARY)) "$(DESTDIR)$(LIBDIR)/libsafeattn.so"
+	install -m 644 src/safeattn.h "$(DESTDIR)$(INCLUDEDIR)"
+	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@INCLUDEDIR@|$(INCLUDEDIR)|' \
+		-e 's|@VERSION@|$(VERSION)|' safeattn.pc.in > "$(DESTDIR)$(LIBDIR)/pkgconfig/safeattn.pc"
+
+##> remove what was built
 .PHONY: clean
 clean:
 	rm -rf build lua/safeattn/core.so lua/safeattn/cdef.lua
+
+##> this list
+.PHONY: help
+help:
+	@awk '/^##> / { text = substr($$0, 5) } /^[a-z-]+:/ && text { \
+		sub(/:.*/, "", $$1); printf "  make %-12s %s\n", $$1, text; text = "" }' Makefile
