@@ -1,0 +1,263 @@
+// memory of the CPU: aligned pieces, the blocks that tensors hold, their counts, and failures on request
+#include "memory.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "backend.h"
+#include "status.h"
+
+enum {
+  ALIGNMENT = 64,
+  PAGE = 4096,
+  HUGE_PAGE = 2 << 20,
+  MAPPED_FROM = 1 << 20,  // pieces of so many bytes are mapped, smaller ones come from malloc
+  SPARE_SLOTS = 16,       // released mappings kept for the next piece of their size
+  SPARE_BYTES_AT_MOST = 64 << 20
+};
+
+// Stands right before every piece and says how to give it back.
+typedef struct header {
+  void *base;      // what malloc or mmap gave
+  int64_t mapped;  // bytes of the mapping; 0: base is malloc's
+  int64_t bytes;   // that were asked for
+  int64_t zeroed;  // 1 while the memory is fresh from the system
+} header;
+
+_Static_assert(sizeof(header) <= ALIGNMENT, "the header fits before an aligned piece");
+
+static header *header_of(void *memory) {
+  return (header *)((char *)memory - sizeof(header));
+}
+
+static char *align_up(char *address, uintptr_t alignment) {
+  return address + (-(uintptr_t)address & (alignment - 1));
+}
+
+static void *finish_piece(char *memory, void *base, int64_t mapped, int64_t bytes) {
+  *header_of(memory) = (header){base, mapped, bytes, mapped != 0};
+  return memory;
+}
+
+static void *new_small(int64_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  // Ends where the piece ends, so that the sanitizer sees the first byte beyond.
+  char *base = NULL;
+  if (posix_memalign((void **)&base, ALIGNMENT, (size_t)bytes + ALIGNMENT)) return NULL;
+#else
+  char *base = malloc((size_t)bytes + sizeof(header) + ALIGNMENT);  // half the time of posix_memalign
+  if (!base) return NULL;
+#endif
+  return finish_piece(align_up(base + sizeof(header), ALIGNMENT), base, 0, bytes);
+}
+
+/*  Large pieces
+ *
+ *  glibc raises its threshold for mapping to the largest piece that was freed and then keeps such pieces in its heap,
+ *  where one small neighbour holds all the memory below it. So large pieces are mapped here and go back to the system
+ *  when they are released. Fresh pages are dear, though (2.6 us each on a virtual machine: a fresh piece of 16 MiB
+ *  takes five times as long as filling it), so a few released mappings are kept. Slots are atomic instead of locked:
+ *  a lock that another thread holds would stay locked in a forked child.
+ */
+
+static _Atomic(char *) spare_slots[SPARE_SLOTS];
+static _Atomic int64_t spare_bytes;
+static _Atomic unsigned oldest_slot;  // roughly: the next to be given up
+
+static void unmap(char *memory) {
+  munmap(header_of(memory)->base, (size_t)header_of(memory)->mapped);
+}
+
+// Whoever gets a piece out of a slot is its only owner, and may read its header.
+static char *swap_slot(unsigned slot, char *memory) {
+  char *before = atomic_exchange(&spare_slots[slot % SPARE_SLOTS], memory);
+  if (before) atomic_fetch_sub(&spare_bytes, header_of(before)->mapped);
+  return before;
+}
+
+static bool fill_empty_slot(char *memory) {
+  for (unsigned slot = 0; slot < SPARE_SLOTS; slot++) {
+    char *empty = NULL;
+    if (atomic_compare_exchange_strong(&spare_slots[slot], &empty, memory)) return true;
+  }
+  return false;
+}
+
+// Keeps a released piece; older ones make room for it.
+static void keep_spare(char *memory) {
+  const int64_t mapped = header_of(memory)->mapped;
+  if (mapped > SPARE_BYTES_AT_MOST) {
+    unmap(memory);
+    return;
+  }
+  int64_t kept = atomic_fetch_add(&spare_bytes, mapped) + mapped;
+  for (int tries = 0; tries < SPARE_SLOTS && kept > SPARE_BYTES_AT_MOST; tries++) {
+    char *old = swap_slot(atomic_fetch_add(&oldest_slot, 1), NULL);
+    if (old) unmap(old);
+    kept = atomic_load(&spare_bytes);
+  }
+  if (fill_empty_slot(memory)) return;
+  char *old = swap_slot(atomic_fetch_add(&oldest_slot, 1), memory);
+  if (old) unmap(old);
+}
+
+// A kept piece that has room for `bytes` and wastes at most an eighth of itself; NULL when there is none.
+static char *take_spare(int64_t bytes) {
+  for (unsigned slot = 0; slot < SPARE_SLOTS; slot++) {
+    char *memory = swap_slot(slot, NULL);
+    if (!memory) continue;
+    header *const piece = header_of(memory);
+    const int64_t room = (char *)piece->base + piece->mapped - memory;
+    if (room >= bytes && room - room / 8 <= bytes) {
+      piece->bytes = bytes;
+      piece->zeroed = 0;
+      return memory;
+    }
+    keep_spare(memory);
+  }
+  return NULL;
+}
+
+// Starts at a huge page (with them, fresh memory comes three times as fast), its header on a page of its own before.
+static void *new_large(int64_t bytes) {
+  char *spare = take_spare(bytes);
+  if (spare) return spare;
+  const int64_t length = (bytes + PAGE - 1) / PAGE * PAGE;
+  const int64_t reserved = length + HUGE_PAGE + PAGE;
+  char *start = mmap(NULL, (size_t)reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) return NULL;
+  char *memory = align_up(start + PAGE, HUGE_PAGE);
+  char *base = memory - PAGE, *end = memory + length;
+  if (base > start) munmap(start, (size_t)(base - start));
+  if (start + reserved > end) munmap(end, (size_t)(start + reserved - end));
+  madvise(memory, (size_t)length, MADV_HUGEPAGE);  // refused where there are none: no loss
+  return finish_piece(memory, base, end - base, bytes);
+}
+
+static int64_t mapped_from(void) {
+#ifdef __SANITIZE_ADDRESS__
+  return INT64_MAX;  // the sanitizer watches malloc's pieces only
+#else
+  return MAPPED_FROM;
+#endif
+}
+
+static int refused(const char *function, int64_t bytes) {
+  return sa_fail(SA_NO_MEMORY, function, "out of memory: %lld bytes (%.1f MiB) were refused", (long long)bytes,
+                 (double)bytes / (1 << 20));
+}
+
+void *sa_cpu_allocate(const char *function, int64_t bytes) {
+  const bool possible = bytes <= INT64_MAX / 2;
+  void *memory = !possible ? NULL : bytes < mapped_from() ? new_small(bytes) : new_large(bytes);
+  if (!memory) refused(function, bytes);
+  return memory;
+}
+
+void sa_cpu_release(void *memory) {
+  if (!memory) return;
+  if (header_of(memory)->mapped == 0)
+    free(header_of(memory)->base);
+  else
+    keep_spare(memory);
+}
+
+/*  Counts, and failures on request  */
+
+static _Atomic int64_t block_bytes, block_count, peak_bytes, internal_bytes;
+static _Thread_local int64_t allocations_made, fail_after;  // fail_after 0: never
+
+static bool fails_on_request(void) {
+  allocations_made++;
+  return fail_after > 0 && --fail_after == 0;
+}
+
+int64_t sa_memory_fail(int64_t n) {
+  const int64_t made = allocations_made;
+  allocations_made = 0;
+  fail_after = n > 0 ? n : 0;
+  return made;
+}
+
+void sa_memory(sa_memory_use *out) {
+  *out = (sa_memory_use){block_bytes, block_count, peak_bytes, internal_bytes};
+}
+
+void sa_memory_reset_peak(void) {
+  atomic_store(&peak_bytes, atomic_load(&block_bytes));
+}
+
+static void count_block(int64_t bytes, int64_t blocks) {
+  const int64_t now = atomic_fetch_add(&block_bytes, bytes) + bytes;
+  atomic_fetch_add(&block_count, blocks);
+  int64_t peak = atomic_load(&peak_bytes);
+  while (now > peak && !atomic_compare_exchange_weak(&peak_bytes, &peak, now)) continue;
+}
+
+void *sa_allocate(const char *function, int64_t bytes) {
+  if (fails_on_request()) {
+    refused(function, bytes);
+    return NULL;
+  }
+  void *memory = sa_cpu_allocate(function, bytes);
+  if (memory) atomic_fetch_add(&internal_bytes, bytes);
+  return memory;
+}
+
+void *sa_allocate_zeroed(const char *function, int64_t bytes) {
+  void *memory = sa_allocate(function, bytes);
+  if (memory && !header_of(memory)->zeroed) memset(memory, 0, (size_t)bytes);
+  return memory;
+}
+
+void sa_release(void *memory) {
+  if (!memory) return;
+  atomic_fetch_sub(&internal_bytes, header_of(memory)->bytes);
+  sa_cpu_release(memory);
+}
+
+/*  Blocks  */
+
+struct sa_block {
+  _Atomic int64_t holders;
+  int64_t bytes;
+  void *data;
+  const sa_backend *backend;  // of the device that the memory is on: it gives the memory back
+  int32_t device;
+};
+
+int sa_block_new(const char *function, int device, int64_t bytes, sa_block **block, void **data) {
+  const sa_backend *backend = sa_backend_of(function, device);
+  if (!backend) return SA_NO_DEVICE;
+  if (fails_on_request()) return refused(function, bytes);
+  sa_block *made = malloc(sizeof *made);
+  if (!made) return refused(function, sizeof *made);
+  void *memory = backend->allocate(function, bytes);
+  if (!memory) {
+    free(made);
+    return SA_NO_MEMORY;
+  }
+  atomic_init(&made->holders, 1);
+  made->bytes = bytes;
+  made->data = memory;
+  made->backend = backend;
+  made->device = device;
+  if (device == SA_CPU) count_block(bytes, 1);
+  *block = made;
+  *data = memory;
+  return SA_OK;
+}
+
+void sa_block_retain(sa_block *block) {
+  if (block) atomic_fetch_add_explicit(&block->holders, 1, memory_order_relaxed);
+}
+
+void sa_block_release(sa_block *block) {
+  // The last holder must see all that the others wrote before they let go.
+  if (!block || atomic_fetch_sub_explicit(&block->holders, 1, memory_order_acq_rel) > 1) return;
+  if (block->device == SA_CPU) count_block(-block->bytes, -1);
+  block->backend->release(block->data);
+  free(block);
+}
