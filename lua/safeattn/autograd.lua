@@ -1,0 +1,255 @@
+-- the tape: remembers what made a tensor and carries gradients back through it
+
+local core = require "safeattn.core"
+local tensor = require "safeattn.tensor"
+
+local lib = core.lib
+local fail, call = core.fail, core.call
+local pointer = tensor.pointer
+
+local autograd = {}
+
+local recording = true
+
+--- Whether operations are recorded: not inside `no_grad`, and not while gradients are computed.
+function autograd.enabled()
+  return recording
+end
+
+local function restore(before, succeeded, ...)
+  recording = before
+  if not succeeded then error((...), 0) end
+  return ...
+end
+
+--- Calls fn(...) without recording anything and returns its results.
+function autograd.no_grad(fn, ...)
+  if type(fn) ~= "function" then fail("no_grad", nil, "fn: got %s, wanted a function", core.describe(fn)) end
+  local before = recording
+  recording = false
+  return restore(before, pcall(fn, ...))
+end
+
+-- Lists of inputs may have holes.
+local function length(inputs)
+  return inputs.n or table.maxn(inputs)
+end
+
+local function requires_grad(x)
+  return tensor.is(x) and (x.tracked or x.node ~= false)
+end
+
+--- Whether an operation on these inputs (a list that may hold nil and false) has to be recorded.
+function autograd.wanted(inputs)
+  if not recording then return false end
+  for i = 1, length(inputs) do
+    if requires_grad(inputs[i]) then return true end
+  end
+  return false
+end
+
+-- A node is one recorded operation. It knows the nodes that made its inputs, not the inputs themselves: memory that no
+-- backward reads can go. A leaf is represented by a node of its own, without a backward.
+local function node_of(x)
+  if x.node then return x.node, x.output end
+  local sink = tensor.storage(x).sinks
+  if not sink then
+    sink = setmetatable({}, {__mode = "k"})
+    tensor.storage(x).sinks = sink
+  end
+  if not sink[x] then sink[x] = {name = "leaf", leaf = x, inputs = 0, outputs = 1} end
+  return sink[x], 1
+end
+
+--- Records an operation, when gradient is wanted of it.
+-- @param name for messages
+-- @param outputs list of float tensors that it made
+-- @param inputs list of its inputs; may hold nil, false and other things without gradient
+-- @param backward called with the gradient of each output (nil when none came) and without recording; returns a list
+--   of gradients aligned with inputs (nil or false: none). Each is a fresh tensor, or a gradient that was passed in, or
+--   a view of one: never a tensor that somebody else holds
+-- @param saved list of the tensors whose contents backward reads: changing one in place before makes it raise
+function autograd.record(name, outputs, inputs, backward, saved)
+  if not autograd.wanted(inputs) then return end
+  local n = length(inputs)
+  local node = {name = name, inputs = n, outputs = #outputs, backward = backward, saved = saved}
+  for i = 1, n do
+    if requires_grad(inputs[i]) then
+      node[i], node[-i] = node_of(inputs[i])
+    else
+      node[i] = false
+    end
+  end
+  if saved then
+    local versions = {}
+    for i = 1, length(saved) do versions[i] = saved[i] and saved[i].storage and saved[i].storage.version or 0 end
+    node.versions = versions
+  end
+  for i = 1, #outputs do
+    outputs[i].node, outputs[i].output = node, i
+  end
+end
+
+--- Raises unless the contents of t may be changed in place, and notes that they were.
+function autograd.change(fname, argument, t)
+  if recording then
+    if t.node then
+      fail(fname, nil, "%s: got the result of a recorded %s, wanted a tensor that the tape does not know"
+        .. " (t:clone():detach(), or change it inside no_grad)", argument, t.node.name)
+    elseif t.tracked then
+      fail(fname, nil, "%s: got a tensor that requires grad, wanted one that does not, or a call inside no_grad", argument)
+    end
+  end
+  local storage = tensor.storage(t)
+  storage.version = storage.version + 1
+end
+
+local function check_saved(node)
+  local saved = node.saved
+  for i = 1, saved and length(saved) or 0 do
+    local t = saved[i]
+    if t and not t.handle then
+      fail("backward", nil, "a tensor that %s needs for its gradient was freed", node.name)
+    elseif t and (t.storage and t.storage.version or 0) ~= node.versions[i] then
+      fail("backward", nil, "%s, which %s needs for its gradient, was changed in place after it was recorded",
+        core.describe(t), node.name)
+    end
+  end
+end
+
+-- Gradients on their way. `owned`: nobody but us holds the memory, so it may be added to or kept.
+
+local function sum(a, b)
+  local handle = tensor.handle()
+  call("backward", lib.sa_binary, lib.SA_ADD, a.handle, b.handle, handle)
+  return tensor.adopt(handle)
+end
+
+local function add_to(a, b)
+  call("backward", lib.sa_binary, lib.SA_ADD, a.handle, b.handle, a.handle)
+  local storage = tensor.storage(a)
+  storage.version = storage.version + 1
+end
+
+local function copy_of(g)
+  local copy = tensor.like("backward", g)
+  call("backward", lib.sa_copy, copy.handle, g.handle)
+  return copy
+end
+
+local function arrive(arrived, node, slot, g, owned)
+  local at = arrived[node]
+  if not at then
+    at = {owned = {}}
+    arrived[node] = at
+  end
+  if not at[slot] then
+    at[slot], at.owned[slot] = g, owned
+  elseif at.owned[slot] then
+    add_to(at[slot], g)
+  else
+    at[slot], at.owned[slot] = sum(at[slot], g), true
+  end
+end
+
+local function keep(leaf, g, owned)
+  if not leaf.handle then return end
+  if not tensor.alike(leaf.handle, g.handle) then
+    fail("backward", nil, "got a gradient %s for a leaf %s", core.describe(g), core.describe(leaf))
+  end
+  if leaf.gradient then
+    add_to(leaf.gradient, g)
+  else
+    leaf.gradient = owned and lib.sa_tensor_contiguous(g.handle) and g or copy_of(g)
+  end
+end
+
+-- Whether the memory of result i belongs to it alone: it may be (a view of) a gradient that came, or stand twice.
+local function is_fresh(results, i, n, came)
+  local block = results[i].handle.block
+  if block == nil then return false end
+  for k = 1, n do
+    if k ~= i and results[k] and results[k].handle.block == block then return false end
+  end
+  for k = 1, came.n do
+    if came[k] and came[k].handle.block == block then return false end
+  end
+  return true
+end
+
+-- How many recorded uses each node below `root` has: its gradient is complete when that many have been carried back.
+local function count_uses(root)
+  local uses, stack = {[root] = 0}, {root}
+  while #stack > 0 do
+    local node = table.remove(stack)
+    for i = 1, node.inputs do
+      local parent = node[i]
+      if parent then
+        if not uses[parent] then
+          uses[parent] = 0
+          stack[#stack + 1] = parent
+        end
+        uses[parent] = uses[parent] + 1
+      end
+    end
+  end
+  return uses
+end
+
+local function run_backward(node, came)
+  check_saved(node)
+  came.n = node.outputs
+  local results = node.backward(unpack(came, 1, node.outputs)) or {}
+  for i = 1, node.inputs do
+    if node[i] and results[i] then pointer(results[i], "backward", "a gradient of " .. node.name) end
+  end
+  return results
+end
+
+local function carry_back(root, slot, gradient)
+  local uses = count_uses(root)
+  local arrived, ready = {}, {root}
+  arrive(arrived, root, slot, gradient, false)
+  while #ready > 0 do
+    local node = table.remove(ready)
+    local came = arrived[node]
+    arrived[node] = nil
+    if node.leaf then
+      if came then keep(node.leaf, came[1], came.owned[1]) end
+    else
+      local results = came and run_backward(node, came) or {}
+      for i = 1, node.inputs do
+        local parent = node[i]
+        if parent then
+          if results[i] then
+            arrive(arrived, parent, node[-i], results[i], is_fresh(results, i, node.inputs, came))
+          end
+          uses[parent] = uses[parent] - 1
+          if uses[parent] == 0 then ready[#ready + 1] = parent end
+        end
+      end
+    end
+  end
+end
+
+--- Carries the gradient of t back to every leaf that requires grad, adding to its `grad`.
+-- @param gradient like t; 1 when left out, which is allowed for one element only
+function tensor.methods.backward(t, gradient)
+  local handle = pointer(t, "backward", "t")
+  if not requires_grad(t) then
+    fail("backward", nil, "t: got %s that nothing which requires grad led to (or made inside no_grad)", core.describe(t))
+  end
+  if gradient == nil then
+    if lib.sa_tensor_numel(handle) ~= 1 then
+      fail("backward", nil, "gradient: got none, wanted %s, as t has more than one element", core.describe(t))
+    end
+    gradient = tensor.like("backward", t)
+    call("backward", lib.sa_fill, gradient.handle, 1)
+  elseif not tensor.alike(handle, pointer(gradient, "backward", "gradient")) then
+    fail("backward", nil, "gradient: got %s, wanted %s", core.describe(gradient), core.describe(t))
+  end
+  local node, slot = node_of(t)
+  autograd.no_grad(carry_back, node, slot, gradient)
+end
+
+return autograd

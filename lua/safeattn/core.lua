@@ -1,0 +1,307 @@
+-- loads the C library, and turns what it reports and what callers get wrong into Lua errors
+
+if type(jit) ~= "table" then
+  error("safeattn needs LuaJIT 2.1, this is " .. _VERSION .. ": run the script with luajit", 0)
+end
+local has_ffi, ffi = pcall(require, "ffi")
+if not has_ffi then error("safeattn needs LuaJIT's FFI, which this build of it leaves out: " .. tostring(ffi), 0) end
+
+local core = {ffi = ffi}
+
+-- The folder of this file, "lua/safeattn/": the library lies here in the tree, and frames from here are never to blame.
+local home = debug.getinfo(1, "S").source:match("^@(.*[/\\])[^/\\]*$") or "@none"
+
+-- Loading
+
+-- Declaring a struct twice is an error, and busted loads modules anew for every file.
+if not pcall(ffi.typeof, "sa_attention") then
+  local found, problem = pcall(require, "safeattn.cdef")
+  if not found then
+    error("safeattn: the C declarations are missing: run `make` in the source tree\n" .. problem, 0)
+  end
+end
+
+local function open_library()
+  local tried = {}
+  local function try(path, origin)
+    local opened, lib = pcall(ffi.load, path)
+    if opened then return lib end
+    tried[#tried + 1] = string.format("  %s (%s)\n    %s", path, origin, lib)
+  end
+
+  local lib
+  local named = os.getenv("SAFEATTN_LIB")
+  if named and named ~= "" then
+    -- Who names a library wants that one: another one in its place would hide the mistake.
+    lib = try(named, "SAFEATTN_LIB")
+  else
+    -- Beside the modules first, so that an older library elsewhere never serves the modules of a source tree.
+    lib = try(home .. "core.so", "beside the Lua modules")
+    if not lib then
+      local path, missing = package.searchpath("safeattn.core", package.cpath)
+      if path then
+        lib = try(path, "package.cpath")
+      else
+        tried[#tried + 1] = "  package.cpath has no safeattn/core.so:" .. missing:gsub("\n%s*", "\n    ")
+      end
+    end
+    lib = lib or try("safeattn", "the system's library path")
+  end
+  if lib then return lib end
+  error("safeattn: the C library could not be loaded; `make` in the source tree builds it, and SAFEATTN_LIB names one"
+    .. " elsewhere. Tried:\n" .. table.concat(tried, "\n"), 0)
+end
+
+local lib = open_library()
+core.lib = lib
+
+do
+  local has_abi, abi = pcall(function() return lib.sa_abi() end)
+  if not has_abi or abi ~= lib.SA_ABI then
+    error(string.format("safeattn: the C library has ABI %s, these Lua modules want %d: run `make` in the source tree,"
+      .. " or install both parts from one version", has_abi and tostring(abi) or "none", tonumber(lib.SA_ABI)), 0)
+  end
+end
+
+-- Errors
+
+-- The level of the innermost Lua function outside safeattn, as error() counts it in the caller of the caller: whoever
+-- called us gets the line number, however deep inside us the mistake shows. 0 (no position) when there is none.
+local function blamed_level()
+  local level = 3
+  while true do
+    local frame = debug.getinfo(level, "S")
+    if not frame then return 0 end
+    if frame.what ~= "C" and frame.source:sub(2, #home + 1) ~= home then return level - 1 end
+    level = level + 1
+  end
+end
+
+--- Raises "safeattn.<fname>: <message>".
+-- @param level as for error(), counted where this is called; nil finds the line outside safeattn that is to blame
+function core.fail(fname, level, format, ...)
+  local message = "safeattn." .. fname .. ": " .. string.format(format, ...)
+  error(message, level and level + 1 or blamed_level())
+end
+local fail = core.fail
+
+--- Raises what the C library reported, unless status is 0.
+function core.check(status, fname, level)
+  if status == 0 then return end
+  local message = ffi.string(lib.sa_last_error()):gsub("^sa_[%w_]+: ", "")
+  fail(fname, level and level + 1, "%s", message)
+end
+
+--- Calls a C function and raises what it reports. Memory that garbage holds is invisible to C: when an allocation is
+-- refused, the garbage is collected and the call made once more.
+function core.call(fname, f, ...)
+  local status = f(...)
+  if status == lib.SA_NO_MEMORY then
+    collectgarbage()
+    collectgarbage()
+    status = f(...)
+  end
+  if status ~= 0 then core.check(status, fname) end
+end
+
+--- What came, for a message: `f32[2,3]`, `"abc"`, `a table`. Objects whose metatable has `describe` say it themselves.
+function core.describe(value)
+  local metatable = type(value) == "table" and getmetatable(value)
+  local describe = type(metatable) == "table" and rawget(metatable, "describe")
+  if describe then return describe(value) end
+  local kind = type(value)
+  if kind == "string" then
+    return #value <= 60 and string.format("%q", value) or string.format("a string of %d bytes", #value)
+  elseif kind == "number" then
+    if value ~= value then return "nan" end
+    return value == math.floor(value) and math.abs(value) < 2 ^ 63 and string.format("%.0f", value)
+      or string.format("%.14g", value)
+  elseif kind == "nil" or kind == "boolean" then
+    return tostring(value)
+  elseif kind == "cdata" then
+    return "cdata " .. tostring(ffi.typeof(value)):match("<(.*)>")
+  end
+  return "a " .. kind
+end
+local describe = core.describe
+
+--- "a, b or c", sorted.
+function core.alternatives(set)
+  local names = {}
+  for name in pairs(set) do names[#names + 1] = name end
+  table.sort(names)
+  local last = table.remove(names)
+  return #names == 0 and last or table.concat(names, ", ") .. " or " .. last
+end
+
+-- Levenshtein distance.
+local function distance(a, b)
+  local row = {}
+  for j = 0, #b do row[j] = j end
+  for i = 1, #a do
+    local diagonal = row[0]
+    row[0] = i
+    for j = 1, #b do
+      local substitute = diagonal + (a:byte(i) == b:byte(j) and 0 or 1)
+      diagonal = row[j]
+      row[j] = math.min(substitute, diagonal + 1, row[j - 1] + 1)
+    end
+  end
+  return row[#b]
+end
+
+--- The name of the set that `name` may be a typo of, or nil.
+function core.nearest(name, set)
+  local best, best_distance
+  for candidate in pairs(set) do
+    local d = distance(name, candidate)
+    if not best or d < best_distance or (d == best_distance and candidate < best) then
+      best, best_distance = candidate, d
+    end
+  end
+  return best and best_distance <= math.max(1, math.floor(#name / 3)) and best or nil
+end
+
+-- Arguments
+
+local no_options = setmetatable({}, {__newindex = function() error("shared, read-only", 2) end})
+
+--- Checks a table of options; nil counts as an empty one.
+-- @param allowed a table with the legal names as keys
+-- @return the options
+function core.options(fname, options, allowed, level)
+  if options == nil then return no_options end
+  level = level and level + 1
+  local metatable = type(options) == "table" and getmetatable(options)
+  if type(options) ~= "table" or (type(metatable) == "table" and rawget(metatable, "describe")) then
+    fail(fname, level, "options: got %s, wanted a table", describe(options))
+  end
+  for name in pairs(options) do
+    if not allowed[name] then
+      local meant = type(name) == "string" and core.nearest(name, allowed)
+      fail(fname, level, "options: got unknown option %s, wanted %s%s",
+        type(name) == "string" and name or describe(name), core.alternatives(allowed),
+        meant and string.format(" (did you mean %s?)", meant) or "")
+    end
+  end
+  return options
+end
+
+--- Whether x is a count: an integer of at least 0 that a double holds exactly.
+function core.is_count(x)
+  return type(x) == "number" and x >= 0 and x <= 2 ^ 53 and x == math.floor(x)
+end
+
+--- Checks for a finite or infinite number (NaN only when the caller wants it) and returns it.
+function core.number(fname, argument, value)
+  if type(value) ~= "number" then fail(fname, nil, "%s: got %s, wanted a number", argument, describe(value)) end
+  return value
+end
+
+--- Checks for an integer in [low, high] (default 0 to 2^53) and returns it.
+function core.integer(fname, argument, value, low, high)
+  if type(value) == "number" and value == math.floor(value) and value >= (low or 0) and value <= (high or 2 ^ 53) then
+    return value
+  end
+  local range
+  if low and low == high then
+    range = string.format("%.0f", low)
+  elseif high and high < low then
+    range = "none: there is nothing to choose from"
+  elseif high then
+    range = string.format("an integer from %.0f to %.0f", low, high)
+  elseif (low or 0) == 0 then
+    range = "a count"
+  else
+    range = string.format("an integer of at least %.0f", low)
+  end
+  fail(fname, nil, "%s: got %s, wanted %s", argument, describe(value), range)
+end
+
+--- Checks for a boolean; nil gives the default.
+function core.boolean(fname, argument, value, default)
+  if value == nil then return default end
+  if type(value) ~= "boolean" then fail(fname, nil, "%s: got %s, wanted true or false", argument, describe(value)) end
+  return value
+end
+
+--- A dim, 1-based or negative from the end, as C counts it.
+function core.dim(fname, argument, value, ndim)
+  local dim = value
+  if type(dim) == "number" and dim == math.floor(dim) then
+    if dim < 0 then dim = dim + ndim + 1 end
+    if dim >= 1 and dim <= ndim then return dim - 1 end
+  end
+  if ndim == 0 then fail(fname, nil, "%s: got %s, but a tensor without dims has none", argument, describe(value)) end
+  fail(fname, nil, "%s: got %s, wanted 1 to %d, or -1 to -%d from the end", argument, describe(value), ndim, ndim)
+end
+
+local sizes = ffi.typeof("int64_t[8]")
+
+--- A shape (or index) of counts as C wants it.
+-- @param list a table of integers
+-- @param lowest the least value that an entry may have (default 0; -1 where that has a meaning)
+-- @return int64_t[8], number of dims
+function core.shape(fname, argument, list, lowest)
+  local metatable = type(list) == "table" and getmetatable(list)
+  if type(list) ~= "table" or (type(metatable) == "table" and rawget(metatable, "describe")) then
+    fail(fname, nil, "%s: got %s, wanted a table of counts", argument, describe(list))
+  end
+  local n = #list
+  if n > lib.SA_MAX_DIMS then
+    fail(fname, nil, "%s: got %d dims, wanted at most %d", argument, n, tonumber(lib.SA_MAX_DIMS))
+  end
+  for key in pairs(list) do
+    if type(key) ~= "number" or key < 1 or key > n or key ~= math.floor(key) then
+      fail(fname, nil, "%s: got a key %s, wanted a list of counts", argument, describe(key))
+    end
+  end
+  local shape = sizes()
+  for i = 1, n do
+    local size = list[i]
+    if not core.is_count(size) and not (type(size) == "number" and size < 0 and size >= (lowest or 0)) then
+      fail(fname, nil, "%s: got %s at [%d], wanted a count", argument, describe(size), i)
+    end
+    shape[i - 1] = size
+  end
+  return shape, n
+end
+
+-- Types and devices
+
+core.dtypes = {
+  f32 = lib.SA_F32, f64 = lib.SA_F64, f16 = lib.SA_F16, bf16 = lib.SA_BF16, bool = lib.SA_BOOL, i32 = lib.SA_I32,
+  i64 = lib.SA_I64,
+}
+
+-- From code to name, and whether it is a float.
+core.dtype_names, core.is_float = {}, {}
+for name, code in pairs(core.dtypes) do
+  core.dtype_names[tonumber(code)] = name
+  core.is_float[tonumber(code)] = name:find("f", 1, true) ~= nil
+end
+
+--- The code of a dtype's name.
+function core.dtype(fname, argument, name)
+  local code = type(name) == "string" and core.dtypes[name]
+  if not code then
+    fail(fname, nil, "%s: got %s, wanted %s", argument, describe(name), core.alternatives(core.dtypes))
+  end
+  return tonumber(code)
+end
+
+--- The code of a device's name; whether the device is there, C says when it is used.
+function core.device(fname, argument, name)
+  if name == "cpu" then return lib.SA_CPU end
+  if name == "cuda" then return lib.SA_CUDA end
+  local number = type(name) == "string" and name:match("^cuda:(%d%d?%d?)$")
+  if number then return lib.SA_CUDA + tonumber(number) end
+  fail(fname, nil, '%s: got %s, wanted "cpu", "cuda" or "cuda:0", "cuda:1", ...', argument, describe(name))
+end
+
+--- The name of a device's code.
+function core.device_name(code)
+  return code == lib.SA_CPU and "cpu" or "cuda:" .. tonumber(code - lib.SA_CUDA)
+end
+
+return core

@@ -1,0 +1,246 @@
+-- the tensor: a Lua table that owns a handle of the C library, its fields and its lifetime
+
+local core = require "safeattn.core"
+
+local ffi, lib = core.ffi, core.lib
+local fail, call = core.fail, core.call
+
+local tensor = {}
+
+-- What `t.name` finds: methods as they are, fields computed. Modules of the library add methods here.
+local methods, fields = {}, {}
+tensor.methods = methods
+
+local Tensor = {}
+
+-- Memory
+
+-- LuaJIT's collector sees a handle of 160 bytes where C holds megabytes, so it would let garbage pile up. Past this many
+-- bytes a collection is forced; what then still lives raises the limit by the factor.
+local LEAST_LIMIT, GROWTH = 256 * 2 ^ 20, 1.4
+local limit = LEAST_LIMIT
+local memory_use = ffi.new("sa_memory_use")
+
+local function held_bytes()
+  lib.sa_memory(memory_use)
+  return tonumber(memory_use.bytes) + tonumber(memory_use.internal_bytes)
+end
+
+local function collect_past_limit()
+  if held_bytes() <= limit then return end
+  collectgarbage()
+  limit = math.max(LEAST_LIMIT, GROWTH * held_bytes())
+end
+
+local Handle = ffi.typeof("sa_tensor")
+
+--- An empty `sa_tensor` for C to fill; its finaliser is armed.
+function tensor.handle()
+  collect_past_limit()
+  return ffi.gc(Handle(), lib.sa_tensor_release)
+end
+
+--- Makes a Lua tensor of a filled handle.
+-- @param storage what tensors on the same memory share (see tensor.storage); nil for memory of its own
+function tensor.adopt(handle, storage)
+  return setmetatable({
+    handle = handle,     -- false once freed
+    storage = storage or false,
+    node = false,        -- the tape's record of what made this tensor
+    output = 0,          -- which output of it
+    tracked = false,     -- a leaf whose gradient is wanted
+    gradient = false,
+  }, Tensor)
+end
+local adopt = tensor.adopt
+
+--- What all tensors on one memory share: how often it was changed in place, and the owner of borrowed memory.
+function tensor.storage(t)
+  local storage = t.storage
+  if not storage then
+    storage = {version = 0, owner = nil}
+    t.storage = storage
+  end
+  return storage
+end
+
+function tensor.is(x)
+  return getmetatable(x) == Tensor
+end
+
+--- The handle of a tensor that an argument must be.
+function tensor.pointer(x, fname, argument)
+  if getmetatable(x) ~= Tensor then
+    fail(fname, nil, "%s: got %s, wanted a tensor", argument, core.describe(x))
+  end
+  return x.handle or fail(fname, nil, "%s: got a tensor that was freed", argument)
+end
+local pointer = tensor.pointer
+
+--- A tensor with unset memory. shape: int64_t[ndim].
+function tensor.new(fname, dtype, device, ndim, shape)
+  local handle = tensor.handle()
+  call(fname, lib.sa_tensor_new, handle, dtype, device, ndim, shape)
+  return adopt(handle)
+end
+
+--- A tensor with unset memory and the shape, dtype and device of another.
+function tensor.like(fname, t)
+  local handle = pointer(t, fname, "t")
+  return tensor.new(fname, handle.dtype, handle.device, handle.ndim, handle.shape)
+end
+
+--- Gives the memory back now instead of at some collection. Views of it stay valid; any later use of this tensor is an
+-- error.
+function methods.free(t)
+  local handle = pointer(t, "free", "t")
+  ffi.gc(handle, nil)
+  lib.sa_tensor_release(handle)
+  t.handle, t.storage, t.node, t.gradient = false, false, false, false
+end
+
+-- Fields
+
+local function list(numbers, n)
+  local result = {}
+  for i = 1, n do result[i] = tonumber(numbers[i - 1]) end
+  return result
+end
+
+function fields.shape(t)
+  local handle = pointer(t, "shape", "t")
+  return list(handle.shape, handle.ndim)
+end
+
+function fields.dtype(t)
+  return core.dtype_names[pointer(t, "dtype", "t").dtype]
+end
+
+function fields.device(t)
+  return core.device_name(pointer(t, "device", "t").device)
+end
+
+function fields.grad(t)
+  return t.gradient or nil
+end
+
+function fields.requires_grad(t)
+  return t.tracked or t.node ~= false
+end
+
+local assignable = {}
+
+function assignable.requires_grad(t, value)
+  local handle = pointer(t, "requires_grad", "t")
+  if type(value) ~= "boolean" then
+    fail("requires_grad", nil, "value: got %s, wanted true or false", core.describe(value))
+  end
+  if t.node then
+    fail("requires_grad", nil, "t: got the result of %s, wanted a leaf (t:detach() makes one)", t.node.name)
+  end
+  if value and not core.is_float[handle.dtype] then
+    fail("requires_grad", nil, "t: got %s, wanted f32, f64, f16 or bf16", core.describe(t))
+  end
+  t.tracked = value
+end
+
+function assignable.grad(t, value)
+  local handle = pointer(t, "grad", "t")
+  if value == nil then
+    t.gradient = false
+    return
+  end
+  if not tensor.alike(handle, pointer(value, "grad", "value")) then
+    fail("grad", nil, "value: got %s, wanted %s", core.describe(value), core.describe(t))
+  end
+  t.gradient = value
+end
+
+--- Whether two handles agree in shape, dtype and device.
+function tensor.alike(a, b)
+  if a.dtype ~= b.dtype or a.device ~= b.device or a.ndim ~= b.ndim then return false end
+  for i = 0, a.ndim - 1 do
+    if a.shape[i] ~= b.shape[i] then return false end
+  end
+  return true
+end
+
+function Tensor.__index(t, name)
+  local method = methods[name]
+  if method then return method end
+  local field = fields[name]
+  if field then return field(t) end
+  local known = {}
+  for k in pairs(methods) do known[k] = true end
+  for k in pairs(fields) do known[k] = true end
+  local meant = type(name) == "string" and core.nearest(name, known)
+  fail("tensor", nil, "got unknown field or method %s%s", core.describe(name),
+    meant and ", did you mean " .. meant .. "?" or "")
+end
+
+function Tensor.__newindex(t, name, value)
+  local assign = assignable[name]
+  if not assign then
+    fail("tensor", nil, "got an assignment to %s, wanted one to grad or requires_grad", core.describe(name))
+  end
+  assign(t, value)
+end
+
+--- "f32[2,8,128,64]", for messages and print.
+function Tensor.describe(t)
+  local handle = t.handle
+  if not handle then return "a tensor that was freed" end
+  local name = core.dtype_names[handle.dtype] .. "[" .. table.concat(list(handle.shape, handle.ndim), ",") .. "]"
+  return handle.device == lib.SA_CPU and name or name .. " on " .. core.device_name(handle.device)
+end
+
+-- Print and arithmetic are other modules' work: they fill in what the metatable wants.
+tensor.metatable = Tensor
+
+-- Sizes
+
+--- The number of dims.
+function methods.dim(t)
+  return pointer(t, "dim", "t").ndim
+end
+
+--- The size of a dim, or a list of all sizes.
+function methods.size(t, dim)
+  local handle = pointer(t, "size", "t")
+  if dim == nil then return list(handle.shape, handle.ndim) end
+  return tonumber(handle.shape[core.dim("size", "dim", dim, handle.ndim)])
+end
+
+--- How many elements apart neighbours of a dim lie, or a list for all dims.
+function methods.stride(t, dim)
+  local handle = pointer(t, "stride", "t")
+  if dim == nil then return list(handle.stride, handle.ndim) end
+  return tonumber(handle.stride[core.dim("stride", "dim", dim, handle.ndim)])
+end
+
+--- The number of elements.
+function methods.numel(t)
+  return tonumber(lib.sa_tensor_numel(pointer(t, "numel", "t")))
+end
+
+--- Whether the elements lie in row-major order without gaps.
+function methods.is_contiguous(t)
+  return lib.sa_tensor_contiguous(pointer(t, "is_contiguous", "t"))
+end
+
+local element_pointers = {}
+for name, element in pairs {
+  f32 = "float *", f64 = "double *", f16 = "uint16_t *", bf16 = "uint16_t *", bool = "bool *", i32 = "int32_t *",
+  i64 = "int64_t *",
+} do
+  element_pointers[tonumber(core.dtypes[name])] = ffi.typeof(element)
+end
+
+--- A typed pointer to the first element (uint16_t * for the half types). It does not keep the memory: hold the tensor
+-- as long as you use it.
+function methods.data(t)
+  local handle = pointer(t, "data", "t")
+  return ffi.cast(element_pointers[handle.dtype], handle.data)
+end
+
+return tensor
