@@ -104,6 +104,7 @@ lint: needs-lint
 ##> the API pages, in build/docs
 .PHONY: docs
 docs: needs-docs
+	@mkdir -p build
 	ldoc --quiet .
 
 LIBDIR = $(PREFIX)/lib

@@ -1,0 +1,290 @@
+-- how fast attention is on this machine: a table, and the same as JSON in build/bench.json
+--
+--   luajit bench/attention.lua [quick] [section ...]
+--
+-- Sections: shapes masks extras dtypes tiers calls plans; all of them unless some are named. `quick` takes short sequences
+-- and few repetitions: a glance, not a measurement. Data are random, every case is warmed up, times are medians of wall
+-- time. Flops are those of the dense product, 4 B H L S D forward and 10 B H L S D backward, whatever a mask leaves out.
+local sa = require "safeattn"
+local core = require "safeattn.core"
+local ffi, lib = core.ffi, core.lib
+
+ffi.cdef [[
+typedef struct bench_timespec { long seconds, nanoseconds; } bench_timespec;
+int clock_gettime(int clock, bench_timespec *time);
+]]
+
+local MONOTONIC = 1
+local time = ffi.new "bench_timespec"
+local function now() -- seconds
+  ffi.C.clock_gettime(MONOTONIC, time)
+  return tonumber(time.seconds) + tonumber(time.nanoseconds) * 1e-9
+end
+
+local known_sections = {"shapes", "masks", "extras", "dtypes", "tiers", "calls", "plans"}
+local chosen, quick = {}, false
+for _, word in ipairs(arg) do
+  if word == "quick" then
+    quick = true
+  else
+    local known = false
+    for _, name in ipairs(known_sections) do known = known or name == word end
+    if not known then
+      io.stderr:write("attention.lua: no section called ", word, "; there are ", table.concat(known_sections, " "), "\n")
+      os.exit(2)
+    end
+    chosen[word], chosen[1] = true, true
+  end
+end
+
+local batch, heads, length = 1, 8, quick and 512 or 2048
+local enough_seconds, enough_runs = quick and 0.1 or 1, quick and 3 or 7
+
+-- The median of fn's wall time in seconds, after a warm-up. fn may return a function that cleans up, off the clock.
+local function measure(fn)
+  local function once()
+    local start = now()
+    local clean = fn()
+    local seconds = now() - start
+    if clean then clean() end
+    return seconds
+  end
+  local total, times = once(), {}
+  repeat
+    times[#times + 1] = once()
+    total = total + times[#times]
+  until #times >= enough_runs and total >= enough_seconds
+  table.sort(times)
+  return times[math.floor((#times + 1) / 2)]
+end
+
+local function peak(dtype) -- GFLOP/s of one core
+  return tonumber(lib.sa_measure_peak(core.dtypes[dtype])) * 1e-9
+end
+
+-- Results -------------------------------------------------------------------------------------------------------------
+
+local results = {} -- in order: {section =, name =, ...}
+
+local function record(section, name, values)
+  values.section, values.name = section, name
+  results[#results + 1] = values
+  return values
+end
+
+local function json(value)
+  if type(value) == "table" and (value[1] ~= nil or next(value) == nil) then
+    local items = {}
+    for i, item in ipairs(value) do items[i] = json(item) end
+    return "[" .. table.concat(items, ",\n ") .. "]"
+  elseif type(value) == "table" then
+    local keys, items = {}, {}
+    for key in pairs(value) do keys[#keys + 1] = key end
+    table.sort(keys)
+    for i, key in ipairs(keys) do items[i] = ("%q: %s"):format(key, json(value[key])) end
+    return "{" .. table.concat(items, ", ") .. "}"
+  elseif type(value) == "string" then
+    return '"' .. value:gsub('[%c"\\]', function(c) return ("\\u%04x"):format(c:byte()) end) .. '"'
+  end
+  return tostring(value)
+end
+
+local function title(text, columns) io.write("\n", text, "\n", columns or "", columns and "\n" or "") end
+
+-- Attention -----------------------------------------------------------------------------------------------------------
+
+local columns = ("%-34s %9s %7s %6s %7s   %9s %7s %6s %7s"):format("", "fwd ms", "GF/s", "peak", "dense", "bwd ms",
+  "GF/s", "peak", "dense")
+
+local function inputs(options)
+  local shape = {batch, heads, options.length or length, options.width or 64}
+  local key_shape = {batch, options.key_heads or heads, shape[3], shape[4]}
+  local function random(of, seed) return sa.randn(of, {seed = seed, dtype = options.dtype or "f32"}) end
+  return random(shape, 1), random(key_shape, 2), random(key_shape, 3), random(shape, 4)
+end
+
+-- Measures forward and backward and prints a line. `base` is the result that the ratio columns compare with.
+local function attention(section, name, case, options, base)
+  local threads, dtype = case.threads or 1, case.dtype or "f32"
+  sa.threads(threads)
+  local q, k, v, dout = inputs(case)
+  if case.prepare then case.prepare(q, k, v) end
+  local flops = batch * heads * q:size(3) ^ 2 * q:size(4)
+  local top = (case.peak or peak(dtype)) * threads
+
+  local forward = measure(function()
+    local run = sa.forward(q, k, v, options)
+    return function() run.out:free() run.lse:free() end
+  end)
+  local run = sa.forward(q, k, v, options)
+  local backward = measure(function()
+    local gradients = run:backward(dout)
+    return function() for _, gradient in pairs(gradients) do gradient:free() end end
+  end)
+  local result = record(section, name, {
+    threads = threads, dtype = dtype, peak_gflops = top,
+    forward_ms = forward * 1e3, forward_gflops = 4e-9 * flops / forward, forward_of_peak = 4e-9 * flops / forward / top,
+    backward_ms = backward * 1e3, backward_gflops = 10e-9 * flops / backward,
+    backward_of_peak = 10e-9 * flops / backward / top,
+  })
+  base = base or result
+  result.forward_of_dense = result.forward_ms / base.forward_ms
+  result.backward_of_dense = result.backward_ms / base.backward_ms
+  local function half(way)
+    return ("%9.2f %7.1f %5.0f%% %7.2f"):format(result[way .. "_ms"], result[way .. "_gflops"],
+      100 * result[way .. "_of_peak"], result[way .. "_of_dense"])
+  end
+  print(("%-34s %s   %s"):format(name, half "forward", half "backward"))
+  collectgarbage()
+  return result
+end
+
+local sections = {}
+
+local function thread_counts()
+  local counts, cores = {1}, tonumber(sa.info().cores) or 1
+  if cores >= 2 then counts[2] = 2 end
+  if cores > 2 then counts[3] = cores end
+  return counts
+end
+
+function sections.shapes()
+  title(("fused f32, B%d H%d L=S=%d"):format(batch, heads, length), columns)
+  for _, width in ipairs {64, 128} do
+    local single
+    for _, threads in ipairs(thread_counts()) do
+      local name = ("D%d, %d thread%s"):format(width, threads, threads == 1 and "" or "s")
+      local result = attention("shapes", name, {width = width, threads = threads}, {}, single)
+      single = single or result
+    end
+    for _, threads in ipairs(thread_counts()) do
+      local name = ("D%d causal, %d thread%s"):format(width, threads, threads == 1 and "" or "s")
+      attention("shapes", name, {width = width, threads = threads}, {causal = true}, single)
+    end
+  end
+end
+
+function sections.masks()
+  title(("masks, f32 D64, 1 thread, L=S=%d"):format(length), columns)
+  local m, ids = sa.mask, {}
+  for i = 1, length do ids[i] = math.floor((i - 1) * 16 / length) end
+  local dense = attention("masks", "none", {}, {})
+  for _, case in ipairs {
+    {"causal", m.causal()},
+    {"causal, bottom-right", m.causal "bottom-right"},
+    {"window(256, 0)", m.window(256, 0)},
+    {"padding to half", m.padding {length / 2}},
+    {"padding of keys and queries", m.padding({length / 2}, {length / 2})},
+    {"16 documents * causal", m.documents(ids) * m.causal()},
+    {"prefix + causal", m.prefix(length / 4) + m.causal()},
+    {"random(0.5)", m.random(0.5, 1)},
+    {"blocks of 64, half of them", m.blocks(sa.rand({length / 64, length / 64}, {seed = 5}):lt(0.5), 64)},
+    {"dense bool, a tenth visible", m.dense(sa.rand({length, length}, {seed = 6}):lt(0.1))},
+  } do
+    attention("masks", case[1], {}, {mask = case[2]}, dense)
+  end
+  attention("masks", "causal, NaN in a masked key",
+    {prepare = function(_, k, v) k:select(3, length):fill(0 / 0) v:select(3, length):fill(0 / 0) end},
+    {mask = m.causal() * m.padding {length - 1}}, dense)
+end
+
+function sections.extras()
+  title(("extras, f32 D64, 1 thread, L=S=%d"):format(length), columns)
+  local dense = attention("extras", "none", {}, {})
+  attention("extras", "bias [L,S]", {}, {bias = sa.randn({length, length}, {seed = 7})}, dense)
+  attention("extras", "bias [H,L,S]", {}, {bias = sa.randn({heads, length, length}, {seed = 7})}, dense)
+  attention("extras", "alibi", {}, {alibi = sa.rand({heads}, {seed = 8})}, dense)
+  attention("extras", "softcap 30", {}, {softcap = 30}, dense)
+  attention("extras", "sinks", {}, {sinks = sa.randn({heads}, {seed = 9})}, dense)
+  attention("extras", "dropout 0.1", {}, {dropout = 0.1, seed = 10}, dense)
+  attention("extras", "2 key heads", {key_heads = 2}, {}, dense)
+end
+
+function sections.dtypes()
+  title(("dtypes, D64, 1 thread, L=S=%d; the halves are computed in f32"):format(length), columns)
+  local single = attention("dtypes", "f32", {}, {})
+  attention("dtypes", "bf16", {dtype = "bf16", peak = peak "f32"}, {}, single)
+  attention("dtypes", "f16", {dtype = "f16", peak = peak "f32"}, {}, single)
+  attention("dtypes", "f64", {dtype = "f64"}, {}, single)
+end
+
+function sections.tiers()
+  title(("instruction sets, f32 D64, 1 thread, L=S=%d; peak is that of the set"):format(length), columns)
+  for isa in tostring(sa.info().isas):gmatch("%w+") do
+    core.check(lib.sa_set_isa(isa), "bench")
+    attention("tiers", isa, {}, {})
+  end
+  core.check(lib.sa_set_isa("auto"), "bench")
+end
+
+-- Small things --------------------------------------------------------------------------------------------------------
+
+function sections.calls()
+  title("one call, [1,1,4,8] f32")
+  sa.threads(1)
+  local q, k, v = sa.randn({1, 1, 4, 8}, {seed = 1}), sa.randn({1, 1, 4, 8}, {seed = 2}),
+    sa.randn({1, 1, 4, 8}, {seed = 3})
+  local mask, calls = sa.mask.causal(), quick and 2000 or 20000
+  for _, case in ipairs {{"sa.forward", {}}, {"sa.forward, mask", {mask = mask}}} do
+    local seconds = measure(function() for _ = 1, calls do sa.forward(q, k, v, case[2]) end end) / calls
+    record("calls", case[1], {microseconds = seconds * 1e6})
+    print(("%-34s %9.2f us"):format(case[1], seconds * 1e6))
+  end
+end
+
+-- What a mask costs to make and to compile, and what the compiled plan holds.
+function sections.plans()
+  title("masks: made and compiled", ("%-44s %9s %9s"):format("", "ms", "KiB"))
+  local m, use = sa.mask, ffi.new "sa_memory_use"
+  local function internal_bytes()
+    lib.sa_memory(use)
+    return tonumber(use.internal_bytes)
+  end
+  local long, square, small = 131072, quick and 2048 or 8192, quick and 512 or 2048
+  local ids = sa.zeros({long}, {dtype = "i32"})
+  for i = 0, long - 1 do ids:data()[i] = math.floor(i * 1000 / long) end
+  local dense = sa.rand({square, square}, {seed = 1}):lt(0.5)
+  for _, case in ipairs {
+    {"causal", long, function() return m.causal() end},
+    {"window(4096, 0)", long, function() return m.window(4096, 0) end},
+    {"1000 documents * causal", long, function() return m.documents(ids) * m.causal() end},
+    {"dense bool", square, function() return m.dense(dense) end},
+    {"fn", small, function() return m.fn(function(_, _, i, j) return j <= i and (i + j) % 3 ~= 0 end,
+      {batch = false, heads = false}) end},
+  } do
+    local name, size, make = case[1], case[2], case[3]
+    local function compile()
+      local mask = make()
+      mask:density {B = 1, H = 1, L = size, S = size}
+      return mask
+    end
+    collectgarbage()
+    local before = internal_bytes()
+    local mask = compile()
+    local bytes = internal_bytes() - before
+    local seconds = measure(function()
+      mask = compile()
+      return function() mask = nil collectgarbage() end
+    end)
+    name = ("%s, %d x %d"):format(name, size, size)
+    record("plans", name, {milliseconds = seconds * 1e3, kibibytes = bytes / 1024})
+    print(("%-44s %9.2f %9.0f"):format(name, seconds * 1e3, bytes / 1024))
+  end
+end
+
+-- The run -------------------------------------------------------------------------------------------------------------
+
+local info = sa.info()
+local f32, f64 = peak "f32", peak "f64"
+print(("safeattn %s, %s, %d cores; fused multiply-add peak of one core: f32 %.0f GFLOP/s, f64 %.0f GFLOP/s"):format(
+  sa._VERSION, info.isa, info.cores, f32, f64))
+for _, name in ipairs(known_sections) do
+  if not chosen[1] or chosen[name] then sections[name]() end
+end
+
+os.execute("mkdir -p build")
+local file = assert(io.open("build/bench.json", "w"))
+file:write(json {version = sa._VERSION, isa = info.isa, cores = tonumber(info.cores), quick = quick, batch = batch,
+  heads = heads, length = length, f32_peak_gflops = f32, f64_peak_gflops = f64, results = results}, "\n")
+file:close()
+print("\nsaved as build/bench.json")
