@@ -182,6 +182,7 @@ int64_t sa_memory_fail(int64_t n) {
 }
 
 void sa_memory(sa_memory_use *out) {
+  if (!out) return;
   *out = (sa_memory_use){block_bytes, block_count, peak_bytes, internal_bytes};
 }
 

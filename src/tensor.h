@@ -1,0 +1,13 @@
+// what the core's own files ask of a tensor that came from outside
+#ifndef SAFEATTN_TENSOR_H
+#define SAFEATTN_TENSOR_H
+#include "safeattn.h"
+
+// SA_INVALID, and an error that names `function` and `name`, unless t is a sound descriptor that holds something.
+int sa_tensor_check(const char *function, const char *name, const sa_tensor *t);
+// The same, and no two elements may share memory, as they do in an expanded tensor.
+int sa_tensor_check_writable(const char *function, const char *name, const sa_tensor *t);
+// A holder of t's elements on the CPU: of t itself when it is there, else of a copy.
+int sa_tensor_on_host(sa_tensor *out, const sa_tensor *t);
+
+#endif
