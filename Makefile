@@ -98,7 +98,7 @@ bench: needs-demo
 ##> luacheck and clang-format
 .PHONY: lint
 lint: needs-lint
-	luacheck --quiet lua spec examples bench safeattn-scm-1.rockspec
+	luacheck --quiet --no-color lua spec examples bench safeattn-scm-1.rockspec
 	clang-format --dry-run -Werror $(wildcard src/*.[ch] src/kernels/cpu/*.[ch] examples/c/*.c)
 
 ##> the API pages, in build/docs

@@ -1,0 +1,209 @@
+-- what an installation gets: LuaRocks, make install, pkg-config, and what the make targets ask for
+
+local root = assert(io.popen("pwd")):read("*l")
+
+-- Everything here runs as a user's shell would run it: without the variables that this suite may have been given, and
+-- without a network.
+local clean = "env -u LD_PRELOAD -u SAFEATTN_LIB -u LUA_PATH -u LUA_CPATH -u MAKEFLAGS -u MAKELEVEL -u MFLAGS"
+  .. " http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 "
+
+local function quoted(text) return "'" .. text:gsub("'", "'\\''") .. "'" end
+
+local function run(command)
+  local pipe = assert(io.popen(clean .. "sh -c " .. quoted(command) .. " 2>&1; echo \"status $?\""))
+  local output, status = pipe:read("*a"):match("^(.*)status (%d+)\n$")
+  pipe:close()
+  return output, tonumber(status)
+end
+
+local function must_run(command)
+  local output, status = run(command)
+  assert.equal(0, status, command .. "\n" .. output)
+  return output
+end
+
+local function write(path, text)
+  local file = assert(io.open(path, "w"))
+  file:write(text)
+  file:close()
+end
+
+local folder
+
+setup(function() folder = must_run("mktemp -d"):match("%S+") end)
+teardown(function() must_run("rm -rf " .. folder) end)
+
+-- Prints a row of attention behind a mask, a gradient, and where the modules and the library came from.
+local script = [[
+local sa = require "safeattn"
+local q = sa.randn({1, 1, 4, 8}, {seed = 1, requires_grad = true})
+local out = sa.sdpa(q, q, q, {mask = sa.mask.documents {1, 1, -1, 2} * sa.mask.causal()})
+out:sum():backward()
+assert(out:get(1, 1, 3, 5) == 0 and q.grad:get(1, 1, 3, 5) == 0 and out:get(1, 1, 2, 5) ~= 0)
+print(sa._VERSION)
+print(debug.getinfo(sa.sdpa, "S").source)
+for line in io.lines "/proc/self/maps" do
+  if line:find "core%.so" or line:find "libsafeattn" then print(line:match "(/.*)") break end
+end
+]]
+
+-- The script, run from another folder with nothing but an installed tree to find safeattn in.
+local function run_installed(tree)
+  write(folder .. "/script.lua", script)
+  return must_run(("cd / && T=%s && LUA_PATH=\"$T/share/lua/5.1/?.lua;$T/share/lua/5.1/?/init.lua\" "
+    .. "LUA_CPATH=\"$T/lib/lua/5.1/?.so\" luajit %s/script.lua"):format(tree, folder))
+end
+
+local function version() return require("safeattn")._VERSION end
+
+describe("LuaRocks, without a network,", function()
+  local tree, source, luarocks
+
+  lazy_setup(function()
+    -- A clean copy, as a checkout would be: nothing built, and our own tree is not built in by others' flags.
+    tree, source = folder .. "/rocks", folder .. "/source"
+    must_run(("mkdir %s && cp -r Makefile README.md LICENSE safeattn-scm-1.rockspec src lua .busted spec %s && "
+      .. "rm -f %s/lua/safeattn/core.so %s/lua/safeattn/cdef.lua"):format(source, source, source, source))
+    luarocks = ("cd %s && HOME=%s luarocks --lua-version=5.1 --tree=%s "):format(source, folder, tree)
+    must_run(luarocks .. "make CFLAGS='-O1 -fPIC'")
+  end)
+
+  it("makes and installs what the rockspec says", function()
+    local output = run_installed(tree)
+    assert.matches(version(), output, 1, true)
+    assert.matches("@" .. tree .. "/share/lua/5.1/safeattn/", output, 1, true)
+    assert.matches("\n" .. tree .. "/lib/lua/5.1/safeattn/core.so", output, 1, true)
+  end)
+
+  it("knows what was installed", function()
+    assert.matches("safeattn%s+scm%-1", must_run(luarocks .. "list --porcelain"))
+  end)
+
+  it("runs the tests with the system's busted", function()
+    write(source .. "/spec/one_spec.lua", [[
+describe("attention", function()
+  it("is there", function() assert.is_function(require("safeattn").sdpa) end)
+end)]])
+    local output = must_run(luarocks .. "test -- -o TAP spec/one_spec.lua")
+    assert.matches("ok 1 - attention is there", output, 1, true)
+  end)
+end)
+
+describe("make install", function()
+  local prefix
+
+  lazy_setup(function()
+    prefix = folder .. "/prefix"
+    must_run("make install PREFIX=" .. prefix)
+  end)
+
+  it("puts the modules where LuaJIT looks for them", function()
+    local output = run_installed(prefix)
+    assert.matches(version(), output, 1, true)
+    assert.matches("@" .. prefix .. "/share/lua/5.1/safeattn/", output, 1, true)
+    assert.matches("\n" .. prefix .. "/lib/", output, 1, true)
+  end)
+
+  it("installs one library under its two names", function()
+    must_run(("test %s/lib/lua/5.1/safeattn/core.so -ef %s/lib/libsafeattn.so"):format(prefix, prefix))
+  end)
+
+  it("lets a C program find all that it needs through pkg-config", function()
+    local config = ("PKG_CONFIG_PATH=%s/lib/pkgconfig pkg-config "):format(prefix)
+    assert.equal(version() .. "\n", must_run(config .. "--modversion safeattn"))
+    must_run(("${CC:-gcc} -std=c11 -o %s/minimal examples/c/minimal.c $(%s --cflags --libs safeattn) -lm"):format(
+      folder, config))
+    assert.matches("kernel fused", must_run(("LD_LIBRARY_PATH=%s/lib %s/minimal"):format(prefix, folder)), 1, true)
+  end)
+
+  it("stages below DESTDIR without baking it in", function()
+    must_run(("make install PREFIX=/opt/attention DESTDIR=%s/stage"):format(folder))
+    local config = must_run(("cat %s/stage/opt/attention/lib/pkgconfig/safeattn.pc"):format(folder))
+    assert.matches("prefix=/opt/attention\n", config, 1, true)
+    assert.not_matches("stage", config, 1, true)
+    run_installed(folder .. "/stage/opt/attention")
+  end)
+end)
+
+describe("the Makefile", function()
+  it("keeps the flags that the code needs when a packager sets CFLAGS", function()
+    local output = must_run(("make -n BUILD=%s/other CORE=%s/core.so CFLAGS=-O1"):format(folder, folder))
+    for line in output:gmatch("[^\n]* %-c %-o [^\n]*") do
+      assert.matches(" -O1 -std=c11 ", line, 1, true)
+      assert.matches(" -fvisibility=hidden ", line, 1, true)
+      assert.matches(" -ffp-contract=off ", line, 1, true)
+    end
+    assert.matches(" -c -o ", output, 1, true)
+  end)
+
+  it("compiles again what includes a header that changed", function()
+    local output = must_run("make -n -W src/plan.h")
+    assert.matches("src/plan.c\n", output, 1, true)
+    assert.not_matches("src/status.c\n", output, 1, true)
+  end)
+
+  it("has nothing to do when all is built", function()
+    assert.not_matches(" -c -o ", must_run("make -n"), 1, true)
+  end)
+
+  it("lists its targets", function()
+    local output = must_run("make help")
+    for _, target in ipairs {"demo", "test", "test-asan", "bench", "lint", "docs", "install", "clean"} do
+      assert.matches("  make " .. target .. " ", output, 1, true)
+    end
+  end)
+end)
+
+describe("what a target needs", function()
+  -- A machine on which nothing is installed: the shell's own tools, no libraries, and `extra`.
+  local function needs(extra, arguments)
+    extra.ldconfig = ":"
+    local tools = must_run("mktemp -d -p " .. folder):match("%S+")
+    must_run(("for tool in sh env id sed grep printf; do ln -s $(command -v $tool) %s/; done"):format(tools))
+    for name, text in pairs(extra) do
+      write(tools .. "/" .. name, "#!/bin/sh\n" .. text .. "\n")
+      must_run(("chmod +x %s/%s"):format(tools, name))
+    end
+    return run(("PATH=%s %s/.ci/needs %s"):format(tools, root, arguments))
+  end
+
+  it("is nothing where everything is there", function()
+    assert.equal("", must_run(".ci/needs --dry-run demo test lint"))
+  end)
+
+  it("is installed on Debian in one command, by root", function()
+    local output, status = needs({["apt-get"] = "echo asked", id = "echo 0"}, "--dry-run demo test")
+    assert.equal(0, status, output)
+    assert.equal("+ apt-get install -y --no-install-recommends gcc libc6-dev make luajit libopenblas-pthread-dev"
+      .. " lua-check clang-format lua-busted pkg-config libluajit-5.1-dev luarocks lua5.1\n", output)
+  end)
+
+  it("is installed through sudo by others", function()
+    local others = {["apt-get"] = "echo asked", id = "echo 1000", sudo = ""}
+    local output, status = needs(others, "--dry-run build </dev/null")
+    assert.equal(0, status, output)
+    assert.matches("+ sudo -n apt-get install -y --no-install-recommends gcc libc6-dev make\n", output, 1, true)
+  end)
+
+  it("has the package lists fetched when the first try finds nothing", function()
+    local apt = ("echo \"$1\" >> %s/asked; [ -e %s/updated ] || { [ $1 = update ] && : > %s/updated; }"):format(
+      folder, folder, folder)
+    local output, status = needs({["apt-get"] = apt, id = "echo 0"}, "build")
+    assert.equal(0, status, output)
+    assert.equal("install\nupdate\ninstall\n", must_run(("cat %s/asked"):format(folder)))
+  end)
+
+  it("is listed elsewhere, and nothing goes on", function()
+    local output, status = needs({}, "demo")
+    assert.equal(1, status)
+    assert.matches("needs: please install what is missing here:\n", output, 1, true)
+    assert.matches("  LuaJIT 2.1 (Debian: luajit)\n", output, 1, true)
+    assert.matches("  OpenBLAS, the flavour with pthreads (Debian: libopenblas-pthread-dev)\n", output, 1, true)
+  end)
+
+  it("is only known for targets that there are", function()
+    local output, status = run(".ci/needs dmeo")
+    assert.equal(2, status)
+    assert.equal("needs: no target called 'dmeo'; there are build, demo, test, lint and docs\n", output)
+  end)
+end)
