@@ -52,13 +52,8 @@ end
 -- backward reads can go. A leaf is represented by a node of its own, without a backward.
 local function node_of(x)
   if x.node then return x.node, x.output end
-  local sink = tensor.storage(x).sinks
-  if not sink then
-    sink = setmetatable({}, {__mode = "k"})
-    tensor.storage(x).sinks = sink
-  end
-  if not sink[x] then sink[x] = {name = "leaf", leaf = x, inputs = 0, outputs = 1} end
-  return sink[x], 1
+  x.sink = x.sink or {name = "leaf", leaf = x, inputs = 0, outputs = 1}
+  return x.sink, 1
 end
 
 --- Records an operation, when gradient is wanted of it.
@@ -97,7 +92,8 @@ function autograd.change(fname, argument, t)
       fail(fname, nil, "%s: got the result of a recorded %s, wanted a tensor that the tape does not know"
         .. " (t:clone():detach(), or change it inside no_grad)", argument, t.node.name)
     elseif t.tracked then
-      fail(fname, nil, "%s: got a tensor that requires grad, wanted one that does not, or a call inside no_grad", argument)
+      fail(fname, nil, "%s: got a tensor that requires grad, wanted one that does not (or a call inside no_grad)",
+        argument)
     end
   end
   local storage = tensor.storage(t)
@@ -126,7 +122,8 @@ local function sum(a, b)
 end
 
 local function add_to(a, b)
-  call("backward", lib.sa_binary, lib.SA_ADD, a.handle, b.handle, a.handle)
+  local handle = pointer(a, "backward", "grad")
+  call("backward", lib.sa_binary, lib.SA_ADD, handle, b.handle, handle)
   local storage = tensor.storage(a)
   storage.version = storage.version + 1
 end
@@ -237,7 +234,8 @@ end
 function tensor.methods.backward(t, gradient)
   local handle = pointer(t, "backward", "t")
   if not requires_grad(t) then
-    fail("backward", nil, "t: got %s that nothing which requires grad led to (or made inside no_grad)", core.describe(t))
+    fail("backward", nil, "t: got %s, wanted one that requires grad, or that a recorded operation made of such",
+      core.describe(t))
   end
   if gradient == nil then
     if lib.sa_tensor_numel(handle) ~= 1 then

@@ -15,8 +15,8 @@ local Tensor = {}
 
 -- Memory
 
--- LuaJIT's collector sees a handle of 160 bytes where C holds megabytes, so it would let garbage pile up. Past this many
--- bytes a collection is forced; what then still lives raises the limit by the factor.
+-- LuaJIT's collector sees a handle of 160 bytes where C holds megabytes, so it would let garbage pile up. Past this
+-- many bytes a collection is forced; the next one comes when what is left has grown by the factor.
 local LEAST_LIMIT, GROWTH = 256 * 2 ^ 20, 1.4
 local limit = LEAST_LIMIT
 local memory_use = ffi.new("sa_memory_use")
@@ -50,6 +50,7 @@ function tensor.adopt(handle, storage)
     output = 0,          -- which output of it
     tracked = false,     -- a leaf whose gradient is wanted
     gradient = false,
+    sink = false,        -- what stands for this leaf on the tape
   }, Tensor)
 end
 local adopt = tensor.adopt
@@ -96,7 +97,7 @@ function methods.free(t)
   local handle = pointer(t, "free", "t")
   ffi.gc(handle, nil)
   lib.sa_tensor_release(handle)
-  t.handle, t.storage, t.node, t.gradient = false, false, false, false
+  t.handle, t.storage, t.node, t.gradient, t.sink = false, false, false, false, false
 end
 
 -- Fields
