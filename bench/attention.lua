@@ -2,9 +2,10 @@
 --
 --   luajit bench/attention.lua [quick] [section ...]
 --
--- Sections: shapes masks extras dtypes tiers calls plans; all of them unless some are named. `quick` takes short sequences
--- and few repetitions: a glance, not a measurement. Data are random, every case is warmed up, times are medians of wall
--- time. Flops are those of the dense product, 4 B H L S D forward and 10 B H L S D backward, whatever a mask leaves out.
+-- Sections: shapes masks extras dtypes tiers calls plans; all of them unless some are named. `quick` takes short
+-- sequences and few repetitions: a glance, not a measurement. Data are random, every case is warmed up, times are
+-- medians of wall time. Flops are those of the dense product, 4 B H L S D forward and 10 B H L S D backward, whatever a mask
+-- leaves out.
 local sa = require "safeattn"
 local core = require "safeattn.core"
 local ffi, lib = core.ffi, core.lib
@@ -30,7 +31,7 @@ for _, word in ipairs(arg) do
     local known = false
     for _, name in ipairs(known_sections) do known = known or name == word end
     if not known then
-      io.stderr:write("attention.lua: no section called ", word, "; there are ", table.concat(known_sections, " "), "\n")
+      io.stderr:write("bench: no section called ", word, "; there are ", table.concat(known_sections, " "), "\n")
       os.exit(2)
     end
     chosen[word], chosen[1] = true, true
@@ -254,17 +255,16 @@ function sections.plans()
   } do
     local name, size, make = case[1], case[2], case[3]
     local function compile()
-      local mask = make()
-      mask:density {B = 1, H = 1, L = size, S = size}
-      return mask
+      case.mask = make()
+      case.mask:density {B = 1, H = 1, L = size, S = size}
     end
     collectgarbage()
     local before = internal_bytes()
-    local mask = compile()
+    compile()
     local bytes = internal_bytes() - before
     local seconds = measure(function()
-      mask = compile()
-      return function() mask = nil collectgarbage() end
+      compile()
+      return function() case.mask = nil collectgarbage() end
     end)
     name = ("%s, %d x %d"):format(name, size, size)
     record("plans", name, {milliseconds = seconds * 1e3, kibibytes = bytes / 1024})
