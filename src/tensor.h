@@ -1,7 +1,7 @@
 // what the core's own files ask of a tensor that came from outside
 #ifndef SAFEATTN_TENSOR_H
 #define SAFEATTN_TENSOR_H
-#include "safeattn.h"
+#include "stream.h"
 
 // SA_INVALID, and an error that names `function` and `name`, unless t is a sound descriptor that holds something.
 int sa_tensor_check(const char *function, const char *name, const sa_tensor *t);
@@ -9,5 +9,9 @@ int sa_tensor_check(const char *function, const char *name, const sa_tensor *t);
 int sa_tensor_check_writable(const char *function, const char *name, const sa_tensor *t);
 // A holder of t's elements on the CPU: of t itself when it is there, else of a copy.
 int sa_tensor_on_host(sa_tensor *out, const sa_tensor *t);
+
+// Has t's elements written one after another by `produce`, on the CPU; a tensor elsewhere then gets a copy.
+typedef void (*sa_producer)(sa_stream *elements, const void *argument);
+int sa_tensor_produce(sa_tensor *t, sa_producer produce, const void *argument);
 
 #endif

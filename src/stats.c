@@ -1,0 +1,180 @@
+// numbers about whole tensors: statistics and comparisons
+#include <math.h>
+#include <string.h>
+
+#include "status.h"
+#include "tensor.h"
+
+enum { CHUNK = 512, LANES = 8 };  // values read at a time; running sums side by side, for the compiler to vectorise
+
+/*  Statistics  */
+
+// Element i of the row-major order goes to lane i % LANES, whatever the strides, so that equal values have equal sums.
+typedef struct lanes {
+  double min[LANES], max[LANES], sum[LANES], squares[LANES];
+  int64_t nan[LANES], posinf[LANES], neginf[LANES], zero[LANES];
+} lanes;
+
+static inline void take_value(lanes *l, int lane, double value, double scale) {
+  const bool finite = value - value == 0;
+  const double scaled = finite ? value * scale : 0;
+  l->min[lane] = finite && value < l->min[lane] ? value : l->min[lane];
+  l->max[lane] = finite && value > l->max[lane] ? value : l->max[lane];
+  l->sum[lane] += scaled;
+  l->squares[lane] += scaled * scaled;
+  l->nan[lane] += value != value;
+  l->posinf[lane] += value == INFINITY;
+  l->neginf[lane] += value == -INFINITY;
+  l->zero[lane] += value == 0;
+}
+
+// One pass over t, with sums of scale * value.
+static void take_all(lanes *l, const sa_tensor *t, double scale) {
+  sa_stream elements;
+  sa_stream_open(&elements, t);
+  memset(l, 0, sizeof *l);
+  for (int lane = 0; lane < LANES; lane++) {
+    l->min[lane] = INFINITY;
+    l->max[lane] = -INFINITY;
+  }
+  while (elements.left) {
+    double values[CHUNK];
+    const int64_t count = sa_stream_read(&elements, values, SA_F64, CHUNK);
+    int64_t first = 0;
+    for (; first + LANES <= count; first += LANES)
+      for (int lane = 0; lane < LANES; lane++) take_value(l, lane, values[first + lane], scale);
+    for (int lane = 0; first + lane < count; lane++) take_value(l, lane, values[first + lane], scale);
+  }
+}
+
+static double add_lanes(const double *values) {
+  double sum = 0;
+  for (int lane = 0; lane < LANES; lane++) sum += values[lane];
+  return sum;
+}
+
+static int64_t count_lanes(const int64_t *counts) {
+  int64_t sum = 0;
+  for (int lane = 0; lane < LANES; lane++) sum += counts[lane];
+  return sum;
+}
+
+int sa_tensor_stats(const sa_tensor *t, sa_stats *out) {
+  int status = sa_tensor_check(__func__, "t", t);
+  if (status) return status;
+  if (!out) return sa_fail(SA_INVALID, __func__, "out: got NULL, wanted where to put the statistics");
+  sa_tensor host;
+  status = sa_tensor_on_host(&host, t);
+  if (status) return status;
+  lanes l;
+  take_all(&l, &host, 1);
+  sa_stats s = {.min = INFINITY, .max = -INFINITY, .count = sa_tensor_numel(t)};
+  for (int lane = 0; lane < LANES; lane++) {
+    s.min = fmin(s.min, l.min[lane]);
+    s.max = fmax(s.max, l.max[lane]);
+  }
+  s.nan = count_lanes(l.nan);
+  s.posinf = count_lanes(l.posinf);
+  s.neginf = count_lanes(l.neginf);
+  s.zero = count_lanes(l.zero);
+  const int64_t finite = s.count - s.nan - s.posinf - s.neginf;
+  // Squares of very large or small f64 leave the range of f64: those are scaled, at the price of a second pass.
+  const double largest = finite ? fmax(fabs(s.min), fabs(s.max)) : 0;
+  int exponent = 0;
+  if (largest > 0x1p400 || (largest > 0 && largest < 0x1p-400)) {
+    frexp(largest, &exponent);
+    exponent = exponent < -1000 ? -1000 : exponent;  // 2^-exponent must be finite
+    take_all(&l, &host, ldexp(1, -exponent));
+  }
+  s.mean = ldexp(add_lanes(l.sum) / (double)finite, exponent);
+  s.norm = ldexp(sqrt(add_lanes(l.squares)), exponent);
+  if (!finite) s.min = s.max = s.mean = NAN;
+  sa_tensor_release(&host);
+  *out = s;
+  return SA_OK;
+}
+
+/*  Comparisons  */
+
+static bool is_integer(const sa_tensor *t) {
+  return t->dtype == SA_BOOL || t->dtype == SA_I32 || t->dtype == SA_I64;
+}
+
+static bool same_shape(const sa_tensor *a, const sa_tensor *b) {
+  return a->ndim == b->ndim && !memcmp(a->shape, b->shape, (size_t)a->ndim * sizeof *a->shape);
+}
+
+typedef struct tolerance {
+  double absolute, relative;
+  bool equal_nan;
+} tolerance;
+
+static bool reals_near(double a, double b, const tolerance *wanted) {
+  if (a == b) return true;
+  if (a != a || b != b) return wanted->equal_nan && a != a && b != b;
+  if (isinf(a) || isinf(b)) return false;
+  return fabs(a - b) <= wanted->absolute + wanted->relative * fabs(b);
+}
+
+static bool integers_near(int64_t a, int64_t b, const tolerance *wanted) {
+  const uint64_t apart = a > b ? (uint64_t)a - (uint64_t)b : (uint64_t)b - (uint64_t)a;
+  return apart == 0 || (double)apart <= wanted->absolute + wanted->relative * fabs((double)b);
+}
+
+// Reads both tensors, of one shape and on the CPU, side by side; integers as such, because f64 cannot hold all of i64.
+static bool all_near(const sa_tensor *a, const sa_tensor *b, const tolerance *wanted) {
+  const bool integers = is_integer(a) && is_integer(b);
+  union {
+    double real[CHUNK];
+    int64_t integer[CHUNK];
+  } x, y;
+  sa_stream a_elements, b_elements;
+  sa_stream_open(&a_elements, a);
+  sa_stream_open(&b_elements, b);
+  while (a_elements.left) {
+    const int64_t count = sa_stream_read(&a_elements, &x, integers ? SA_I64 : SA_F64, CHUNK);
+    sa_stream_read(&b_elements, &y, integers ? SA_I64 : SA_F64, CHUNK);
+    for (int64_t k = 0; k < count; k++) {
+      const bool near =
+          integers ? integers_near(x.integer[k], y.integer[k], wanted) : reals_near(x.real[k], y.real[k], wanted);
+      if (!near) return false;
+    }
+  }
+  return true;
+}
+
+static int compare(const sa_tensor *a, const sa_tensor *b, const tolerance *wanted, int *result) {
+  sa_tensor a_host, b_host;
+  int status = sa_tensor_on_host(&a_host, a);
+  if (status) return status;
+  status = sa_tensor_on_host(&b_host, b);
+  if (!status) *result = all_near(&a_host, &b_host, wanted);
+  sa_tensor_release(&a_host);
+  if (!status) sa_tensor_release(&b_host);
+  return status;
+}
+
+static int check_pair(const char *function, const sa_tensor *a, const sa_tensor *b, const int *result) {
+  int status = sa_tensor_check(function, "a", a);
+  if (!status) status = sa_tensor_check(function, "b", b);
+  if (!status && !result) status = sa_fail(SA_INVALID, function, "result: got NULL, wanted where to put it");
+  return status;
+}
+
+int sa_equal(const sa_tensor *a, const sa_tensor *b, int *result) {
+  const int status = check_pair(__func__, a, b, result);
+  if (status) return status;
+  if (a->dtype == b->dtype && same_shape(a, b)) return compare(a, b, &(tolerance){0}, result);
+  *result = 0;
+  return SA_OK;
+}
+
+int sa_allclose(const sa_tensor *a, const sa_tensor *b, double atol, double rtol, bool equal_nan, int *result) {
+  const int status = check_pair(__func__, a, b, result);
+  if (status) return status;
+  if (!(atol >= 0)) return sa_fail(SA_INVALID, __func__, "atol: got %g, wanted a number >= 0", atol);
+  if (!(rtol >= 0)) return sa_fail(SA_INVALID, __func__, "rtol: got %g, wanted a number >= 0", rtol);
+  if (!same_shape(a, b))
+    return sa_fail(SA_INVALID, __func__, "b: is %s, wanted the shape of a, %s", sa_describe(b), sa_describe(a));
+  return compare(a, b, &(tolerance){atol, rtol, equal_nan}, result);
+}
