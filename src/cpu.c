@@ -1,0 +1,126 @@
+// the CPU's table: finds the ISA, picks the kernels, and tells the host what it found
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "backend.h"
+#include "kernels/cpu/copy.h"
+#include "kernels/cpu/kernels.h"
+#include "matmul.h"
+#include "status.h"
+
+// Tiers in rising order; the last one that the machine can run is the default.
+static const struct {
+  const char *name;
+  const sa_cpu_kernels *kernels;
+} tiers[] = {
+    {"generic", &sa_cpu_generic},
+#if defined(__x86_64__)
+    {"avx2", &sa_cpu_avx2},
+    {"avx512", &sa_cpu_avx512},
+#endif
+};
+enum { TIERS = sizeof tiers / sizeof *tiers };
+
+static bool runs_here(int tier) {
+#if defined(__x86_64__)
+  // __builtin_cpu_supports also asks whether the system saves the registers.
+  if (tier == 1)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (tier == 2) {
+    return runs_here(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512cd");
+  }
+#endif
+  return tier == 0;
+}
+
+static atomic_int tier_in_force;
+
+static int find_tier(const char *name) {
+  for (int tier = 0; tier < TIERS; tier++) {
+    if (!strcmp(tiers[tier].name, name)) return tier;
+  }
+  return -1;
+}
+
+static int best_tier(void) {
+  int tier = TIERS - 1;
+  while (!runs_here(tier)) tier--;
+  return tier;
+}
+
+// SAFEATTN_ISA lowers the tier; a name that is unknown, or that the machine cannot run, is ignored in favour of the
+// best.
+static void choose_tier(void) {
+  const char *wanted = getenv("SAFEATTN_ISA");
+  const int tier = wanted ? find_tier(wanted) : -1;
+  atomic_store(&tier_in_force, tier >= 0 && runs_here(tier) ? tier : best_tier());
+}
+
+static const sa_cpu_kernels *kernels_in_force(void) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, choose_tier);
+  return tiers[atomic_load_explicit(&tier_in_force, memory_order_relaxed)].kernels;
+}
+
+int sa_set_isa(const char *name) {
+  kernels_in_force();
+  if (!name)
+    return sa_fail(SA_INVALID, __func__, "name: got NULL, wanted \"generic\", \"avx2\", \"avx512\" or \"auto\"");
+  const int tier = strcmp(name, "auto") ? find_tier(name) : best_tier();
+  if (tier < 0 || !runs_here(tier)) {
+    return sa_fail(SA_INVALID, __func__, "name: got \"%.40s\", which %s; wanted \"auto\" or one of sa_info()'s isas",
+                   name, tier < 0 ? "is no ISA that this build has kernels for" : "this machine cannot run");
+  }
+  atomic_store(&tier_in_force, tier);
+  return SA_OK;
+}
+
+void sa_info(sa_host_info *out) {
+  memset(out, 0, sizeof *out);
+  const sa_cpu_kernels *kernels = kernels_in_force();
+  out->threads = sa_threads(0);
+  out->cores = sa_cores();
+  for (int tier = 0; tier < TIERS; tier++) {
+    if (tiers[tier].kernels == kernels) snprintf(out->isa, sizeof out->isa, "%s", tiers[tier].name);
+    if (!runs_here(tier)) continue;
+    const size_t used = strlen(out->isas);
+    snprintf(out->isas + used, sizeof out->isas - used, "%s%s", used ? " " : "", tiers[tier].name);
+  }
+  snprintf(out->blas, sizeof out->blas, "%s", sa_blas_name());
+  snprintf(out->cuda, sizeof out->cuda, "none: this build has no CUDA part");
+}
+
+double sa_measure_peak(int dtype) {
+  return kernels_in_force()->measure_peak(dtype);
+}
+
+static const sa_attention_kernels *choose_fused(const sa_problem *p) {
+  if (p->width > SA_FUSED_WIDTH || p->value_width > SA_FUSED_WIDTH) return NULL;
+  return &kernels_in_force()->fused[p->dtype];
+}
+
+static const sa_backend cpu = {
+    .name = "cpu",
+    .allocate = sa_cpu_allocate,
+    .release = sa_cpu_release,
+    .copy = sa_cpu_copy,
+    .fill = sa_cpu_fill,
+    .reference = sa_cpu_reference,
+    .fused = choose_fused,
+};
+
+int sa_device_count(int kind) {
+  return kind == SA_CPU;
+}
+
+const sa_backend *sa_backend_of(const char *function, int device) {
+  if (device == SA_CPU) return &cpu;
+  sa_fail(SA_NO_DEVICE, function, "device: got %s, but this build has no CUDA part; wanted cpu",
+          sa_device_name(device));
+  return NULL;
+}

@@ -1,0 +1,20 @@
+// the algorithm of the fused kernels, written once; a file per ISA includes it for float and for double
+//
+// Scores are kept transposed, one row per key and one vector of queries per column: S^T = K Q^T. Then only Q is packed
+// (K and V stay where they are), max, sum and rescaling are vectors along the queries, so that the softmax needs no
+// horizontal operation, P^T comes out as the packed operand that P V wants, and one word of a mask's pattern is one
+// key's bits for the 64 queries of a block. After FlashAttention (Dao et al., 2022) for the running softmax, and its
+// second paper (Dao, 2023) for the backward from the LSE.
+//
+// Before including, the ISA's file includes real_f32.h or real_f64.h, says LANES (queries per vector) and TILE_VECTORS
+// (vectors per row of a register tile: 2 or 4), and defines its vectors, as vector.h does in the compiler's own terms.
+// A block is processed against up to KEYS keys at a time (walk.h), which keeps S^T, 32 KiB for float, in the first
+// cache beside a tile of K or V.
+
+#include "kernels/cpu/flash_tile.h"
+
+#include "kernels/cpu/flash_forward.h"
+
+#include "kernels/cpu/flash_backward.h"
+
+#include "kernels/cpu/flash_peak.h"

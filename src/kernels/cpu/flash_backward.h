@@ -1,0 +1,536 @@
+// the backward pass, for one REAL; part of flash.h
+//
+// Work is shared out by chunks of keys: an item owns dK and dV of its chunk and walks the blocks of queries past it,
+// with a block's dQ at rest in the first cache. Blocks of dQ that several chunks add to are added to in the order of
+// the chunks, each waiting for its turn, so that the bits depend on the shape alone and no second copy of dQ is needed.
+//
+// 0 * NaN could leak through the products that sum over pairs: dS K into dQ, P^T dO into dV, dS^T Q into dK. What is
+// not finite in K, Q or dO is known before (a look at every row, once a chunk or once a block); tiles that it touches
+// use copies with 0 in its place and then give it to the pairs that see it. Rows without a key are packed as zeros.
+
+typedef struct NAME(backward_job) {
+  const sa_problem *p;
+  int64_t blocks;                     // of queries
+  int64_t chunks, chunk;              // of keys: how many, and keys in one
+  int64_t batch_groups, head_groups;  // items per chunk: planes that share a dBias are one item's, in order
+  char *rooms;
+  int64_t room_bytes;
+  REAL *delta;        // [B,H,L]: dO . o - dLSE
+  int32_t *turn_of;   // per plane, row of tiles and chunk: how many chunks before it the row looks at
+  atomic_int *turns;  // per batch, head and block: chunks that have added to its dQ
+  REAL *dq;           // [B,H,L,E], when dQ is gathered over chunks and its dtype is narrower
+  REAL *dbias;        // in bias_shape, per chunk when keys are broadcast; NULL: dBias is gathered in place
+  int64_t dbias_count;
+  double *dsinks;  // [H][B][blocks]
+  double *dalibi;  // [H][B][chunks]
+} NAME(backward_job);
+
+typedef struct NAME(backward_room) {
+  REAL *packed_query;            // [width][QUERIES], for S
+  REAL *packed_dout;             // [value width][QUERIES], for dP
+  REAL *query;                   // [QUERIES][width, padded], times scale, for dK
+  REAL *dout;                    // [QUERIES][value width, padded], for dV
+  REAL *lse, *delta;             // [QUERIES]
+  REAL *dscores;                 // [KEYS][QUERIES]: dP^T, then dS^T
+  REAL *key_rows;                // [KEYS][width, padded]
+  REAL *value_rows;              // [KEYS][value width, padded]
+  REAL *finite_key;              // [KEYS][width, padded]
+  REAL *wild_query, *wild_dout;  // query and dout with their non-finite elements
+  REAL *dquery;                  // [QUERIES][width, padded]
+  REAL *dkey;                    // [chunk][width, padded]
+  REAL *dvalue;                  // [chunk][value width, padded]
+  NAME(stretch_room) stretch;
+} NAME(backward_room);
+
+enum { NAME(UNSEEN) = -1 };
+
+static int64_t NAME(padded)(int64_t width) {
+  return (width + LANES - 1) / LANES * LANES;
+}
+
+static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backward_job) * job) {
+  const sa_problem *p = job->p;
+  const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
+  return (NAME(backward_room)){
+      .packed_query = NAME(take)(room, p->width * QUERIES),
+      .packed_dout = NAME(take)(room, p->value_width * QUERIES),
+      .query = NAME(take)(room, QUERIES * width),
+      .dout = NAME(take)(room, QUERIES * value_width),
+      .lse = NAME(take)(room, QUERIES),
+      .delta = NAME(take)(room, QUERIES),
+      .dscores = NAME(take)(room, KEYS * QUERIES),
+      .key_rows = NAME(take)(room, KEYS * width),
+      .value_rows = NAME(take)(room, KEYS * value_width),
+      .finite_key = NAME(take)(room, KEYS * width),
+      .wild_query = NAME(take)(room, QUERIES * width),
+      .wild_dout = NAME(take)(room, QUERIES * value_width),
+      .dquery = NAME(take)(room, QUERIES * width),
+      .dkey = NAME(take)(room, job->chunk * width),
+      .dvalue = NAME(take)(room, job->chunk * value_width),
+      .stretch = NAME(take_stretch)(room, p, true),
+  };
+}
+
+static const int32_t *NAME(turns_of)(const NAME(backward_job) * job, const NAME(block) * block) {
+  const int64_t row = block->plane * job->p->plan->row_tiles + block->query / SA_TILE;
+  return job->turn_of + row * (job->chunks + 1);
+}
+
+static bool NAME(row_dead)(const NAME(block) * block, int i) {
+  const sa_problem *p = block->p;
+  if (!p->bias.data) return sa_plan_row_dead(p->plan, block->plane, block->query + i);
+  return *(const bool *)sa_at(&p->dead, block->batch, block->head, block->query + i, 0);
+}
+
+static double NAME(stored_lse)(const NAME(block) * block, int i) {
+  return *(const REAL *)sa_at(&block->p->lse, block->batch, block->head, block->query + i, 0);
+}
+
+// First pass, per block: delta, and the sinks' share of the gradient, p_sink (dLSE - dO . o).
+static void NAME(prepare)(void *argument, int64_t item, int worker) {
+  const NAME(backward_job) *job = argument;
+  const sa_problem *p = job->p;
+  (void)worker;
+  const int64_t head_index = item / job->blocks;
+  const NAME(block) block = NAME(block_at)(p, head_index / p->heads, head_index % p->heads, item % job->blocks);
+  const int width = (int)p->value_width;
+  REAL out[SA_FUSED_WIDTH], dout[SA_FUSED_WIDTH], sink = 0;
+  if (p->sinks.data) NAME(read_row)(sa_at(&p->sinks, 0, block.head, 0, 0), p->sinks.dtype, 1, &sink);
+  double dsink = 0;
+  for (int i = 0; i < block.count; i++) {
+    const int64_t query = block.query + i;
+    const bool dead = NAME(row_dead)(&block, i);
+    double dlse = 0, delta = 0;
+    if (p->dlse.data) dlse = *(const REAL *)sa_at(&p->dlse, block.batch, block.head, query, 0);
+    if (!dead && p->dout.data) {
+      NAME(read_row)(sa_at(&p->out, block.batch, block.head, query, 0), p->out.dtype, width, out);
+      NAME(read_row)(sa_at(&p->dout, block.batch, block.head, query, 0), p->dout.dtype, width, dout);
+      for (int d = 0; d < width; d++) delta += (double)out[d] * dout[d];
+    }
+    delta -= dlse;
+    job->delta[(item / job->blocks) * p->queries + query] = dead ? 0 : (REAL)delta;
+    if (!p->dsinks.data || sink == -(REAL)INFINITY) continue;
+    // A row that sees only its sink has p_sink = 1; its dO meets o = 0, which does not depend on the sink.
+    dsink += dead ? dlse : -delta * exp(sink - NAME(stored_lse)(&block, i));
+  }
+  if (p->dsinks.data) job->dsinks[(block.head * p->batch + block.batch) * job->blocks + item % job->blocks] = dsink;
+}
+
+// Rows of Q (times `factor`) or dO for the products that sum over queries: padded, dead rows 0. When something is not
+// finite, `wild` keeps the rows as they are and `rows` gets 0 in its place; returns whether that was so.
+static bool NAME(copy_rows)(const sa_operand *x, const NAME(block) * block, int width, REAL factor, uint64_t skip,
+                            REAL *rows, REAL *wild) {
+  const int64_t padded = NAME(padded)(width);
+  for (int i = 0; i < block->count; i++) {
+    REAL *row = rows + i * padded;
+    memset(row, 0, sizeof *row * padded);
+    if (skip >> i & 1 || !x->data) continue;
+    NAME(read_row)(sa_at(x, block->batch, block->head, block->query + i, 0), x->dtype, width, row);
+    for (int d = 0; d < width; d++) row[d] *= factor;
+  }
+  if (!NAME(has_nonfinite)(rows, padded, block->count, (int)padded)) return false;
+  memcpy(wild, rows, sizeof *rows * block->count * padded);
+  NAME(finite_part)(wild, padded, block->count, (int)padded, rows);
+  return true;
+}
+
+// The non-finite elements of `rows` (per query), given to the keys that see them: to[key] += pair[key][query] row.
+static void NAME(give_to_keys)(const NAME(block) * block, int keys, const uint64_t *visible, const REAL *pairs,
+                               const REAL *rows, int64_t padded, REAL *to) {
+  for (int i = 0; i < block->count; i++) {
+    for (int64_t d = 0; d < padded; d++) {
+      const REAL x = rows[i * padded + d];
+      if (x * 0 == 0) continue;
+      for (int r = 0; r < keys; r++) {
+        if (!visible || visible[r] >> i & 1) to[r * padded + d] += pairs[r * QUERIES + i] * x;
+      }
+    }
+  }
+}
+
+// dS^T = P^T (dP^T - delta), masked pairs 0; dropout acts on P in dV and on dP here. `weights` becomes what dV wants.
+static void NAME(differentiate)(const NAME(block) * block, int keys, const uint64_t *visible, const uint64_t *kept,
+                                const REAL *delta, REAL *weights, REAL *dscores) {
+  const NAME(vector) zero = NAME(set)(0), more = NAME(set)((REAL)(1 / (1 - block->p->dropout)));
+  for (int j = 0; j < block->vectors; j++) {
+    const NAME(vector) base = NAME(load)(delta + j * LANES);
+    for (int r = 0; r < keys; r++) {
+      REAL *w = weights + r * QUERIES + j * LANES, *ds = dscores + r * QUERIES + j * LANES;
+      const NAME(vector) weight = NAME(load)(w);
+      NAME(vector) dweight = NAME(load)(ds);
+      if (kept) {
+        dweight = NAME(select)(kept[r] >> (j * LANES), dweight * more, zero);
+        NAME(store)(w, NAME(select)(kept[r] >> (j * LANES), weight * more, zero));
+      }
+      const NAME(vector) dscore = weight * (dweight - base);
+      NAME(store)(ds, visible ? NAME(select)(visible[r] >> (j * LANES), dscore, zero) : dscore);
+    }
+  }
+}
+
+// Where dBias of a query of the plane is gathered.
+static REAL *NAME(dbias_row)(const NAME(backward_job) * job, int64_t batch, int64_t head, int64_t query) {
+  const int64_t *shape = job->p->bias_shape;
+  batch = shape[0] == 1 ? 0 : batch;
+  head = shape[1] == 1 ? 0 : head;
+  query = shape[2] == 1 ? 0 : query;
+  if (!job->dbias) return sa_at(&job->p->dbias, batch, head, query, 0);
+  return job->dbias + ((batch * shape[1] + head) * shape[2] + query) * shape[3];
+}
+
+// dBias += dS, in the order in which the item meets it.
+static void NAME(add_dbias)(const NAME(backward_job) * job, const NAME(block) * block, const sa_stretch *stretch,
+                            int64_t chunk, const REAL *dscores) {
+  for (int i = 0; i < block->count; i++) {
+    REAL *row = NAME(dbias_row)(job, block->batch, block->head, block->query + i);
+    if (job->p->bias_shape[3] == 1) {
+      REAL sum = 0;
+      for (int r = 0; r < stretch->count; r++) sum += dscores[r * QUERIES + i];
+      row[chunk * job->dbias_count] += sum;
+    } else {
+      for (int r = 0; r < stretch->count; r++) row[stretch->first + r] += dscores[r * QUERIES + i];
+    }
+  }
+}
+
+// What a step of ALiBi's slope does: the sum of -|j - i - d| dS.
+static double NAME(slope_gradient)(const NAME(block) * block, const sa_stretch *stretch, const REAL *dscores) {
+  double sum = 0;
+  for (int r = 0; r < stretch->count; r++) {
+    const int64_t origin = stretch->first + r - block->query - block->p->diagonal;
+    for (int i = 0; i < block->count; i++) {
+      const int64_t distance = origin > i ? origin - i : i - origin;
+      // A masked pair's dS is 0, and so is its share.
+      sum -= (double)distance * dscores[r * QUERIES + i];
+    }
+  }
+  return sum;
+}
+
+// One block of queries against one stretch of a chunk's keys.
+static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(block) * block, const sa_stretch *stretch,
+                                   int64_t chunk, bool wild_query, bool wild_dout, bool wild_key, bool first,
+                                   const NAME(backward_room) * room, double *dslope) {
+  const sa_problem *p = job->p;
+  const int width = (int)p->width, value_width = (int)p->value_width, keys = stretch->count;
+  const int64_t padded = NAME(padded)(width), value_padded = NAME(padded)(value_width);
+  const int columns = block->vectors * LANES;
+  int64_t key_stride, value_stride;
+  const REAL *key = NAME(rows_of)(&p->k, block, stretch->first, keys, width, true, room->key_rows, &key_stride);
+  const REAL *value =
+      NAME(rows_of)(&p->v, block, stretch->first, keys, value_width, false, room->value_rows, &value_stride);
+
+  const uint64_t *visible = NAME(score)(block, stretch, key, key_stride, room->packed_query, &room->stretch, NULL);
+  REAL *weights = room->stretch.scores, *dscores = room->dscores;
+  NAME(weigh)(block, keys, visible, room->lse, weights);
+  NAME(product)
+  (value, value_stride, 1, room->packed_dout, QUERIES, dscores, QUERIES, keys, columns, value_width, SA_FROM_ZERO,
+   NULL);
+  const uint64_t *kept = NULL;
+  if (p->dropout > 0) {
+    NAME(keep)(block, stretch, room->stretch.kept);
+    kept = room->stretch.kept;
+  }
+  NAME(differentiate)(block, keys, visible, kept, room->delta, weights, dscores);
+
+  const int64_t offset = stretch->first - chunk * job->chunk;
+  if (p->dv.data) {
+    REAL *to = room->dvalue + offset * value_padded;
+    NAME(product)
+    (weights, QUERIES, 1, room->dout, value_padded, to, value_padded, keys, (int)value_padded, block->count,
+     SA_FROM_SELF, NULL);
+    if (wild_dout) NAME(give_to_keys)(block, keys, visible, weights, room->wild_dout, value_padded, to);
+  }
+  if (p->dbias.data) NAME(add_dbias)(job, block, stretch, chunk, dscores);
+  if (job->dalibi) *dslope += NAME(slope_gradient)(block, stretch, dscores);
+  if (p->softcap > 0) {
+    // d/ds of cap tanh(s / cap) is 1 - tanh^2; a masked pair may hold NaN there.
+    for (int r = 0; r < keys; r++) {
+      for (int j = 0; j < block->vectors; j++) {
+        const NAME(vector) t = NAME(load)(room->stretch.capped + r * QUERIES + j * LANES);
+        REAL *ds = dscores + r * QUERIES + j * LANES;
+        const NAME(vector) inner = NAME(load)(ds) * (NAME(set)(1) - t * t);
+        NAME(store)(ds, visible ? NAME(select)(visible[r] >> (j * LANES), inner, NAME(set)(0)) : inner);
+      }
+    }
+  }
+  if (p->dk.data) {
+    REAL *to = room->dkey + offset * padded;
+    NAME(product)
+    (dscores, QUERIES, 1, room->query, padded, to, padded, keys, (int)padded, block->count, SA_FROM_SELF, NULL);
+    if (wild_query) NAME(give_to_keys)(block, keys, visible, dscores, room->wild_query, padded, to);
+  }
+  if (!p->dq.data) return;
+  const sa_product_start start = first ? SA_FROM_ZERO : SA_FROM_SELF;
+  if (wild_key && visible && NAME(has_nonfinite)(key, key_stride, keys, width)) {
+    NAME(finite_part)(key, key_stride, keys, width, room->finite_key);
+    NAME(product)
+    (dscores, 1, QUERIES, room->finite_key, padded, room->dquery, padded, block->count, (int)padded, keys, start, NULL);
+    NAME(add_nonfinite)(block, keys, visible, dscores, key, key_stride, width, (int)padded, room->dquery);
+  } else {
+    NAME(product)
+    (dscores, 1, QUERIES, key, key_stride, room->dquery, padded, block->count, (int)padded, keys, start, NULL);
+  }
+}
+
+static void NAME(write_dquery)(const NAME(block) * block, int i, const REAL *sum) {
+  const sa_problem *p = block->p;
+  REAL row[SA_FUSED_WIDTH];
+  for (int d = 0; d < p->width; d++) row[d] = sum[d] * (REAL)p->scale;
+  NAME(write_row)(sa_at(&p->dq, block->batch, block->head, block->query + i, 0), p->dq.dtype, (int)p->width, row);
+}
+
+// Adds a chunk's share of a block's dQ when its turn has come; the last one writes it out.
+static void NAME(add_dquery)(const NAME(backward_job) * job, const NAME(block) * block, int64_t chunk,
+                             const REAL *share) {
+  const sa_problem *p = job->p;
+  const int64_t head = block->batch * p->heads + block->head;
+  const int32_t *turn_of = NAME(turns_of)(job, block);
+  const int32_t mine = turn_of[chunk], all = turn_of[job->chunks];
+  atomic_int *turn = &job->turns[head * job->blocks + block->query / QUERIES];
+  // Chunks are handed out in rising order, so the one waited for is done or at work.
+  while (atomic_load_explicit(turn, memory_order_acquire) != mine) sched_yield();
+  for (int i = 0; i < block->count; i++, share += NAME(padded)(p->width)) {
+    const int64_t query = block->query + i;
+    REAL *sum =
+        job->dq ? job->dq + (head * p->queries + query) * p->width : sa_at(&p->dq, block->batch, block->head, query, 0);
+    for (int d = 0; d < p->width; d++) sum[d] = mine ? sum[d] + share[d] : share[d];
+    if (mine + 1 == all) NAME(write_dquery)(block, i, sum);
+  }
+  atomic_store_explicit(turn, mine + 1, memory_order_release);
+}
+
+// One block of queries of one head against a whole chunk.
+static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(block) * block, int64_t chunk,
+                                 bool wild_key, const NAME(backward_room) * room, double *dslope) {
+  const sa_problem *p = job->p;
+  const int64_t tiles = job->chunk / SA_TILE;
+  // Whether the row of tiles looks at this chunk is the plan's word, the same for both halves of a tile.
+  if (NAME(turns_of)(job, block)[chunk] == NAME(UNSEEN)) return;
+  uint64_t dead = 0;
+  for (int i = 0; i < QUERIES; i++) {
+    const bool absent = i >= block->count || NAME(row_dead)(block, i);
+    dead |= (uint64_t)absent << i;
+    const double lse = absent ? INFINITY : NAME(stored_lse)(block, i);
+    room->lse[i] = (REAL)(block->plain ? lse * 1.4426950408889634 : lse);
+    const int64_t row = (block->batch * p->heads + block->head) * p->queries + block->query + i;
+    room->delta[i] = absent ? 0 : job->delta[row];
+  }
+  const double scale = p->scale * (block->plain ? 1.4426950408889634 : 1);
+  NAME(pack)(&p->q, block, (int)p->width, (REAL)scale, dead, room->packed_query);
+  NAME(pack)(&p->dout, block, (int)p->value_width, 1, p->dout.data ? dead : ~UINT64_C(0), room->packed_dout);
+  const bool wild_query =
+      NAME(copy_rows)(&p->q, block, (int)p->width, (REAL)p->scale, dead, room->query, room->wild_query);
+  const bool wild_dout = NAME(copy_rows)(&p->dout, block, (int)p->value_width, 1, dead, room->dout, room->wild_dout);
+  bool first = true;
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, chunk * tiles, (chunk + 1) * tiles);
+  for (sa_stretch stretch; sa_walk_next(&walk, &stretch); first = false) {
+    NAME(backward_stretch)(job, block, &stretch, chunk, wild_query, wild_dout, wild_key, first, room, dslope);
+  }
+  if (!p->dq.data) return;
+  const int64_t padded = NAME(padded)(p->width);
+  if (first) memset(room->dquery, 0, sizeof(REAL) * block->count * padded);
+  if (job->chunks > 1) {
+    NAME(add_dquery)(job, block, chunk, room->dquery);
+  } else {
+    for (int i = 0; i < block->count; i++) NAME(write_dquery)(block, i, room->dquery + i * padded);
+  }
+}
+
+static void NAME(write_keys)(const sa_operand *to, const NAME(block) * block, int64_t first, int count, int width,
+                             const REAL *rows) {
+  for (int r = 0; r < count; r++) {
+    NAME(write_row)
+    (sa_at(to, block->batch, block->key_head, first + r, 0), to->dtype, width, rows + r * NAME(padded)(width));
+  }
+}
+
+// A chunk of one key head: all query heads that read it, all blocks of queries.
+static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, int64_t key_head, int64_t chunk,
+                                 const NAME(backward_room) * room) {
+  const sa_problem *p = job->p;
+  const int64_t group = p->heads / p->key_heads, first = chunk * job->chunk;
+  const int count = (int)(p->keys - first < job->chunk ? p->keys - first : job->chunk);
+  memset(room->dkey, 0, sizeof(REAL) * count * NAME(padded)(p->width));
+  memset(room->dvalue, 0, sizeof(REAL) * count * NAME(padded)(p->value_width));
+  NAME(block) block = NAME(block_at)(p, batch, key_head * group, 0);
+  bool wild_key = false;
+  for (int r = 0; r < count && !wild_key; r += KEYS) {
+    int64_t stride;
+    const int some = count - r < KEYS ? count - r : KEYS;
+    const REAL *key = NAME(rows_of)(&p->k, &block, first + r, some, (int)p->width, false, room->key_rows, &stride);
+    wild_key = NAME(has_nonfinite)(key, stride, some, (int)p->width);
+  }
+  for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
+    double dslope = 0;
+    for (int64_t index = 0; index < job->blocks; index++) {
+      block = NAME(block_at)(p, batch, head, index);
+      NAME(backward_block)(job, &block, chunk, wild_key, room, &dslope);
+    }
+    if (job->dalibi) job->dalibi[(head * p->batch + batch) * job->chunks + chunk] = dslope;
+  }
+  if (p->dk.data) NAME(write_keys)(&p->dk, &block, first, count, (int)p->width, room->dkey);
+  if (p->dv.data) NAME(write_keys)(&p->dv, &block, first, count, (int)p->value_width, room->dvalue);
+}
+
+static void NAME(backward_item)(void *argument, int64_t item, int worker) {
+  const NAME(backward_job) *job = argument;
+  const sa_problem *p = job->p;
+  const NAME(backward_room) room =
+      NAME(take_backward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job);
+  const int64_t chunk = item % job->chunks, group = item / job->chunks;
+  const int64_t batches = p->batch / job->batch_groups, heads = p->key_heads / job->head_groups;
+  const int64_t first_batch = group / job->head_groups * batches, first_head = group % job->head_groups * heads;
+  for (int64_t batch = first_batch; batch < first_batch + batches; batch++) {
+    for (int64_t head = first_head; head < first_head + heads; head++) {
+      NAME(backward_chunk)(job, batch, head, chunk, &room);
+    }
+  }
+}
+
+// Which chunks each row of tiles looks at, as turns: UNSEEN, or how many before it do; last, how many in all.
+static void NAME(count_turns)(const NAME(backward_job) * job) {
+  const sa_plan *plan = job->p->plan;
+  const int64_t tiles = job->chunk / SA_TILE, rows = plan->batch * plan->heads * plan->row_tiles;
+  for (int64_t row = 0; row < rows; row++) {
+    int32_t *turn_of = job->turn_of + row * (job->chunks + 1);
+    for (int64_t chunk = 0; chunk < job->chunks; chunk++) turn_of[chunk] = NAME(UNSEEN);
+    for (int64_t run = plan->row_start[row]; run < plan->row_start[row + 1]; run++) {
+      const int64_t last = plan->row_runs[run].first + plan->row_runs[run].count - 1;
+      for (int64_t chunk = plan->row_runs[run].first / tiles; chunk <= last / tiles; chunk++) turn_of[chunk] = 0;
+    }
+    int32_t turn = 0;
+    for (int64_t chunk = 0; chunk < job->chunks; chunk++) {
+      if (turn_of[chunk] != NAME(UNSEEN)) turn_of[chunk] = turn++;
+    }
+    turn_of[job->chunks] = turn;
+  }
+}
+
+// dQ of rows of tiles that no chunk writes: nothing is visible to them.
+static void NAME(clear_unseen)(const NAME(backward_job) * job) {
+  const sa_problem *p = job->p;
+  const REAL zeros[SA_FUSED_WIDTH] = {0};
+  for (int64_t head = 0; head < p->batch * p->heads; head++) {
+    const int64_t plane = sa_plan_plane(p->plan, head / p->heads, head % p->heads);
+    for (int64_t query = 0; query < p->queries; query++) {
+      const int64_t row = plane * p->plan->row_tiles + query / SA_TILE;
+      if (job->turn_of[row * (job->chunks + 1) + job->chunks]) continue;
+      NAME(write_row)(sa_at(&p->dq, head / p->heads, head % p->heads, query, 0), p->dq.dtype, (int)p->width, zeros);
+    }
+  }
+}
+
+// A copy in its final dtype, or, gathered in place, nothing to do; and before the work, zeros.
+static void NAME(write_dbias)(const NAME(backward_job) * job, bool before) {
+  const sa_problem *p = job->p;
+  const int64_t *shape = p->bias_shape;
+  const int64_t parts = shape[3] == 1 ? job->chunks : 1;
+  if (!before == !job->dbias) return;
+  for (int64_t row = 0; row < shape[0] * shape[1] * shape[2]; row++) {
+    const int64_t batch = row / (shape[1] * shape[2]), head = row / shape[2] % shape[1], query = row % shape[2];
+    REAL *sum = NAME(dbias_row)(job, batch, head, query);
+    if (before) {
+      memset(sum, 0, sizeof *sum * shape[3]);
+      continue;
+    }
+    for (int64_t part = 1; part < parts; part++) sum[0] += sum[part * job->dbias_count];
+    for (int64_t key = 0; key < shape[3]; key += KEYS) {
+      const int count = shape[3] - key < KEYS ? (int)(shape[3] - key) : KEYS;
+      NAME(write_row)(sa_at(&p->dbias, batch, head, query, key), p->dbias.dtype, count, sum + key);
+    }
+  }
+}
+
+// Sums `parts` shares per head, in order, into a gradient of shape [H].
+static void NAME(write_heads)(const sa_problem *p, const sa_operand *to, const double *shares, int64_t parts) {
+  for (int64_t head = 0; head < p->heads; head++) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; part++) sum += shares[head * parts + part];
+    const REAL rounded = (REAL)sum;
+    NAME(write_row)(sa_at(to, 0, head, 0, 0), to->dtype, 1, &rounded);
+  }
+}
+
+// Chunks are chosen by the shape alone. dK and dV of a chunk stay in the second cache (1 MiB of its usual 2), and there
+// are 16 items or more for the threads unless that takes chunks of under 256 keys, whose blocks would be packed too
+// often (a block's packing costs as much as 20 keys).
+static int64_t NAME(choose_chunk)(const sa_problem *p, int64_t items) {
+  const int64_t row = (NAME(padded)(p->width) + NAME(padded)(p->value_width)) * (int64_t)sizeof(REAL);
+  int64_t chunk = 8 * SA_TILE;
+  if (chunk > p->keys) chunk = (p->keys + SA_TILE - 1) / SA_TILE * SA_TILE;
+  if (chunk < SA_TILE) return SA_TILE;
+  while (chunk * row > 1 << 20 && chunk > 2 * SA_TILE) chunk = (chunk / SA_TILE + 1) / 2 * SA_TILE;
+  while (items * ((p->keys + chunk - 1) / chunk) < 16 && chunk > 2 * SA_TILE) {
+    chunk = (chunk / SA_TILE + 1) / 2 * SA_TILE;
+  }
+  return chunk;
+}
+
+static void NAME(free_backward)(NAME(backward_job) * job) {
+  sa_release(job->rooms);
+  sa_release(job->delta);
+  sa_release(job->turn_of);
+  sa_release(job->turns);
+  sa_release(job->dq);
+  sa_release(job->dbias);
+  sa_release(job->dsinks);
+  sa_release(job->dalibi);
+}
+
+static int NAME(backward)(const sa_problem *p) {
+  const int64_t planes = p->batch * p->heads;
+  const bool share_batches = p->dbias.data && p->bias_shape[0] == 1,
+             share_heads = p->dbias.data && p->bias_shape[1] == 1;
+  NAME(backward_job)
+  job = {
+      .p = p,
+      .blocks = (p->queries + QUERIES - 1) / QUERIES,
+      .batch_groups = share_batches && p->batch ? 1 : p->batch,
+      .head_groups = share_heads && p->key_heads ? 1 : p->key_heads,
+  };
+  const int64_t groups = job.batch_groups * job.head_groups;
+  job.chunk = NAME(choose_chunk)(p, groups);
+  job.chunks = (p->keys + job.chunk - 1) / job.chunk;
+  const double flops = 2 * sa_visible_pairs(p) * (3.0 * p->width + 2.0 * p->value_width);
+  const int workers = sa_workers(flops);
+  sa_room measure = {0};
+  NAME(take_backward)(&measure, &job);
+  job.room_bytes = measure.used;
+  const int64_t rows = p->plan->batch * p->plan->heads * p->plan->row_tiles;
+  const int64_t *shape = p->bias_shape;
+  job.dbias_count = shape[0] * shape[1] * shape[2] * shape[3];
+  const char *name = "sa_backward";
+  const int64_t real = sizeof(REAL);
+  bool complete = (job.rooms = sa_allocate(name, job.room_bytes * workers)) &&
+                  (job.delta = sa_allocate(name, planes * p->queries * real)) &&
+                  (job.turn_of = sa_allocate(name, rows * (job.chunks + 1) * (int64_t)sizeof *job.turn_of));
+  if (complete && p->dq.data && job.chunks > 1) {
+    complete = (job.turns = sa_allocate_zeroed(name, planes * job.blocks * (int64_t)sizeof *job.turns));
+    if (complete && p->dq.dtype != DTYPE) {
+      complete = (job.dq = sa_allocate(name, planes * p->queries * p->width * real));
+    }
+  }
+  if (complete && p->dbias.data && (shape[3] == 1 || p->dbias.dtype != DTYPE)) {
+    const int64_t parts = shape[3] == 1 && job.chunks > 1 ? job.chunks : 1;
+    complete = (job.dbias = sa_allocate_zeroed(name, job.dbias_count * parts * real));
+  }
+  if (complete && p->dsinks.data) {
+    complete = (job.dsinks = sa_allocate_zeroed(name, planes * job.blocks * (int64_t)sizeof(double)));
+  }
+  if (complete && p->dalibi.data) {
+    complete = (job.dalibi = sa_allocate_zeroed(name, planes * job.chunks * (int64_t)sizeof(double)));
+  }
+  if (complete) {
+    NAME(count_turns)(&job);
+    if (p->dbias.data) NAME(write_dbias)(&job, true);
+    sa_parallel(workers, planes * job.blocks, NAME(prepare), &job);
+    sa_parallel(workers, groups * job.chunks, NAME(backward_item), &job);
+    if (p->dq.data) NAME(clear_unseen)(&job);
+    if (p->dbias.data) NAME(write_dbias)(&job, false);
+    if (p->dsinks.data) NAME(write_heads)(p, &p->dsinks, job.dsinks, p->batch * job.blocks);
+    if (p->dalibi.data) NAME(write_heads)(p, &p->dalibi, job.dalibi, p->batch * job.chunks);
+  }
+  NAME(free_backward)(&job);
+  return complete ? SA_OK : SA_NO_MEMORY;
+}

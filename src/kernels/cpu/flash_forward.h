@@ -1,0 +1,359 @@
+// the forward pass, for one REAL; part of flash.h
+
+// What a block of queries has gathered: o unnormalised, relative to the running peak.
+typedef struct NAME(gathered) {
+  REAL *o;         // [QUERIES][value width, padded to vectors]
+  REAL *peak;      // [QUERIES], in the block's unit
+  REAL *sum;       // [QUERIES]
+  uint64_t alive;  // bits of the queries that saw a key
+} NAME(gathered);
+
+typedef struct NAME(forward_room) {
+  REAL *query;   // [width][QUERIES], packed
+  REAL *rows;    // [KEYS][the larger width, padded]: K or V, converted
+  REAL *finite;  // [KEYS][value width, padded]: V for the careful path
+  REAL *factor;  // [QUERIES]
+  NAME(gathered) own;
+  NAME(stretch_room) stretch;
+} NAME(forward_room);
+
+// P^T in place of S^T, with the running peak, sum and the factor that the old peak costs.
+static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, const NAME(vector) * peak,
+                         NAME(gathered) * gathered, REAL *factor) {
+  const NAME(vector) unit = NAME(set)(block->unit), lowest = NAME(set)(-(REAL)INFINITY);
+  for (int j = 0; j < block->vectors; j++) {
+    const NAME(vector) old = NAME(load)(gathered->peak + j * LANES);
+    // A row that has seen nothing yet, or nothing but -inf, must not compute -inf - -inf.
+    const NAME(vector) base = NAME(select)(NAME(below_or_equal)(peak[j], lowest), NAME(set)(0), peak[j]);
+    const NAME(vector) decay = NAME(exp2)((old - base) * unit);
+    NAME(vector) sum[4] = {NAME(set)(0), NAME(set)(0), NAME(set)(0), NAME(set)(0)};
+    REAL *column = scores + j * LANES;
+    int r = 0;
+    for (; r + 4 <= keys; r += 4) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        NAME(vector) x = NAME(load)(column + (r + k) * QUERIES) - base;
+        if (!block->plain) x = x * unit;
+        const NAME(vector) w = NAME(exp2)(x);
+        NAME(store)(column + (r + k) * QUERIES, w);
+        sum[k] = sum[k] + w;
+      }
+    }
+    for (; r < keys; r++) {
+      const NAME(vector) w = NAME(exp2)((NAME(load)(column + r * QUERIES) - base) * unit);
+      NAME(store)(column + r * QUERIES, w);
+      sum[0] = sum[0] + w;
+    }
+    const NAME(vector) total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    NAME(store)(gathered->sum + j * LANES, NAME(fma)(NAME(load)(gathered->sum + j * LANES), decay, total));
+    NAME(store)(gathered->peak + j * LANES, peak[j]);
+    NAME(store)(factor + j * LANES, decay);
+  }
+}
+
+static void NAME(drop)(const NAME(block) * block, int keys, const uint64_t *kept, REAL *weights) {
+  for (int r = 0; r < keys; r++) {
+    for (int j = 0; j < block->vectors; j++) {
+      REAL *w = weights + r * QUERIES + j * LANES;
+      NAME(store)(w, NAME(select)(kept[r] >> (j * LANES), NAME(load)(w), NAME(set)(0)));
+    }
+  }
+}
+
+// The contributions of non-finite values to the rows that see them: o += w v where v is NaN or Inf.
+static void NAME(add_nonfinite)(const NAME(block) * block, int keys, const uint64_t *visible, const REAL *weights,
+                                const REAL *value, int64_t value_stride, int width, int padded, REAL *o) {
+  for (int r = 0; r < keys; r++) {
+    for (int d = 0; d < width; d++) {
+      const REAL v = value[r * value_stride + d];
+      if (v * 0 == 0) continue;
+      for (int i = 0; i < block->count; i++) {
+        if (visible[r] >> i & 1) o[(int64_t)i * padded + d] += weights[r * QUERIES + i] * v;
+      }
+    }
+  }
+}
+
+// Attention of one block over the tiles [tile_first, tile_end). `careful` is the path for blocks that came out
+// non-finite: the same products in the same order, with V's non-finite elements 0, and then these given to the rows
+// that see them; so a row that sees none gets the very bits that any finite V would have given. Returns whether some
+// stretch had masked pairs, that is, whether a non-finite value can have leaked.
+static bool NAME(gather)(const NAME(block) * block, int64_t tile_first, int64_t tile_end, bool careful,
+                         const NAME(forward_room) * room, NAME(gathered) * gathered) {
+  const sa_problem *p = block->p;
+  const int width = (int)p->value_width, padded = (width + LANES - 1) / LANES * LANES;
+  bool started = false, masked = false;
+  gathered->alive = 0;
+  for (int i = 0; i < QUERIES; i++) {
+    gathered->peak[i] = -(REAL)INFINITY;
+    gathered->sum[i] = 0;
+  }
+  REAL *leaked = NULL;
+  if (careful) {
+    leaked = room->finite + (int64_t)KEYS * padded;
+    memset(leaked, 0, sizeof *leaked * QUERIES * padded);
+  }
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, tile_first, tile_end);
+  for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
+    int64_t stride;
+    const REAL *key =
+        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, false, room->rows, &stride);
+    NAME(vector) peak[QUERIES / LANES];
+    for (int j = 0; j < block->vectors; j++) peak[j] = NAME(load)(gathered->peak + j * LANES);
+    const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, peak);
+    if (visible) {
+      masked = true;
+      for (int r = 0; r < stretch.count; r++) gathered->alive |= visible[r];
+    } else {
+      gathered->alive = ~UINT64_C(0);
+    }
+    REAL *weights = room->stretch.scores;
+    NAME(soften)(block, stretch.count, weights, peak, gathered, room->factor);
+    if (p->dropout > 0) {
+      NAME(keep)(block, &stretch, room->stretch.kept);
+      NAME(drop)(block, stretch.count, room->stretch.kept, weights);
+    }
+    const REAL *value = NAME(rows_of)(&p->v, block, stretch.first, stretch.count, width, true, room->rows, &stride);
+    const sa_product_start start = started ? SA_FROM_SCALED : SA_FROM_ZERO;
+    if (careful && visible && NAME(has_nonfinite)(value, stride, stretch.count, width)) {
+      NAME(finite_part)(value, stride, stretch.count, width, room->finite);
+      NAME(product)
+      (weights, 1, QUERIES, room->finite, padded, gathered->o, padded, block->count, padded, stretch.count, start,
+       room->factor);
+      NAME(add_nonfinite)(block, stretch.count, visible, weights, value, stride, width, padded, leaked);
+    } else {
+      NAME(product)
+      (weights, 1, QUERIES, value, stride, gathered->o, padded, block->count, padded, stretch.count, start,
+       room->factor);
+    }
+    started = true;
+  }
+  if (!started) memset(gathered->o, 0, sizeof(REAL) * block->count * padded);
+  if (careful) {
+    for (int64_t d = 0; d < (int64_t)block->count * padded; d++) gathered->o[d] += leaked[d];
+  }
+  return masked;
+}
+
+static void NAME(gather_safely)(const NAME(block) * block, int64_t tile_first, int64_t tile_end,
+                                const NAME(forward_room) * room, NAME(gathered) * gathered) {
+  const int width = (int)block->p->value_width, padded = (width + LANES - 1) / LANES * LANES;
+  if (NAME(gather)(block, tile_first, tile_end, false, room, gathered) &&
+      NAME(has_nonfinite)(gathered->o, padded, block->count, width)) {
+    NAME(gather)(block, tile_first, tile_end, true, room, gathered);
+  }
+}
+
+// Joins what two parts of the keys gathered.
+static void NAME(join)(const NAME(block) * block, NAME(gathered) * into, const NAME(gathered) * from) {
+  const int padded = ((int)block->p->value_width + LANES - 1) / LANES * LANES;
+  for (int i = 0; i < block->count; i++) {
+    if (!(from->alive >> i & 1)) continue;
+    REAL *o = into->o + (int64_t)i * padded;
+    const REAL *other = from->o + (int64_t)i * padded;
+    if (!(into->alive >> i & 1)) {
+      memcpy(o, other, sizeof *o * padded);
+      into->peak[i] = from->peak[i];
+      into->sum[i] = from->sum[i];
+      continue;
+    }
+    const REAL top = from->peak[i] > into->peak[i] ? from->peak[i] : into->peak[i];
+    const REAL base = top == -(REAL)INFINITY ? 0 : top;
+    const double unit = block->plain ? 1 : 1.4426950408889634;
+    const REAL a = (REAL)exp2((double)(into->peak[i] - base) * unit);
+    const REAL b = (REAL)exp2((double)(from->peak[i] - base) * unit);
+    for (int d = 0; d < padded; d++) o[d] = o[d] * a + other[d] * b;
+    into->sum[i] = into->sum[i] * a + from->sum[i] * b;
+    into->peak[i] = top;
+  }
+  into->alive |= from->alive;
+}
+
+// Writes out, LSE and dead rows of a block; leaves each row's LSE, in the block's unit, in gathered->peak.
+static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered) {
+  const sa_problem *p = block->p;
+  const int width = (int)p->value_width, padded = (width + LANES - 1) / LANES * LANES;
+  REAL sink = -(REAL)INFINITY;
+  if (p->sinks.data) NAME(read_row)(sa_at(&p->sinks, 0, block->head, 0, 0), p->sinks.dtype, 1, &sink);
+  const double natural = block->plain ? 0.6931471805599453 : 1;
+  const REAL kept = (REAL)(1 / (1 - p->dropout));
+  for (int i = 0; i < block->count; i++) {
+    const int64_t query = block->query + i;
+    REAL *o = gathered->o + (int64_t)i * padded;
+    const bool dead = !(gathered->alive >> i & 1);
+    double lse = sink;
+    if (dead) {
+      memset(o, 0, sizeof *o * width);
+    } else {
+      double peak = gathered->peak[i] * natural, sum = gathered->sum[i], factor = 1;
+      if (p->sinks.data) {
+        const double top = sink > peak || sink != sink ? sink : peak;
+        factor = exp(peak - top);
+        sum = sum * factor + exp(sink - top);
+        peak = top;
+      }
+      // Visible scores that are all -inf leave a sum of 0: 0/0 is the NaN that the definition gives.
+      lse = sum > 0 ? peak + log(sum) : NAN;
+      const REAL scale = (REAL)(sum > 0 ? factor / sum : NAN) * kept;
+      for (int d = 0; d < width; d++) o[d] *= scale;
+    }
+    NAME(write_row)(sa_at(&p->out, block->batch, block->head, query, 0), p->out.dtype, width, o);
+    const REAL stored = (REAL)lse;
+    if (p->lse.data) *(REAL *)sa_at(&p->lse, block->batch, block->head, query, 0) = stored;
+    if (p->dead.data) *(bool *)sa_at(&p->dead, block->batch, block->head, query, 0) = dead;
+    gathered->peak[i] = dead ? (REAL)INFINITY : block->plain ? (REAL)(lse * 1.4426950408889634) : stored;
+  }
+}
+
+// The weights p_ij of a finished block: scores again, this time against the LSE.
+static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_room) * room, const REAL *lse) {
+  const sa_problem *p = block->p;
+  REAL row[KEYS] = {0};
+  for (int i = 0; i < block->count; i++) {
+    for (int64_t key = 0; key < p->keys; key += KEYS) {
+      const int count = p->keys - key < KEYS ? (int)(p->keys - key) : KEYS;
+      NAME(write_row)
+      (sa_at(&p->weights, block->batch, block->head, block->query + i, key), p->weights.dtype, count, row);
+    }
+  }
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles);
+  for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
+    int64_t stride;
+    const REAL *key =
+        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, false, room->rows, &stride);
+    const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, NULL);
+    NAME(weigh)(block, stretch.count, visible, lse, room->stretch.scores);
+    for (int i = 0; i < block->count; i++) {
+      for (int r = 0; r < stretch.count; r++) row[r] = room->stretch.scores[r * QUERIES + i];
+      NAME(write_row)
+      (sa_at(&p->weights, block->batch, block->head, block->query + i, stretch.first), p->weights.dtype, stretch.count,
+       row);
+    }
+  }
+}
+
+typedef struct NAME(forward_job) {
+  const sa_problem *p;
+  int64_t blocks, parts, tiles_per_part;
+  char *rooms;  // one per worker
+  int64_t room_bytes;
+  char *gathered;  // one per block and part, when the keys are split
+  int64_t gathered_bytes;
+} NAME(forward_job);
+
+static NAME(gathered) NAME(take_gathered)(sa_room *room, const sa_problem *p) {
+  const int64_t padded = (p->value_width + LANES - 1) / LANES * LANES;
+  return (NAME(gathered)){
+      .o = NAME(take)(room, QUERIES * padded), .peak = NAME(take)(room, QUERIES), .sum = NAME(take)(room, QUERIES)};
+}
+
+static NAME(forward_room) NAME(take_forward)(sa_room *room, const sa_problem *p) {
+  const int64_t width = (p->width + LANES - 1) / LANES * LANES;
+  const int64_t value_width = (p->value_width + LANES - 1) / LANES * LANES;
+  return (NAME(forward_room)){
+      .query = NAME(take)(room, p->width * QUERIES),
+      .rows = NAME(take)(room, KEYS * (width > value_width ? width : value_width)),
+      .finite = NAME(take)(room, (KEYS + QUERIES) * value_width),
+      .factor = NAME(take)(room, QUERIES),
+      .own = NAME(take_gathered)(room, p),
+      .stretch = NAME(take_stretch)(room, p, false),
+  };
+}
+
+static NAME(forward_room) NAME(worker_room)(const NAME(forward_job) * job, int worker) {
+  return NAME(take_forward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job->p);
+}
+
+// What a block's part of the keys gathered, kept between the two passes: the words of `alive`, then the rest.
+static NAME(gathered) NAME(part_gathered)(const NAME(forward_job) * job, int64_t item, uint64_t **alive) {
+  sa_room room = {.memory = job->gathered ? job->gathered + item * job->gathered_bytes : NULL};
+  *alive = sa_room_take(&room, sizeof **alive);
+  return NAME(take_gathered)(&room, job->p);
+}
+
+// Item -> block of queries; the last blocks first, since under a causal mask they have the most to do.
+static NAME(block) NAME(item_block)(const NAME(forward_job) * job, int64_t item) {
+  const int64_t index = job->blocks - 1 - item % job->blocks, head = item / job->blocks;
+  return NAME(block_at)(job->p, head / job->p->heads, head % job->p->heads, index);
+}
+
+static void NAME(pack_query)(const NAME(block) * block, REAL *to) {
+  const double scale = block->p->scale * (block->plain ? 1.4426950408889634 : 1);
+  NAME(pack)(&block->p->q, block, (int)block->p->width, (REAL)scale, 0, to);
+}
+
+static void NAME(forward_whole)(void *argument, int64_t item, int worker) {
+  const NAME(forward_job) *job = argument;
+  NAME(forward_room) room = NAME(worker_room)(job, worker);
+  const NAME(block) block = NAME(item_block)(job, item);
+  NAME(pack_query)(&block, room.query);
+  NAME(gather_safely)(&block, 0, job->p->plan->col_tiles, &room, &room.own);
+  NAME(finish)(&block, &room.own);
+  if (job->p->weights.data) NAME(write_weights)(&block, &room, room.own.peak);
+}
+
+static void NAME(forward_part)(void *argument, int64_t item, int worker) {
+  const NAME(forward_job) *job = argument;
+  const NAME(forward_room) room = NAME(worker_room)(job, worker);
+  const NAME(block) block = NAME(item_block)(job, item / job->parts);
+  const int64_t tile = item % job->parts * job->tiles_per_part;
+  uint64_t *alive;
+  NAME(gathered) gathered = NAME(part_gathered)(job, item, &alive);
+  NAME(pack_query)(&block, room.query);
+  NAME(gather_safely)(&block, tile, tile + job->tiles_per_part, &room, &gathered);
+  *alive = gathered.alive;
+}
+
+static void NAME(forward_join)(void *argument, int64_t item, int worker) {
+  const NAME(forward_job) *job = argument;
+  const NAME(block) block = NAME(item_block)(job, item);
+  uint64_t *alive;
+  NAME(gathered) whole = NAME(part_gathered)(job, item * job->parts, &alive);
+  whole.alive = *alive;
+  for (int64_t part = 1; part < job->parts; part++) {
+    NAME(gathered) gathered = NAME(part_gathered)(job, item * job->parts + part, &alive);
+    gathered.alive = *alive;
+    NAME(join)(&block, &whole, &gathered);
+  }
+  NAME(finish)(&block, &whole);
+  if (!job->p->weights.data) return;
+  const NAME(forward_room) room = NAME(worker_room)(job, worker);
+  NAME(pack_query)(&block, room.query);
+  NAME(write_weights)(&block, &room, whole.peak);
+}
+
+static int NAME(forward)(const sa_problem *p) {
+  NAME(forward_job) job = {.p = p, .blocks = (p->queries + QUERIES - 1) / QUERIES, .parts = 1};
+  const int64_t items = p->batch * p->heads * job.blocks, tiles = p->plan->col_tiles;
+  if (!items) return SA_OK;
+  // Few queries against many keys (decoding): the keys are split, by the shape alone, so that the bits do not depend on
+  // how many threads there are.
+  if (items < 16 && tiles >= 16) {
+    job.parts = (16 + items - 1) / items;
+    if (job.parts > tiles / 8) job.parts = tiles / 8;
+  }
+  job.tiles_per_part = (tiles + job.parts - 1) / job.parts;
+  const int workers = sa_workers(2 * sa_visible_pairs(p) * (p->width + p->value_width));
+  sa_room measure = {0};
+  NAME(take_forward)(&measure, p);
+  job.room_bytes = measure.used;
+  job.rooms = sa_allocate("sa_forward", job.room_bytes * workers);
+  if (!job.rooms) return SA_NO_MEMORY;
+  if (job.parts == 1) {
+    sa_parallel(workers, items, NAME(forward_whole), &job);
+  } else {
+    measure = (sa_room){.used = 64};
+    NAME(take_gathered)(&measure, p);
+    job.gathered_bytes = measure.used;
+    job.gathered = sa_allocate("sa_forward", job.gathered_bytes * items * job.parts);
+    if (!job.gathered) {
+      sa_release(job.rooms);
+      return SA_NO_MEMORY;
+    }
+    sa_parallel(workers, items * job.parts, NAME(forward_part), &job);
+    sa_parallel(workers, items, NAME(forward_join), &job);
+    sa_release(job.gathered);
+  }
+  sa_release(job.rooms);
+  return SA_OK;
+}

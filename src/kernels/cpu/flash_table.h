@@ -1,0 +1,17 @@
+// an ISA's entry in the CPU's table, after both reals; TIER is its name
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+#define PASTE_OF(a, b) a##b
+#define PASTE(a, b) PASTE_OF(a, b)
+
+static double measure_peak(int dtype) {
+  return dtype == SA_F64 ? measure_peak_f64() : measure_peak_f32();
+}
+
+const sa_cpu_kernels PASTE(sa_cpu_, TIER) = {
+    .fused = {[SA_F32] = {"fused-f32-" TEXT(TIER), forward_f32, backward_f32},
+              [SA_F64] = {"fused-f64-" TEXT(TIER), forward_f64, backward_f64},
+              [SA_F16] = {"fused-f16-" TEXT(TIER), forward_f32, backward_f32},
+              [SA_BF16] = {"fused-bf16-" TEXT(TIER), forward_f32, backward_f32}},
+    .measure_peak = measure_peak,
+};

@@ -1,0 +1,12 @@
+// makes room for the next real_*.h
+#undef REAL
+#undef BITS
+#undef NAME
+#undef DTYPE
+#undef MANTISSA_BITS
+#undef EXPONENT_BIAS
+#undef LOWEST_EXPONENT
+#undef LANES
+#undef TILE_VECTORS
+#undef OWN_FMA
+#undef OWN_BITS_OF
