@@ -5,12 +5,9 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "cast.h"
 #include "memory.h"
 #include "status.h"
-
-static int64_t tiles_of(int64_t positions) {
-  return positions / SA_TILE + (positions % SA_TILE != 0);
-}
 
 /*  Nodes  */
 
@@ -50,10 +47,6 @@ static void release_parts(sa_mask *mask) {
   }
 }
 
-static bool has_operands(const sa_mask *mask) {
-  return mask->kind == SA_MASK_AND || mask->kind == SA_MASK_OR || mask->kind == SA_MASK_NOT;
-}
-
 void sa_mask_retain(const sa_mask *mask) {
   if (mask) atomic_fetch_add_explicit(&((sa_mask *)mask)->holders, 1, memory_order_relaxed);
 }
@@ -68,7 +61,7 @@ void sa_mask_release(sa_mask *mask) {
   sa_mask *dying = let_go(mask) ? mask : NULL;
   while (dying) {
     sa_mask *rest = dying->next;
-    for (int k = 0; has_operands(dying) && k < 2; k++) {
+    for (int k = 0; k < sa_operands(dying->kind); k++) {
       sa_mask *operand = (sa_mask *)dying->operands[k];
       if (!let_go(operand)) continue;
       operand->next = rest;
@@ -116,13 +109,9 @@ int sa_mask_none(sa_mask **out) {
   return new_corner(out, __func__, "none", (sa_corner){0, 0, 0});
 }
 
-static int64_t bounded(int64_t distance) {
-  return distance < 0 || distance > SA_UNBOUNDED ? SA_UNBOUNDED : distance;
-}
-
 int sa_mask_global(sa_mask **out, int64_t count) {
   if (count < 0) return sa_fail(SA_INVALID, __func__, "count: is %lld, wanted at least 0", (long long)count);
-  return new_corner(out, __func__, "global", (sa_corner){bounded(count), SA_UNBOUNDED, bounded(count)});
+  return new_corner(out, __func__, "global", (sa_corner){sa_bounded(count), SA_UNBOUNDED, sa_bounded(count)});
 }
 
 static int check_counts(const char *function, const char *argument, const int64_t *counts, int64_t count) {
@@ -161,7 +150,7 @@ int sa_mask_prefix(sa_mask **out, const int64_t *counts, int64_t count) {
 static int new_band(sa_mask **out, const char *function, const char *name, int64_t left, int64_t right, int align) {
   sa_mask *mask = new_mask(function, name, SA_MASK_BAND);
   if (!mask) return SA_NO_MEMORY;
-  mask->band = (sa_band){bounded(left), bounded(right), align == SA_BOTTOM_RIGHT};
+  mask->band = (sa_band){sa_bounded(left), sa_bounded(right), align == SA_BOTTOM_RIGHT};
   *out = mask;
   return SA_OK;
 }
@@ -225,28 +214,10 @@ static void read_bool(const void *from, int64_t stride, int64_t count, double at
       for (int64_t k = 0; k < count; k++) flags[k] = !(TO_FLOAT(value[k * stride]) <= at_most);       \
   }
 
-static float float_of_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-static float float_of_bf16(uint16_t bits) {
-  return float_of_bits((uint32_t)bits << 16);
-}
-
-// Exponents move up by 127 - 15 = 112 through a product, which normalises denormals too; infinities and NaN stay above.
-static float float_of_f16(uint16_t bits) {
-  const uint32_t magnitude = (uint32_t)(bits & 0x7fff) << 13, sign = (uint32_t)(bits & 0x8000) << 16;
-  const float value =
-      (bits & 0x7c00) == 0x7c00 ? float_of_bits(magnitude | 0x7f800000) : float_of_bits(magnitude) * 0x1p112f;
-  return sign ? -value : value;
-}
-
 DEFINE_FLOAT_READER(read_f32, float, )
 DEFINE_FLOAT_READER(read_f64, double, )
-DEFINE_FLOAT_READER(read_f16, uint16_t, float_of_f16)
-DEFINE_FLOAT_READER(read_bf16, uint16_t, float_of_bf16)
+DEFINE_FLOAT_READER(read_f16, uint16_t, sa_f16_to_f32)
+DEFINE_FLOAT_READER(read_bf16, uint16_t, sa_bf16_to_f32)
 
 static flag_reader float_reader(int dtype) {
   switch (dtype) {
@@ -263,23 +234,9 @@ static flag_reader float_reader(int dtype) {
   }
 }
 
-// 64 flags, 0 or 1 each, to bits. A product moves the flags of eight bytes into its top byte.
-static uint64_t pack(const uint8_t *flags) {
-  uint64_t bits = 0;
-  for (int byte = 0; byte < 8; byte++) {
-    uint64_t eight;
-    memcpy(&eight, flags + 8 * byte, 8);
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    eight = __builtin_bswap64(eight);
-#endif
-    bits |= (eight * 0x0102040810204080u >> 56) << (8 * byte);
-  }
-  return bits;
-}
-
 // Zeroed bits; `shape` and `kept` are set.
 static int allocate_bits(sa_grid *grid, const char *function) {
-  grid->words = tiles_of(grid->kept[3]) * (SA_TILE / 64);
+  grid->words = sa_tiles(grid->kept[3]) * (SA_TILE / 64);
   int64_t bytes = grid->words;
   for (int k = 0; k < 3; k++)
     if (__builtin_mul_overflow(bytes, grid->kept[k], &bytes)) bytes = INT64_MAX / 64;
@@ -306,7 +263,7 @@ static void pack_rows(const sa_grid *grid, const sa_tensor *t, const int64_t *st
       if (count < 64) memset(flags, 0, sizeof flags);
       for (int64_t row = first; row < rows && row < first + rows_at_once; row++) {
         read(plane + (row * stride[2] + column * stride[3]) * element, stride[3], count, at_most, flags);
-        grid_row(grid, batch, head, row)[column / 64] = pack(flags);
+        grid_row(grid, batch, head, row)[column / 64] = sa_pack_flags(flags);
       }
     }
 }
@@ -411,7 +368,7 @@ int sa_mask_bits_row(sa_mask *mask, int64_t batch, int64_t head, int64_t query, 
   for (int64_t key = 0; key < keys; key += 64) {
     if (keys - key < 64) memset(flags, 0, sizeof flags);
     read_bool(visible + key, 1, keys - key < 64 ? keys - key : 64, 0, flags);
-    row[key / 64] = pack(flags);
+    row[key / 64] = sa_pack_flags(flags);
   }
   return SA_OK;
 }
@@ -497,7 +454,7 @@ static void find_ranges(sa_ids *ids) {
 static int read_ids(sa_ids *ids, const sa_tensor *t, numbering *known, bool add, const char *function) {
   ids->batch = t->ndim == 2 ? t->shape[0] : 1;
   ids->count = t->shape[t->ndim - 1];
-  ids->leaves = (int64_t)1 << sa_levels(tiles_of(ids->count));
+  ids->leaves = (int64_t)1 << sa_levels(sa_tiles(ids->count));
   ids->number = sa_allocate(function, ids->batch * ids->count * (int64_t)sizeof *ids->number);
   ids->ranges = sa_allocate(function, ids->batch * 2 * ids->leaves * (int64_t)sizeof *ids->ranges);
   if (!ids->number || !ids->ranges || number_ids(ids, t, known, add, function)) return SA_NO_MEMORY;

@@ -1,11 +1,18 @@
 // mask expressions as the compiler of plans reads them
 #ifndef SAFEATTN_MASK_H
 #define SAFEATTN_MASK_H
+#include <string.h>
+
 #include "plan.h"
 
 // Beyond every position: tiles are counted in int32_t, so positions are below 2^38, and sums of two are far from
 // overflow.
 #define SA_UNBOUNDED ((int64_t)1 << 40)
+
+// A distance that masks know; a negative one means unbounded.
+static inline int64_t sa_bounded(int64_t distance) {
+  return distance < 0 || distance > SA_UNBOUNDED ? SA_UNBOUNDED : distance;
+}
 
 typedef enum sa_mask_kind {
   SA_MASK_BAND,
@@ -17,6 +24,10 @@ typedef enum sa_mask_kind {
   SA_MASK_OR,
   SA_MASK_NOT
 } sa_mask_kind;
+
+static inline int sa_operands(sa_mask_kind kind) {
+  return kind == SA_MASK_NOT ? 1 : kind == SA_MASK_AND || kind == SA_MASK_OR ? 2 : 0;
+}
 
 // -left <= j - i - d <= right, d = S - L when bottom_right, else 0. Causality and windows.
 typedef struct sa_band {
@@ -44,6 +55,10 @@ typedef struct sa_ids {
   int32_t *number;      // [batch, count]
   sa_id_range *ranges;  // [batch, 2 * leaves]: that of tiles [index << level, ..) is number (leaves >> level) + index
 } sa_ids;
+
+static inline int64_t sa_tiles(int64_t positions) {
+  return positions / SA_TILE + (positions % SA_TILE != 0);
+}
 
 // How often `tiles` is halved, rounding up, before one is left.
 static inline int sa_levels(int64_t tiles) {
@@ -109,6 +124,20 @@ struct sa_mask {
 // mask's. Errors are those of sa_mask_plan.
 int sa_compile(sa_plan **out, const sa_mask *mask, int causal, int64_t window_left, int64_t window_right, int64_t batch,
                int64_t heads, int64_t queries, int64_t keys);
+
+// 64 flags, 0 or 1 each, to bits. A product moves the flags of eight bytes into its top byte.
+static inline uint64_t sa_pack_flags(const uint8_t *flags) {
+  uint64_t bits = 0;
+  for (int byte = 0; byte < 8; byte++) {
+    uint64_t eight;
+    memcpy(&eight, flags + 8 * byte, 8);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    eight = __builtin_bswap64(eight);
+#endif
+    bits |= (eight * 0x0102040810204080u >> 56) << (8 * byte);
+  }
+  return bits;
+}
 
 // Lets go of plans a mask keeps.
 void sa_plans_drop(sa_kept_plan *plans, int count);
