@@ -215,6 +215,7 @@ function M.additive(bias, options)
   local at_most = core.options(fname, options, additive_options).at_most
   if at_most == nil then at_most = -math.huge end
   core.number(fname, "at_most", at_most)
+  if at_most ~= at_most then fail(fname, nil, "at_most: got nan, wanted a number") end
   return atom("additive", broadcast_sizes(bias), construct(fname, lib.sa_mask_additive, pointer, at_most))
 end
 
@@ -222,7 +223,9 @@ end
 -- @param seed a count; the same seed gives the same pairs on every machine. Default: from sa.seed's generator
 function M.random(p, seed)
   local fname = "mask.random"
-  core.number(fname, "p", p)
+  if not (core.number(fname, "p", p) >= 0 and p <= 1) then
+    fail(fname, nil, "p: got %s, wanted a probability: 0 to 1", describe(p))
+  end
   seed = random.draw(fname, "seed", seed)
   local text = string.format("random(%s, %s)", describe(p), tostring(seed):match("%d+"))
   return atom(text, {}, construct(fname, lib.sa_mask_random, p, seed))
