@@ -4,8 +4,8 @@
 --
 -- Sections: shapes masks extras dtypes tiers calls plans; all of them unless some are named. `quick` takes short
 -- sequences and few repetitions: a glance, not a measurement. Data are random, every case is warmed up, times are
--- medians of wall time. Flops are those of the dense product, 4 B H L S D forward and 10 B H L S D backward, whatever a mask
--- leaves out.
+-- medians of wall time. Flops are those of the dense product, 4 B H L S D forward and 10 B H L S D backward, whatever
+-- a mask leaves out.
 local sa = require "safeattn"
 local core = require "safeattn.core"
 local ffi, lib = core.ffi, core.lib
@@ -211,11 +211,11 @@ end
 
 function sections.tiers()
   title(("instruction sets, f32 D64, 1 thread, L=S=%d; peak is that of the set"):format(length), columns)
-  for isa in tostring(sa.info().isas):gmatch("%w+") do
-    core.check(lib.sa_set_isa(isa), "bench")
+  for _, isa in ipairs(sa.info().isas) do
+    assert(sa.isa(isa))
     attention("tiers", isa, {}, {})
   end
-  core.check(lib.sa_set_isa("auto"), "bench")
+  sa.isa "auto"
 end
 
 -- Small things --------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ end
 
 local info = sa.info()
 local f32, f64 = peak "f32", peak "f64"
-print(("safeattn %s, %s, %d cores; fused multiply-add peak of one core: f32 %.0f GFLOP/s, f64 %.0f GFLOP/s"):format(
+print(("%s, %s, %d cores; fused multiply-add peak of one core: f32 %.0f GFLOP/s, f64 %.0f GFLOP/s"):format(
   sa._VERSION, info.isa, info.cores, f32, f64))
 for _, name in ipairs(known_sections) do
   if not chosen[1] or chosen[name] then sections[name]() end

@@ -240,7 +240,7 @@ end
 -- Training and writing ------------------------------------------------------------------------------------------------
 
 local function train()
-  local optimizer = sa.adamw(parameters, {rate = rate, weight_decay = 0.01})
+  local optimizer = sa.adamw(parameters, {lr = rate, weight_decay = 0.01})
   print(("\ntraining %d steps with sa.sdpa; a model that knows nothing has a loss of ln %d = %.3f"):format(steps,
     vocabulary, math.log(vocabulary)))
   local start, sum, count = os.time(), 0, 0

@@ -40,7 +40,7 @@ local q = sa.randn({1, 1, 4, 8}, {seed = 1, requires_grad = true})
 local out = sa.sdpa(q, q, q, {mask = sa.mask.documents {1, 1, -1, 2} * sa.mask.causal()})
 out:sum():backward()
 assert(out:get(1, 1, 3, 5) == 0 and q.grad:get(1, 1, 3, 5) == 0 and out:get(1, 1, 2, 5) ~= 0)
-print(sa._VERSION)
+print(sa.info().version)
 print(debug.getinfo(sa.sdpa, "S").source)
 for line in io.lines "/proc/self/maps" do
   if line:find "core%.so" or line:find "libsafeattn" then print(line:match "(/.*)") break end
@@ -54,7 +54,7 @@ local function run_installed(tree)
     .. "LUA_CPATH=\"$T/lib/lua/5.1/?.so\" luajit %s/script.lua"):format(tree, folder))
 end
 
-local function version() return require("safeattn")._VERSION end
+local function version() return require("safeattn").info().version end
 
 describe("LuaRocks, without a network,", function()
   local tree, source, luarocks
