@@ -36,6 +36,42 @@ typedef struct sa_attention_kernels {
   int (*backward)(const sa_problem *p);
 } sa_attention_kernels;
 
+// The operations of the tape. The tensors of a call have one shape (broadcast dims have stride 0) unless it says more.
+// An output lies apart from the inputs, or has the very elements of one in the pointwise operations. Each gives a
+// status: SA_OK or SA_NO_MEMORY.
+typedef struct sa_operations {
+  int (*unary)(int op, const sa_tensor *x, const sa_tensor *y);
+  int (*unary_backward)(int op, const sa_tensor *x, const sa_tensor *y, const sa_tensor *dy,
+                        const sa_tensor *dx);  // x or y is NULL when the op does not read it
+  int (*binary)(int op, const sa_tensor *a, const sa_tensor *b,
+                const sa_tensor *y);  // equal dtypes, or a half type with a scalar in f32
+  int (*where)(const sa_tensor *condition, const sa_tensor *a, const sa_tensor *b, const sa_tensor *y);
+  int (*reduce)(int op, const sa_tensor *x, uint32_t dims, const sa_tensor *y);  // y keeps the dims as 1
+  int (*softmax)(const sa_tensor *x, int dim, int dead_rows, const sa_tensor *y);
+  int (*softmax_backward)(const sa_tensor *x, const sa_tensor *y, const sa_tensor *dy, int dim, int dead_rows,
+                          const sa_tensor *dx);
+  int (*matmul)(const sa_tensor *a, const sa_tensor *b, const sa_tensor *y);  // of one rank and one batch
+  int (*merge)(const sa_tensor *const *outs, const sa_tensor *const *lses, int64_t parts, const sa_tensor *out,
+               const sa_tensor *lse);
+  int (*merge_backward)(const sa_tensor *const *outs, const sa_tensor *const *lses, int64_t parts, const sa_tensor *out,
+                        const sa_tensor *lse, const sa_tensor *dout, const sa_tensor *dlse,
+                        const sa_tensor *const *douts, const sa_tensor *const *dlses);
+  int (*layernorm)(const sa_tensor *x, const sa_tensor *weight, const sa_tensor *bias, double epsilon,
+                   const sa_tensor *y);
+  int (*layernorm_backward)(const sa_tensor *x, const sa_tensor *weight, double epsilon, const sa_tensor *dy,
+                            const sa_tensor *dx, const sa_tensor *dweight, const sa_tensor *dbias);
+  // The row-major position of the first id that is neither in base .. base + count - 1 nor *ignore (NULL: none is
+  // ignored), and its value; -1 when there is no such id.
+  int64_t (*stray_id)(const sa_tensor *ids, int64_t base, int64_t count, const int64_t *ignore, int64_t *value);
+  int (*embedding)(const sa_tensor *table, const sa_tensor *ids, int64_t base, const sa_tensor *y);
+  int (*embedding_backward)(const sa_tensor *ids, int64_t base, const sa_tensor *dy, const sa_tensor *dtable);
+  int (*cross_entropy)(const sa_tensor *x, const sa_tensor *ids, int64_t base, int64_t ignore, const sa_tensor *loss);
+  int (*cross_entropy_backward)(const sa_tensor *x, const sa_tensor *ids, int64_t base, int64_t ignore,
+                                const sa_tensor *dloss, const sa_tensor *dx);
+  int (*adamw)(const sa_tensor *parameter, const sa_tensor *gradient, const sa_tensor *moment1,
+               const sa_tensor *moment2, const sa_adamw_options *options);
+} sa_operations;
+
 typedef struct sa_backend {
   const char *name;
   void *(*allocate)(const char *function, int64_t bytes);
@@ -46,6 +82,7 @@ typedef struct sa_backend {
   // The attention kernels for a problem: plain f64 loops, and the fast ones (NULL when they do not cover it).
   const sa_attention_kernels *(*reference)(const sa_problem *p);
   const sa_attention_kernels *(*fused)(const sa_problem *p);
+  const sa_operations *operations;
 } sa_backend;
 
 // NULL, and an error that names `function` and says what is missing, when the device is not there.

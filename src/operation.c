@@ -1,0 +1,185 @@
+// what every operation of the tape does before and after its loops: checks, broadcasting, outputs
+#include "operation.h"
+
+#include <string.h>
+
+#include "status.h"
+
+// Also keeps the product of the sizes within 64 bits, so that nothing later has to ask.
+int sa_check_tensor(const char *function, const char *name, const sa_tensor *t) {
+  if (!t) return sa_fail(SA_INVALID, function, "%s: is NULL, wanted a tensor", name);
+  if (!t->data) return sa_fail(SA_INVALID, function, "%s: holds nothing, wanted a tensor with data", name);
+  if (t->dtype < SA_F32 || t->dtype > SA_I64)
+    return sa_fail(SA_INVALID, function, "%s: has dtype %d, wanted one of sa_dtype", name, t->dtype);
+  if (t->ndim < 0 || t->ndim > SA_MAX_DIMS)
+    return sa_fail(SA_INVALID, function, "%s: has %d dims, wanted at most %d", name, t->ndim, SA_MAX_DIMS);
+  int64_t numel = 1;
+  for (int dim = 0; dim < t->ndim; dim++) {
+    if (t->shape[dim] < 0 || t->stride[dim] < 0) {
+      return sa_fail(SA_INVALID, function, "%s: has size %lld and stride %lld in dim %d, wanted no negative ones", name,
+                     (long long)t->shape[dim], (long long)t->stride[dim], dim);
+    }
+    if (t->shape[dim] && __builtin_mul_overflow(numel, t->shape[dim], &numel))
+      return sa_fail(SA_INVALID, function, "%s: has more elements than 64 bits count: %s", name, sa_describe(t));
+  }
+  return SA_OK;
+}
+
+int sa_check_float(const char *function, const char *name, const sa_tensor *t) {
+  const int status = sa_check_tensor(function, name, t);
+  if (status) return status;
+  if (sa_is_float(t->dtype)) return SA_OK;
+  return sa_fail(SA_INVALID, function, "%s: has dtype %s, wanted f32, f64, f16 or bf16", name, sa_dtype_name(t->dtype));
+}
+
+int sa_check_ids(const char *function, const char *name, const sa_tensor *t) {
+  const int status = sa_check_tensor(function, name, t);
+  if (status) return status;
+  if (t->dtype == SA_I32 || t->dtype == SA_I64) return SA_OK;
+  return sa_fail(SA_INVALID, function, "%s: has dtype %s, wanted i32 or i64", name, sa_dtype_name(t->dtype));
+}
+
+int sa_check_dtype(const char *function, const char *name, const sa_tensor *t, int dtype) {
+  if (t->dtype == dtype) return SA_OK;
+  return sa_fail(SA_INVALID, function, "%s: has dtype %s, wanted %s", name, sa_dtype_name(t->dtype),
+                 sa_dtype_name(dtype));
+}
+
+static bool same_shape(const sa_tensor *t, int ndim, const int64_t *shape) {
+  return t->ndim == ndim && !memcmp(t->shape, shape, (size_t)ndim * sizeof *shape);
+}
+
+int sa_check_shape(const char *function, const char *name, const sa_tensor *t, int ndim, const int64_t *shape) {
+  if (same_shape(t, ndim, shape)) return SA_OK;
+  return sa_fail(SA_INVALID, function, "%s: has shape %s, wanted %s", name, sa_describe_shape(t->ndim, t->shape),
+                 sa_describe_shape(ndim, shape));
+}
+
+int sa_check_device(const char *function, const char *name, const sa_tensor *t, const char *other_name,
+                    const sa_tensor *other) {
+  if (t->device == other->device) return SA_OK;
+  return sa_fail(SA_INVALID, function, "%s: is on %s, wanted %s like %s", name, sa_device_name(t->device),
+                 sa_device_name(other->device), other_name);
+}
+
+int sa_check_like(const char *function, const char *name, const sa_tensor *t, const char *other_name,
+                  const sa_tensor *other) {
+  int status = sa_check_tensor(function, name, t);
+  if (!status) status = sa_check_device(function, name, t, other_name, other);
+  if (!status && (t->dtype != other->dtype || !same_shape(t, other->ndim, other->shape))) {
+    status = sa_fail(SA_INVALID, function, "%s: is %s, wanted %s like %s", name, sa_describe(t), sa_describe(other),
+                     other_name);
+  }
+  return status;
+}
+
+const sa_operations *sa_operations_of(const char *function, int device) {
+  const sa_backend *backend = sa_backend_of(function, device);
+  if (!backend) return NULL;
+  if (!backend->operations)
+    sa_fail(SA_UNSUPPORTED, function, "is not there on %s yet, wanted tensors on the cpu", sa_device_name(device));
+  return backend->operations;
+}
+
+int sa_broadcast_shape(const char *function, const char *a_name, const sa_tensor *a, const char *b_name,
+                       const sa_tensor *b, int *ndim, int64_t *shape) {
+  *ndim = a->ndim > b->ndim ? a->ndim : b->ndim;
+  for (int dim = 0; dim < *ndim; dim++) {
+    const int a_dim = dim - (*ndim - a->ndim), b_dim = dim - (*ndim - b->ndim);
+    const int64_t a_size = a_dim < 0 ? 1 : a->shape[a_dim], b_size = b_dim < 0 ? 1 : b->shape[b_dim];
+    if (a_size != b_size && a_size != 1 && b_size != 1) {
+      return sa_fail(SA_INVALID, function, "%s: has shape %s, which does not broadcast with %s's %s", b_name,
+                     sa_describe_shape(b->ndim, b->shape), a_name, sa_describe_shape(a->ndim, a->shape));
+    }
+    shape[dim] = a_size == 1 ? b_size : a_size;
+  }
+  return SA_OK;
+}
+
+sa_tensor sa_broadcast_view(const sa_tensor *t, int ndim, const int64_t *shape) {
+  sa_tensor view = {.data = t->data, .dtype = t->dtype, .device = t->device, .ndim = ndim};
+  for (int dim = 0; dim < ndim; dim++) {
+    const int own = dim - (ndim - t->ndim);
+    view.shape[dim] = shape[dim];
+    view.stride[dim] = own < 0 || t->shape[own] == 1 ? 0 : t->stride[own];
+  }
+  return view;
+}
+
+sa_tensor sa_without_dim(const sa_tensor *t, int dim) {
+  sa_tensor view = *t;
+  view.block = NULL;
+  view.ndim--;
+  const size_t after = (size_t)(view.ndim - dim);
+  memmove(view.shape + dim, view.shape + dim + 1, after * sizeof *view.shape);
+  memmove(view.stride + dim, view.stride + dim + 1, after * sizeof *view.stride);
+  return view;
+}
+
+// Whether writing one may change what the other reads. Extents say so, which counts interleaved views as overlapping:
+// that costs a copy, never a wrong result.
+static bool overlaps(const sa_tensor *a, const sa_tensor *b) {
+  if (a->device != b->device) return false;
+  const char *a_first, *a_last, *b_first, *b_last;
+  sa_tensor_extent(a, &a_first, &a_last);
+  sa_tensor_extent(b, &b_first, &b_last);
+  return a_first < b_last && b_first < a_last;
+}
+
+static bool same_elements(const sa_tensor *a, const sa_tensor *b) {
+  if (a->data != b->data || sa_dtype_size(a->dtype) != sa_dtype_size(b->dtype) || !same_shape(a, b->ndim, b->shape))
+    return false;
+  for (int dim = 0; dim < a->ndim; dim++)
+    if (a->shape[dim] != 1 && a->stride[dim] != b->stride[dim]) return false;
+  return true;
+}
+
+static int check_output(const char *function, const char *name, const sa_tensor *given, int dtype, int device, int ndim,
+                        const int64_t *shape) {
+  int status = sa_check_tensor(function, name, given);
+  if (!status) status = sa_check_dtype(function, name, given, dtype);
+  if (!status) status = sa_check_shape(function, name, given, ndim, shape);
+  if (!status && given->device != device) {
+    status = sa_fail(SA_INVALID, function, "%s: is on %s, wanted %s", name, sa_device_name(given->device),
+                     sa_device_name(device));
+  }
+  for (int dim = 0; !status && dim < ndim; dim++) {
+    if (given->shape[dim] > 1 && given->stride[dim] == 0)
+      status = sa_fail(SA_INVALID, function, "%s: is expanded in dim %d, wanted memory for every element", name, dim);
+  }
+  return status;
+}
+
+int sa_output_open(sa_output *out, const char *function, const char *name, sa_tensor *given, int dtype, int device,
+                   int ndim, const int64_t *shape, bool pointwise, const sa_tensor *const *inputs, int count) {
+  memset(out, 0, sizeof *out);
+  if (!given) return sa_fail(SA_INVALID, function, "%s: is NULL, wanted a tensor to write", name);
+  bool apart = false;
+  if (given->data) {
+    const int status = check_output(function, name, given, dtype, device, ndim, shape);
+    if (status) return status;
+    for (int i = 0; i < count; i++) {
+      if (inputs[i] && overlaps(given, inputs[i]) && !(pointwise && same_elements(given, inputs[i]))) apart = true;
+    }
+  }
+  if (given->data && !apart) {
+    out->target = *given;
+    out->target.block = NULL;
+  } else {
+    const int status = sa_tensor_new(&out->target, dtype, device, ndim, shape);
+    if (status) return status;
+  }
+  out->given = given;
+  out->way = !given->data ? SA_CREATED : apart ? SA_APART : SA_IN_PLACE;
+  return SA_OK;
+}
+
+int sa_output_close(sa_output *out, int status) {
+  if (!out->given || out->way == SA_IN_PLACE) return status;
+  if (out->way == SA_APART && !status) status = sa_copy(out->given, &out->target);
+  if (out->way == SA_CREATED && !status)
+    *out->given = out->target;
+  else
+    sa_tensor_release(&out->target);
+  return status;
+}
