@@ -11,6 +11,6 @@
 #include "kernels/cpu/exponential.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/operand.h"
-#include "kernels/cpu/rows.h"
+#include "kernels/cpu/flash_rows.h"
 #include "kernels/cpu/walk.h"
 #include "memory.h"

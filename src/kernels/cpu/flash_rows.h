@@ -1,6 +1,6 @@
 // rows of any float dtype in, and out again, for the fused kernels; included once per ISA
-#ifndef SAFEATTN_KERNELS_CPU_ROWS_H
-#define SAFEATTN_KERNELS_CPU_ROWS_H
+#ifndef SAFEATTN_KERNELS_CPU_FLASH_ROWS_H
+#define SAFEATTN_KERNELS_CPU_FLASH_ROWS_H
 #include <string.h>
 #if defined(__F16C__)
 #include <immintrin.h>
