@@ -145,8 +145,7 @@ static int64_t mapped_from(void) {
 }
 
 static int refused(const char *function, int64_t bytes) {
-  return sa_fail(SA_NO_MEMORY, function, "out of memory: %lld bytes (%.1f MiB) were refused", (long long)bytes,
-                 (double)bytes / (1 << 20));
+  return sa_fail(SA_NO_MEMORY, function, "out of memory: %lld bytes were refused", (long long)bytes);
 }
 
 void *sa_cpu_allocate(const char *function, int64_t bytes) {

@@ -41,7 +41,7 @@ const char *sa_status_name(int status) {
 int sa_fail(int status, const char *function, const char *format, ...) {
   // Written aside first: an argument may be sa_last_error() itself.
   char message[MESSAGE_BYTES];
-  const int prefix = snprintf(message, sizeof message, "%s: ", function);
+  const int prefix = snprintf(message, sizeof message, "%.80s: ", function);
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(message + prefix, sizeof message - (size_t)prefix, format, arguments);
