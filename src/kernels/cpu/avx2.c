@@ -14,9 +14,8 @@
 #define OWN_BITS_OF _mm256_movemask_ps
 #include "kernels/cpu/flash.h"
 #include "kernels/cpu/real_end.h"
-#include "kernels/cpu/real_f64.h"
+#include "kernels/cpu/real_f64.h" #define LANES 4
 #include "kernels/cpu/vector.h"
-#define LANES 4
 #define TILE_VECTORS 2
 #define OWN_FMA _mm256_fmadd_pd
 #define OWN_BITS_OF _mm256_movemask_pd

@@ -9,9 +9,8 @@
 #define TILE_VECTORS 2
 #include "kernels/cpu/flash.h"
 #include "kernels/cpu/real_end.h"
-#include "kernels/cpu/real_f64.h"
+#include "kernels/cpu/real_f64.h" #define LANES 2
 #include "kernels/cpu/vector.h"
-#define LANES 2
 #define TILE_VECTORS 2
 #include "kernels/cpu/flash.h"
 #include "kernels/cpu/flash_table.h"
