@@ -89,13 +89,14 @@ int sa_tensor_narrow(sa_tensor *out, const sa_tensor *t, int dim, int64_t start,
 int sa_tensor_select(sa_tensor *out, const sa_tensor *t, int dim, int64_t index);
 int sa_tensor_expand(sa_tensor *out, const sa_tensor *t, int ndim, const int64_t *shape);  // -1 keeps a dim's size
 
-// Contents. `sa_copy` casts between all dtypes (to nearest, ties to even; floats to integers truncate and saturate,
-// NaN to 0; to bool: not zero) and broadcasts `from` over `to`. Overlapping memory is allowed only when both describe
-// the same elements.
+// Contents. `sa_copy` casts between all dtypes (to nearest, ties to even, in one rounding; to integers it truncates and
+// saturates, NaN to 0; to bool: not zero) and broadcasts `from` over `to`. When the two overlap, `to` gets what `from`
+// held before, by way of a copy. A tensor whose elements share memory (an expanded one) cannot be written. A fill or a
+// set of an integer tensor takes only whole numbers that it can hold; `sa_arange` likewise.
 int sa_copy(sa_tensor *to, const sa_tensor *from);
 int sa_fill(sa_tensor *t, double value);
 int sa_get(const sa_tensor *t, const int64_t *index, double *value);
-int sa_get_integer(const sa_tensor *t, const int64_t *index, int64_t *value);  // exact for i64
+int sa_get_integer(const sa_tensor *t, const int64_t *index, int64_t *value);  // exact; a float must be whole
 int sa_set(sa_tensor *t, const int64_t *index, double value);
 int sa_set_integer(sa_tensor *t, const int64_t *index, int64_t value);
 int sa_arange(sa_tensor *t, double start, double step);  // along the row-major order of t
@@ -106,12 +107,13 @@ int sa_randn(sa_tensor *t, uint64_t seed);
 
 typedef struct sa_stats {
   double min, max, mean, norm;  // over the finite elements; norm is Euclidean; min, max, mean NaN when there are none
-  int64_t count, nan, posinf, neginf, zero;
+  int64_t count, nan, posinf, neginf, zero;  // count: of all elements
 } sa_stats;
 int sa_tensor_stats(const sa_tensor *t, sa_stats *out);
-// *result: 1 when shapes, dtypes and values agree (NaN equals nothing, -0 equals 0), else 0.
+// *result: 1 when shapes, dtypes and values agree (NaN equals nothing, -0 equals 0), else 0. Any device.
 int sa_equal(const sa_tensor *a, const sa_tensor *b, int *result);
-// |a - b| <= atol + rtol |b| for every pair; infinities must be equal, NaN passes only against NaN and on request.
+// |a - b| <= atol + rtol |b| for every pair; infinities must be equal, NaN passes only against NaN and on request. One
+// shape, any dtypes and devices.
 int sa_allclose(const sa_tensor *a, const sa_tensor *b, double atol, double rtol, bool equal_nan, int *result);
 
 // Bytes that blocks hold on the CPU, and how many blocks there are.
