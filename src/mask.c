@@ -249,23 +249,45 @@ static uint64_t *grid_row(const sa_grid *grid, int64_t batch, int64_t head, int6
   return grid->bits + ((batch * grid->kept[1] + head) * grid->kept[2] + row) * grid->words;
 }
 
-// Rows [first, last) of one plane. Columns far apart in memory are read for 64 rows at a time: their cache lines hold
-// the rows' neighbours.
-static void pack_rows(const sa_grid *grid, const sa_tensor *t, const int64_t *stride, flag_reader read, double at_most,
-                      int64_t batch, int64_t head) {
-  const int64_t element = sa_dtype_size(t->dtype), columns = grid->kept[3], rows = grid->kept[2];
-  const int64_t rows_at_once = stride[3] == 1 ? 1 : 64;
-  const char *plane = (const char *)t->data + (batch * stride[0] + head * stride[1]) * element;
-  uint8_t flags[64] = {0};
-  for (int64_t first = 0; first < rows; first += rows_at_once)
+// What the bits of one plane are read from: element (row, column) is at row * stride[0] + column * stride[1].
+typedef struct flag_source {
+  const char *from;
+  int64_t stride[2], size;  // elements, bytes
+  flag_reader read;
+  double at_most;
+} flag_source;
+
+// Up to 64 elements along `dim`, as bits.
+static uint64_t read_word(const flag_source *source, int64_t row, int64_t column, int dim, int64_t count) {
+  uint8_t flags[64];
+  if (count < 64) memset(flags, 0, sizeof flags);
+  const char *from = source->from + (row * source->stride[0] + column * source->stride[1]) * source->size;
+  source->read(from, source->stride[dim], count, source->at_most, flags);
+  return sa_pack_flags(flags);
+}
+
+static void pack_along_rows(const flag_source *source, uint64_t *to, int64_t rows, int64_t columns, int64_t words) {
+  for (int64_t row = 0; row < rows; row++, to += words)
+    for (int64_t column = 0; column < columns; column += 64)
+      to[column / 64] = read_word(source, row, column, 1, columns - column < 64 ? columns - column : 64);
+}
+
+// For columns whose elements are neighbours in memory: along the rows every element would cost a cache line.
+static void pack_along_columns(const flag_source *source, uint64_t *to, int64_t rows, int64_t columns, int64_t words) {
+  for (int64_t row = 0; row < rows; row += 64)
     for (int64_t column = 0; column < columns; column += 64) {
-      const int64_t count = columns - column < 64 ? columns - column : 64;
-      if (count < 64) memset(flags, 0, sizeof flags);
-      for (int64_t row = first; row < rows && row < first + rows_at_once; row++) {
-        read(plane + (row * stride[2] + column * stride[3]) * element, stride[3], count, at_most, flags);
-        grid_row(grid, batch, head, row)[column / 64] = sa_pack_flags(flags);
-      }
+      const int64_t height = rows - row < 64 ? rows - row : 64, width = columns - column < 64 ? columns - column : 64;
+      uint64_t square[64] = {0};
+      for (int64_t k = 0; k < width; k++) square[k] = read_word(source, row, column + k, 0, height);
+      sa_transpose64(square);
+      for (int64_t k = 0; k < height; k++) to[(row + k) * words + column / 64] = square[k];
     }
+}
+
+static void pack_plane(const sa_grid *grid, const flag_source *source, int64_t batch, int64_t head) {
+  const bool along_rows = source->stride[1] <= source->stride[0] || grid->kept[2] == 1;
+  (along_rows ? pack_along_rows : pack_along_columns)(source, grid_row(grid, batch, head, 0), grid->kept[2],
+                                                      grid->kept[3], grid->words);
 }
 
 static int new_grid(sa_mask **out, const char *function, const char *name, const sa_tensor *t, int64_t size,
@@ -286,7 +308,12 @@ static int new_grid(sa_mask **out, const char *function, const char *name, const
     return SA_NO_MEMORY;
   }
   for (int64_t b = 0; b < grid->kept[0]; b++)
-    for (int64_t h = 0; h < grid->kept[1]; h++) pack_rows(grid, t, stride, read, at_most, b, h);
+    for (int64_t h = 0; h < grid->kept[1]; h++) {
+      const int64_t element = sa_dtype_size(t->dtype);
+      const char *from = (const char *)t->data + (b * stride[0] + h * stride[1]) * element;
+      const flag_source source = {from, {stride[2], stride[3]}, element, read, at_most};
+      pack_plane(grid, &source, b, h);
+    }
   mask->batch = grid->shape[0];
   mask->heads = grid->shape[1];
   mask->per_batch = grid->kept[0] != 1;
@@ -467,8 +494,7 @@ static int check_ids(const char *function, const char *argument, const sa_tensor
   if (t->ndim < 1) return sa_fail(SA_INVALID, function, "%s: has 0 dims, wanted 1 or 2", argument);
   if (t->dtype != SA_I32 && t->dtype != SA_I64)
     return sa_fail(SA_INVALID, function, "%s: is %s, wanted i32 or i64", argument, sa_describe(t));
-  int64_t count;
-  if (__builtin_mul_overflow(t->shape[0], t->shape[t->ndim - 1], &count) || count > INT32_MAX)
+  if (sa_tensor_numel(t) > INT32_MAX)
     return sa_fail(SA_INVALID, function, "%s: is %s, wanted below 2^31 ids", argument, sa_describe(t));
   return SA_OK;
 }

@@ -139,6 +139,18 @@ static inline uint64_t sa_pack_flags(const uint8_t *flags) {
   return bits;
 }
 
+// Bit k of row i becomes bit i of row k: ever smaller squares off the diagonal change places.
+static inline void sa_transpose64(uint64_t rows[64]) {
+  uint64_t low = 0x00000000ffffffff;
+  for (int half = 32; half; half >>= 1, low ^= low << half)
+    for (int first = 0; first < 64; first += 2 * half)
+      for (int row = first; row < first + half; row++) {
+        const uint64_t swapped = (rows[row] >> half ^ rows[row + half]) & low;
+        rows[row] ^= swapped << half;
+        rows[row + half] ^= swapped;
+      }
+}
+
 // Lets go of plans a mask keeps.
 void sa_plans_drop(sa_kept_plan *plans, int count);
 

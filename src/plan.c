@@ -56,9 +56,15 @@ void sa_plans_drop(sa_kept_plan *plans, int count) {
   }
 }
 
+// Sizes first: they differ most often.
+static bool same_key(const sa_plan_key *a, const sa_plan_key *b) {
+  return a->queries == b->queries && a->keys == b->keys && a->batch == b->batch && a->heads == b->heads &&
+         a->causal == b->causal && a->window_left == b->window_left && a->window_right == b->window_right;
+}
+
 static sa_kept_plan *find(sa_kept_plan *plans, int count, const sa_plan_key *key) {
   for (int k = 0; k < count; k++)
-    if (plans[k].plan && memcmp(&plans[k].key, key, sizeof *key) == 0) return &plans[k];
+    if (plans[k].plan && same_key(&plans[k].key, key)) return &plans[k];
   return NULL;
 }
 
