@@ -12,15 +12,18 @@
 #define TILE_VECTORS 2
 #define OWN_FMA _mm256_fmadd_ps
 #define OWN_BITS_OF _mm256_movemask_ps
+#include "kernels/cpu/vector.h"
 #include "kernels/cpu/flash.h"
 #include "kernels/cpu/real_end.h"
-#include "kernels/cpu/real_f64.h" #define LANES 4
-#include "kernels/cpu/vector.h"
+
+#include "kernels/cpu/real_f64.h"
+#define LANES 4
 #define TILE_VECTORS 2
 #define OWN_FMA _mm256_fmadd_pd
 #define OWN_BITS_OF _mm256_movemask_pd
-#include "kernels/cpu/flash.h"
-#include "kernels/cpu/flash_table.h"
-#include "kernels/cpu/real_end.h"
 #include "kernels/cpu/vector.h"
+#include "kernels/cpu/flash.h"
+#include "kernels/cpu/real_end.h"
+
+#include "kernels/cpu/flash_table.h"
 #endif

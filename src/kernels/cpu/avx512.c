@@ -82,6 +82,7 @@ static inline __m512d exp2_f64(__m512d x) {
   return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, _mm512_set1_pd(LOWEST_EXPONENT), _CMP_NLT_UQ), power, whole);
 }
 #include "kernels/cpu/flash.h"
-#include "kernels/cpu/flash_table.h"
 #include "kernels/cpu/real_end.h"
+
+#include "kernels/cpu/flash_table.h"
 #endif

@@ -7,12 +7,15 @@
 #include "kernels/cpu/real_f32.h"
 #define LANES 4
 #define TILE_VECTORS 2
+#include "kernels/cpu/vector.h"
 #include "kernels/cpu/flash.h"
 #include "kernels/cpu/real_end.h"
-#include "kernels/cpu/real_f64.h" #define LANES 2
-#include "kernels/cpu/vector.h"
+
+#include "kernels/cpu/real_f64.h"
+#define LANES 2
 #define TILE_VECTORS 2
-#include "kernels/cpu/flash.h"
-#include "kernels/cpu/flash_table.h"
-#include "kernels/cpu/real_end.h"
 #include "kernels/cpu/vector.h"
+#include "kernels/cpu/flash.h"
+#include "kernels/cpu/real_end.h"
+
+#include "kernels/cpu/flash_table.h"
