@@ -31,7 +31,8 @@ end
 -- A mask that says its pairs by a table of strings, "x" for visible.
 local function drawn(...)
   local rows = {...}
-  return m.dense(sa.tensor(defined({L = #rows, S = #rows[1]}, function(i, j) return rows[i]:sub(j, j) == "x" end)[1][1]))
+  local planes = defined({L = #rows, S = #rows[1]}, function(i, j) return rows[i]:sub(j, j) == "x" end)
+  return m.dense(sa.tensor(planes[1][1]))
 end
 
 describe("a mask", function()
@@ -91,7 +92,9 @@ describe("a mask", function()
     local inf = math.huge
     local bias = sa.tensor {{0, -inf, -1e30}, {-1e9, 0 / 0, inf}}
     assert_pairs(m.additive(bias), {}, function(i, j) return not (i == 1 and j == 2) end)
-    assert_pairs(m.additive(bias, {at_most = -1e9}), {}, function(i, j) return i == 1 and j == 1 or i == 2 and j > 1 end)
+    assert_pairs(m.additive(bias, {at_most = -1e9}), {}, function(i, j)
+      return i == 1 and j == 1 or i == 2 and j > 1
+    end)
     assert_pairs(m.all(), {L = 2, S = 2}, function() return true end)
     assert_pairs(m.none(), {L = 2, S = 2}, function() return false end)
   end)
@@ -112,7 +115,8 @@ describe("a mask", function()
 
   it("draws random pairs from the seed alone, alike for all batches and heads", function()
     local sizes = {B = 2, H = 3, L = 64, S = 64}
-    local first, again, other = m.random(0.25, 7):dense(sizes), m.random(0.25, 7):dense(sizes), m.random(0.25, 8):dense(sizes)
+    local first, again = m.random(0.25, 7):dense(sizes), m.random(0.25, 7):dense(sizes)
+    local other = m.random(0.25, 8):dense(sizes)
     assert.same({1, 1, 64, 64}, first.shape)
     assert.is_true(sa.equal(first, again))
     assert.is_false(sa.equal(first, other))

@@ -1,0 +1,265 @@
+-- memory: garbage is collected by its bytes, refusals are errors that leave everything as it was, nothing leaks
+
+local sa = require "safeattn"
+local core = require "safeattn.core"
+local child = require "spec.child"
+
+local ffi, lib = core.ffi, core.lib
+
+local function collect()
+  -- twice: finalisers run after the first
+  collectgarbage()
+  collectgarbage()
+end
+
+local function use()
+  local counted = ffi.new "sa_memory_use"
+  lib.sa_memory(counted)
+  return {
+    bytes = tonumber(counted.bytes), blocks = tonumber(counted.blocks), internal = tonumber(counted.internal_bytes),
+  }
+end
+
+-- What children of this suite print of themselves, in KiB.
+local process = [[
+local function status(name)
+  for line in io.lines "/proc/self/status" do
+    local kib = line:match("^" .. name .. ":%s*(%d+) kB")
+    if kib then return tonumber(kib) end
+  end
+end
+local sa = require "safeattn"
+]]
+
+local MIB = 1024 -- KiB
+
+describe("garbage", function()
+  it("of 20,000 tensors of 16 MiB stays under 1 GiB", function()
+    local peak = child.must_run(process .. [[
+for k = 1, 20000 do
+  local t = sa.empty {4 * 2 ^ 20}
+  if k % 1000 == 0 then t:set(1, 1) end
+end
+print(status "VmHWM")
+]])
+    assert.is_true(tonumber(peak) < 1024 * MIB, peak)
+  end)
+
+  it("that was written to stays under 1 GiB too", function()
+    local peak = child.must_run(process .. [[
+for _ = 1, 300 do sa.zeros {4 * 2 ^ 20} end
+print(status "VmHWM")
+]])
+    assert.is_true(tonumber(peak) < 1024 * MIB, peak)
+  end)
+
+  it("of tapes and masks is collected: cycles and all", function()
+    local function round(n)
+      local q = sa.randn({1, 2, 130 + n % 3, 16}, {seed = n, requires_grad = true})
+      local ids = {}
+      for i = 1, 130 + n % 3 do ids[i] = math.floor(i / (20 + n % 7)) end
+      local mask = sa.mask.documents(ids) * sa.mask.causal()
+      local out, more = sa.sdpa(q, q, q, {mask = mask, lse = true, weights = true})
+      out:backward(out:detach())
+      return more
+    end
+    round(1)
+    collect()
+    local before = use()
+    for n = 1, 60 do round(n) end
+    collect()
+    assert.same(before, use())
+  end)
+
+  it("is given back at once by free, while views keep what they see", function()
+    collect()
+    local before = use()
+    local t = sa.ones {1024, 1024}
+    local row = t:select(1, 5)
+    assert.equal(before.bytes + 4 * 2 ^ 20, use().bytes)
+    t:free()
+    assert.equal(before.bytes + 4 * 2 ^ 20, use().bytes)
+    assert.equal(1024, row:sum():item())
+    assert.has_error(function() return t:numel() end)
+    row:free()
+    collect()
+    assert.equal(before.bytes, use().bytes)
+  end)
+end)
+
+describe("attention", function()
+  it("over 16384 queries and keys needs at most 64 MiB beyond inputs and outputs, forward and backward", function()
+    local output = child.must_run(process .. [[
+local core = require "safeattn.core"
+local ffi, lib = core.ffi, core.lib
+local shape = {1, 8, 16384, 64}
+local inputs = {}
+for k = 1, 4 do inputs[k] = sa.randn(shape, {seed = k}) end
+local q, k, v, dout = unpack(inputs)
+-- what is there once for all: threads, their stacks, compiled Lua
+local part = q:narrow(3, 1, 256)
+sa.forward(part, part, part, {causal = true}):backward(part)
+collectgarbage()
+collectgarbage()
+lib.sa_memory_reset_peak()
+local counted = ffi.new "sa_memory_use"
+lib.sa_memory(counted)
+local bytes, resident = tonumber(counted.bytes), status "VmRSS"
+local run = sa.forward(q, k, v, {causal = true})
+local g = run:backward(dout)
+local outputs = 0
+for _, t in ipairs {run.out, run.lse, g.dq, g.dk, g.dv} do outputs = outputs + t:numel() * 4 end
+lib.sa_memory(counted)
+assert(g.dq:stats().nan == 0 and g.dq:stats().norm > 0)
+print(tonumber(counted.peak_bytes) - bytes - outputs, (status "VmHWM" - resident) * 1024 - outputs)
+]])
+    local counted, resident = output:match "(%-?%d+)%s+(%-?%d+)"
+    assert.is_true(tonumber(counted) <= 64 * 2 ^ 20, counted)
+    assert.is_true(tonumber(resident) <= 64 * 2 ^ 20, resident)
+  end)
+end)
+
+describe("a refused allocation", function()
+  it("beyond the machine is an error that names the size", function()
+    local t = sa.ones {4, 4}
+    for _, shape in ipairs {{2 ^ 48}, {2 ^ 25, 2 ^ 23}, {2 ^ 52, 2 ^ 52}, {2 ^ 53, 2 ^ 53, 2 ^ 53}} do
+      local ok, message = pcall(sa.empty, shape)
+      assert.is_false(ok)
+      assert.matches("^spec/memory_spec.lua:%d+: safeattn%.empty: ", message)
+      assert.matches("%d%d%d%d%d%d%d%d%d", message)
+    end
+    local _, message = pcall(sa.empty, {2 ^ 48})
+    assert.matches("1125899906842624", message, 1, true)
+    assert.is_true(sa.equal(t, sa.sdpa(t, t, t)))
+  end)
+
+  it("under a limit of the address space is an error, and the program goes on", function()
+    local output = child.must_run(process .. [[
+local small = sa.randn({1, 2, 64, 16}, {seed = 1})
+local before = sa.sdpa(small, small, small)
+for _ = 1, 3 do
+  print(select(2, pcall(sa.zeros, {2 ^ 30})))
+  local long = sa.zeros {1, 1, 20000, 8}
+  print(select(2, pcall(sa.sdpa, long, long, long, {weights = true})))
+  print(select(2, pcall(function() return sa.mask.dense(sa.full({1}, true):expand(70000, 70000)):dense() end)))
+end
+assert(sa.equal(before, sa.sdpa(small, small, small)))
+local kept = {}
+-- garbage that holds the memory is collected before an allocation fails for good
+for k = 1, 40 do kept[k % 4] = sa.empty {32 * 2 ^ 20} end
+print "went on"
+]], {before = "ulimit -v 1500000"})
+    local _, zeros = output:gsub("safeattn%.zeros: out of memory: 4294967296 bytes", "")
+    local _, weights = output:gsub("safeattn%.sdpa: out of memory: 1600000000 bytes", "")
+    local _, dense = output:gsub("safeattn%.mask:dense: out of memory: 4900000000 bytes", "")
+    assert.same({3, 3, 3}, {zeros, weights, dense}, output)
+    assert.matches("went on\n$", output)
+  end)
+end)
+
+-- The n-th allocation of a call fails, and so does the first of the second try that follows a collection.
+local function refusing(n, f)
+  local collectgarbage = collectgarbage
+  _G.collectgarbage = function(...)
+    local result = collectgarbage(...)
+    lib.sa_memory_fail(1)
+    return result
+  end
+  lib.sa_memory_fail(n)
+  local ok, result = pcall(f)
+  _G.collectgarbage = collectgarbage
+  lib.sa_memory_fail(0)
+  return ok, result
+end
+
+describe("an allocation that fails", function()
+  local m = sa.mask
+  local function floats(seed, ...)
+    return sa.randn({...}, {seed = seed})
+  end
+
+  local cases = {
+    {"forward and backward with everything", function(backend)
+      local q, k, v = floats(1, 2, 4, 150, 16), floats(2, 2, 2, 140, 16), floats(3, 2, 2, 140, 24)
+      local bias, sinks, alibi = floats(4, 1, 4, 150, 140), floats(5, 4), floats(6, 4)
+      local ids, keys = {}, {}
+      for i = 1, 150 do ids[i] = math.floor(i / 50) end
+      for j = 1, 140 do keys[j] = math.floor(j / 40) end
+      local dout, dlse = floats(7, 2, 4, 150, 24), floats(8, 2, 4, 150)
+      return function()
+        local mask = m.documents(ids, keys) * m.padding({140, 100}) + m.fn(function(_, _, i, j) return i == j end)
+        local run = sa.forward(q, k, v, {mask = mask, bias = bias, sinks = sinks, alibi = alibi, weights = true,
+          causal = "bottom-right", window = {100, nil}, softcap = 20, dropout = 0.1, seed = 3, backend = backend})
+        run:backward(dout, dlse)
+      end
+    end},
+    {"strided inputs", function(backend)
+      -- the last dim is strided, so rows have to be copied
+      local q = floats(1, 16, 150, 2):permute(3, 2, 1)
+      local dout = floats(2, 16, 150, 2):permute(3, 2, 1)
+      return function() sa.forward(q, q, q, {backend = backend}):backward(dout) end
+    end},
+    {"one query over many keys", function(backend)
+      local q, k = floats(1, 1, 2, 1, 32), floats(2, 1, 2, 5000, 32)
+      return function() sa.forward(q, k, k, {backend = backend}):backward(q) end
+    end},
+    {"half types on the tape", function(backend)
+      local q = sa.randn({1, 2, 140, 16}, {seed = 1, dtype = "bf16"})
+      local visible = sa.full({140, 140}, true)
+      return function()
+        local leaf = q:clone()
+        leaf.requires_grad = true
+        local out, more = sa.sdpa(leaf, leaf, leaf, {mask = visible, lse = true, backend = backend})
+        local both = sa.merge({out, out}, {more.lse, more.lse})
+        both:backward(q)
+        sa.softmax(leaf, {dim = 1}):backward(q)
+      end
+    end},
+  }
+
+  for _, case in ipairs(cases) do
+    for _, backend in ipairs {"fused", "reference"} do
+      it("is an error and leaks nothing: " .. case[1] .. ", " .. backend, function()
+        local work = case[2](backend)
+        work()
+        collect()
+        lib.sa_memory_fail(0)
+        local before, n = use(), 0
+        repeat
+          n = n + 1
+          local ok, message = refusing(n, work)
+          if not ok then
+            assert.is_string(message)
+            assert.matches("safeattn%.[%w_.:()]+: out of memory: %d+ bytes", message)
+          end
+          collect()
+          assert.same(before, use(), "after allocation " .. n)
+        until ok
+        assert.is_true(n > 5, "only " .. n .. " allocations")
+      end)
+    end
+  end
+
+  it("goes unnoticed when collecting garbage helps", function()
+    local q = floats(1, 1, 2, 150, 16)
+    local expected = sa.sdpa(q, q, q, {causal = true})
+    for n = 1, 8 do
+      lib.sa_memory_fail(n)
+      assert.is_true(sa.equal(expected, sa.sdpa(q, q, q, {causal = true})))
+    end
+    lib.sa_memory_fail(0)
+  end)
+
+  it("leaves a given output as it was", function()
+    local q, out = floats(1, 1, 2, 150, 16), sa.full({1, 2, 150, 16}, 5)
+    local refused = 0
+    for n = 1, 50 do
+      local ok = refusing(n, function() sa.sdpa(q, q, q, {out = out, weights = true, mask = m.causal()}) end)
+      if ok then break end
+      refused = refused + 1
+      assert.is_true(sa.equal(sa.full({1, 2, 150, 16}, 5), out))
+    end
+    assert.is_true(refused > 2)
+    assert.is_false(sa.equal(sa.full({1, 2, 150, 16}, 5), out))
+  end)
+end)

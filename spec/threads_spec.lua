@@ -1,0 +1,63 @@
+-- several Lua states in several threads of one process, at once
+
+local child = require "spec.child"
+
+local script = [[
+package.path = "lua/?.lua;lua/?/init.lua;" .. package.path
+local ffi = require "ffi"
+local sa = require "safeattn"
+local m = sa.mask
+local sum = 0
+local function add(t)
+  local words = ffi.cast("uint32_t *", t:contiguous():data())
+  for n = 0, t:numel() - 1 do sum = (sum * 31 + words[n]) % 4294967291 end
+end
+for round = 1, 12 do
+  local q = sa.randn({1, 2, 150 + round, 32}, {seed = round, requires_grad = true})
+  local ids = {}
+  for i = 1, 150 + round do ids[i] = math.floor(i / 40) end
+  local mask = m.documents(ids) * m.causal() + m.fn(function(_, _, i, j) return (i * j) % 11 == 0 end)
+  local out, more = sa.sdpa(q, q, q, {mask = mask, lse = true, dropout = 0.1, seed = round})
+  sa.matmul(out, q:transpose(3, 4)):sum():backward()
+  add(out)
+  add(more.lse)
+  add(q.grad)
+  -- errors belong to the thread that made them
+  local ok, problem = pcall(sa.sdpa, q, sa.zeros {1, 2, 4, 32}, sa.zeros {1, 2, 5 + round, 32})
+  assert(not ok and problem:find("5", 1, true) and problem:find("sdpa", 1, true), problem)
+  if round % 4 == 0 then collectgarbage() end
+end
+return string.format("sum %.0f", sum)
+]]
+
+describe("Lua states in threads", function()
+  local program, file
+
+  setup(function()
+    program, file = os.tmpname(), os.tmpname()
+    local output, status = child.command("${CC:-gcc} -std=c11 -D_GNU_SOURCE -Wall -Wextra -Wno-unused-parameter -g "
+      .. "$(pkg-config --cflags luajit) -o " .. program
+      .. " spec/embedding/threads.c $(pkg-config --libs luajit) -pthread")
+    assert.equal(0, status, output)
+    local handle = assert(io.open(file, "w"))
+    handle:write(script)
+    handle:close()
+  end)
+
+  teardown(function()
+    os.remove(program)
+    os.remove(file)
+  end)
+
+  local clean = (os.getenv "LD_PRELOAD" or "") ~= "" and "env -u LD_PRELOAD -u SAFEATTN_LIB " or ""
+
+  for _, states in ipairs {1, 2, 8} do
+    it(states .. " at once compute the same as one", function()
+      local alone = child.command(clean .. program .. " " .. file .. " 1")
+      local output, status = child.command(clean .. program .. " " .. file .. " " .. states)
+      assert.equal(0, status, output)
+      assert.equal(alone:match "sum %d+", output:match "sum %d+")
+      assert.is_truthy(alone:match "sum %d+", alone)
+    end)
+  end
+end)
