@@ -272,10 +272,11 @@ static void pack_along_rows(const flag_source *source, uint64_t *to, int64_t row
       to[column / 64] = read_word(source, row, column, 1, columns - column < 64 ? columns - column : 64);
 }
 
-// For columns whose elements are neighbours in memory: along the rows every element would cost a cache line.
+// For columns whose elements are neighbours in memory: along the rows every element would cost a cache line. One block
+// of columns after the other, so that memory is read in its order.
 static void pack_along_columns(const flag_source *source, uint64_t *to, int64_t rows, int64_t columns, int64_t words) {
-  for (int64_t row = 0; row < rows; row += 64)
-    for (int64_t column = 0; column < columns; column += 64) {
+  for (int64_t column = 0; column < columns; column += 64)
+    for (int64_t row = 0; row < rows; row += 64) {
       const int64_t height = rows - row < 64 ? rows - row : 64, width = columns - column < 64 ? columns - column : 64;
       uint64_t square[64] = {0};
       for (int64_t k = 0; k < width; k++) square[k] = read_word(source, row, column + k, 0, height);
