@@ -10,52 +10,61 @@ enum { CHUNK = 512, LANES = 8 };  // values read at a time; running sums side by
 /*  Statistics  */
 
 // Element i of the row-major order goes to lane i % LANES, whatever the strides, so that equal values have equal sums.
-typedef struct lanes {
+typedef struct totals {
   double min[LANES], max[LANES], sum[LANES], squares[LANES];
-  int64_t nan[LANES], posinf[LANES], neginf[LANES], zero[LANES];
-} lanes;
+  int64_t nan, posinf, neginf, zero;
+} totals;
 
-static inline void take_value(lanes *l, int lane, double value, double scale) {
-  const bool finite = value - value == 0;
-  const double scaled = finite ? value * scale : 0;
-  l->min[lane] = finite && value < l->min[lane] ? value : l->min[lane];
-  l->max[lane] = finite && value > l->max[lane] ? value : l->max[lane];
-  l->sum[lane] += scaled;
-  l->squares[lane] += scaled * scaled;
-  l->nan[lane] += value != value;
-  l->posinf[lane] += value == INFINITY;
-  l->neginf[lane] += value == -INFINITY;
-  l->zero[lane] += value == 0;
+// Sums of scale * value over the finite ones. The lanes are local because the compiler keeps only such in registers.
+static void add_values(totals *all, const double *values, int64_t count, double scale) {
+  totals t = *all;
+  for (int64_t first = 0; first < count; first += LANES)
+    for (int lane = 0; lane < LANES; lane++) {
+      const double value = values[first + lane], scaled = value - value == 0 ? value * scale : 0;
+      t.min[lane] = value - value == 0 && value < t.min[lane] ? value : t.min[lane];
+      t.max[lane] = value - value == 0 && value > t.max[lane] ? value : t.max[lane];
+      t.sum[lane] += scaled;
+      t.squares[lane] += scaled * scaled;
+    }
+  *all = t;
 }
 
-// One pass over t, with sums of scale * value.
-static void take_all(lanes *l, const sa_tensor *t, double scale) {
+static void count_values(totals *all, const double *values, int64_t count) {
+  int64_t zero = 0, finite = 0;
+  for (int64_t i = 0; i < count; i++) {
+    zero += values[i] == 0;
+    finite += fabs(values[i]) < INFINITY;
+  }
+  all->zero += zero;
+  for (int64_t i = 0; i < count && finite < count; i++) {
+    all->nan += values[i] != values[i];
+    all->posinf += values[i] == INFINITY;
+    all->neginf += values[i] == -INFINITY;
+  }
+}
+
+static totals total(const sa_tensor *t, double scale) {
+  totals all = {.nan = 0};
+  for (int lane = 0; lane < LANES; lane++) {
+    all.min[lane] = INFINITY;
+    all.max[lane] = -INFINITY;
+  }
   sa_stream elements;
   sa_stream_open(&elements, t);
-  memset(l, 0, sizeof *l);
-  for (int lane = 0; lane < LANES; lane++) {
-    l->min[lane] = INFINITY;
-    l->max[lane] = -INFINITY;
-  }
   while (elements.left) {
     double values[CHUNK];
     const int64_t count = sa_stream_read(&elements, values, SA_F64, CHUNK);
-    int64_t first = 0;
-    for (; first + LANES <= count; first += LANES)
-      for (int lane = 0; lane < LANES; lane++) take_value(l, lane, values[first + lane], scale);
-    for (int lane = 0; first + lane < count; lane++) take_value(l, lane, values[first + lane], scale);
+    count_values(&all, values, count);
+    int64_t filled = count;
+    while (filled % LANES) values[filled++] = NAN;  // which no sum takes
+    add_values(&all, values, filled, scale);
   }
+  return all;
 }
 
 static double add_lanes(const double *values) {
   double sum = 0;
   for (int lane = 0; lane < LANES; lane++) sum += values[lane];
-  return sum;
-}
-
-static int64_t count_lanes(const int64_t *counts) {
-  int64_t sum = 0;
-  for (int lane = 0; lane < LANES; lane++) sum += counts[lane];
   return sum;
 }
 
@@ -66,17 +75,18 @@ int sa_tensor_stats(const sa_tensor *t, sa_stats *out) {
   sa_tensor host;
   status = sa_tensor_on_host(&host, t);
   if (status) return status;
-  lanes l;
-  take_all(&l, &host, 1);
-  sa_stats s = {.min = INFINITY, .max = -INFINITY, .count = sa_tensor_numel(t)};
+  totals all = total(&host, 1);
+  sa_stats s = {.min = INFINITY,
+                .max = -INFINITY,
+                .count = sa_tensor_numel(t),
+                .nan = all.nan,
+                .posinf = all.posinf,
+                .neginf = all.neginf,
+                .zero = all.zero};
   for (int lane = 0; lane < LANES; lane++) {
-    s.min = fmin(s.min, l.min[lane]);
-    s.max = fmax(s.max, l.max[lane]);
+    s.min = fmin(s.min, all.min[lane]);
+    s.max = fmax(s.max, all.max[lane]);
   }
-  s.nan = count_lanes(l.nan);
-  s.posinf = count_lanes(l.posinf);
-  s.neginf = count_lanes(l.neginf);
-  s.zero = count_lanes(l.zero);
   const int64_t finite = s.count - s.nan - s.posinf - s.neginf;
   // Squares of very large or small f64 leave the range of f64: those are scaled, at the price of a second pass.
   const double largest = finite ? fmax(fabs(s.min), fabs(s.max)) : 0;
@@ -84,10 +94,10 @@ int sa_tensor_stats(const sa_tensor *t, sa_stats *out) {
   if (largest > 0x1p400 || (largest > 0 && largest < 0x1p-400)) {
     frexp(largest, &exponent);
     exponent = exponent < -1000 ? -1000 : exponent;  // 2^-exponent must be finite
-    take_all(&l, &host, ldexp(1, -exponent));
+    all = total(&host, ldexp(1, -exponent));
   }
-  s.mean = ldexp(add_lanes(l.sum) / (double)finite, exponent);
-  s.norm = ldexp(sqrt(add_lanes(l.squares)), exponent);
+  s.mean = ldexp(add_lanes(all.sum) / (double)finite, exponent);
+  s.norm = ldexp(sqrt(add_lanes(all.squares)), exponent);
   if (!finite) s.min = s.max = s.mean = NAN;
   sa_tensor_release(&host);
   *out = s;

@@ -195,9 +195,7 @@ static void copy_transposed(const copy_dims *d, char *to, const char *from) {
 
 static void copy_from_dim(const copy_dims *d, int dim, char *to, const char *from) {
   const int left = d->count - dim;
-  if (left == 0) {
-    d->row(to, 1, from, 1, 1);
-  } else if (left == 1) {
+  if (left == 1) {
     d->row(to, d->to_step[dim], from, d->from_step[dim], d->size[dim]);
   } else if (left == 2 && d->transposes) {
     copy_transposed(d, to, from);
@@ -208,10 +206,13 @@ static void copy_from_dim(const copy_dims *d, int dim, char *to, const char *fro
 }
 
 int sa_cpu_copy(sa_tensor *to, const sa_tensor *from) {
-  if (sa_tensor_numel(to) == 0) return SA_OK;
-  copy_dims d = {.row = sa_cpu_cast(to->dtype, from->dtype),
-                 .to_bytes = sa_dtype_size(to->dtype),
-                 .from_bytes = sa_dtype_size(from->dtype)};
+  const int64_t numel = sa_tensor_numel(to);
+  const sa_cast_row row = sa_cpu_cast(to->dtype, from->dtype);
+  if (numel <= 1) {
+    row(to->data, 1, from->data, 1, numel);
+    return SA_OK;
+  }
+  copy_dims d = {.row = row, .to_bytes = sa_dtype_size(to->dtype), .from_bytes = sa_dtype_size(from->dtype)};
   sort_dims(&d, to, from);
   join_dims(&d);
   find_transpose(&d);
