@@ -19,6 +19,11 @@ local number, integer = ffi.new("double[1]"), ffi.new("int64_t[1]")
 local EXACT = 2 ^ 53
 local int64 = ffi.typeof("int64_t")
 
+-- An int64_t as a number when a number holds it.
+local function exact(x)
+  return (x >= -EXACT and x <= EXACT) and tonumber(x) or x
+end
+
 -- Fills `position` from 1-based indices, one a dim.
 local function locate(fname, handle, n, ...)
   local ndim = handle.ndim
@@ -38,8 +43,7 @@ local function element(fname, handle)
   local dtype = handle.dtype
   if dtype == I64 then
     call(fname, lib.sa_get_integer, handle, position, integer)
-    local value = tonumber(integer[0])
-    return (value >= -EXACT and value <= EXACT) and value or integer[0]
+    return exact(integer[0])
   end
   call(fname, lib.sa_get, handle, position, number)
   if dtype == BOOL then return number[0] ~= 0 end
@@ -127,11 +131,6 @@ end
 
 local function as_is(x)
   return x
-end
-
-local function exact(x)
-  local value = tonumber(x)
-  return (value >= -EXACT and value <= EXACT) and value or x
 end
 
 --- The elements as nested tables (numbers or booleans, as in get); one value for a tensor without dims.

@@ -159,7 +159,7 @@ function core.nearest(name, set)
       best, best_distance = candidate, d
     end
   end
-  return best and best_distance <= math.max(1, math.floor(#name / 3)) and best or nil
+  return best and best_distance <= math.ceil(#name / 3) and best or nil
 end
 
 -- Arguments
@@ -251,7 +251,8 @@ function core.shape(fname, argument, list, lowest)
   if n > lib.SA_MAX_DIMS then
     fail(fname, nil, "%s: got %d dims, wanted at most %d", argument, n, tonumber(lib.SA_MAX_DIMS))
   end
-  for key in pairs(list) do
+  -- next() is compiled where pairs() is not, and finds nothing behind the entries of most lists
+  for key in next, list, n > 0 and n or nil do
     if type(key) ~= "number" or key < 1 or key > n or key ~= math.floor(key) then
       fail(fname, nil, "%s: got a key %s, wanted a list of counts", argument, describe(key))
     end

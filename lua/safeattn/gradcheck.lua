@@ -20,7 +20,8 @@ function Report.__tostring(report)
   local worst = report.worst
   if not worst then return line end
   return line .. string.format(
-    "\nworst: input %d, element [%s]: analytic %.10g, numeric %.10g, error %.3g, allowed %.3g", worst.input, table.concat(worst.index, ","), worst.analytic, worst.numeric, worst.error, worst.allowed)
+    "\nworst: input %d, element [%s]: analytic %.10g, numeric %.10g, error %.3g, allowed %.3g",
+    worst.input, table.concat(worst.index, ","), worst.analytic, worst.numeric, worst.error, worst.allowed)
 end
 
 -- The tensors among the results of fn; sdpa, for one, returns a table behind its output.

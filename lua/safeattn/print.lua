@@ -23,29 +23,30 @@ local function statistics(t)
   return line
 end
 
--- How to write these numbers with one precision. An exact zero is "0", so that it differs from what rounds to it.
-local function formatter(values)
-  local integers, most, least = true, 0, math.huge
+-- How to write these values alike, and the width that takes. An exact zero is "0", unlike what rounds to it.
+local function format_for(values)
+  local integers, most = true, 0
   for _, value in ipairs(values) do
     if type(value) == "number" and value - value == 0 then
-      local size = math.abs(value)
       integers = integers and value % 1 == 0
-      most = math.max(most, size)
-      if size > 0 then least = math.min(least, size) end
+      most = math.max(most, math.abs(value))
     end
   end
   local pattern = "%.4f"
   if integers and most < 1e10 then
     pattern = "%.0f"
-  elseif most >= 1e6 or least < 1e-4 then
+  elseif most < 1e-2 or most >= 1e6 then
     pattern = "%.4e"
   end
-  return function(value)
-    if type(value) ~= "number" then return (tostring(value):gsub("U?LL$", "")) end
+  local function text_of(value)
+    if type(value) ~= "number" then return (tostring(value):gsub("LL$", "")) end
     if value ~= value then return "nan" end
     if value == 0 then return "0" end
     return value - value == 0 and string.format(pattern, value) or tostring(value)
   end
+  local width = 3
+  for _, value in ipairs(values) do width = math.max(width, #text_of(value)) end
+  return text_of, width
 end
 
 -- 1 .. size, or its edges around a 0, which stands for what is left out.
@@ -77,92 +78,72 @@ local function slices(shape, rank)
   return list
 end
 
-local function values_of(t, index, rows, columns)
-  local values = {}
-  local rank = #index
-  for r, row in ipairs(rows) do
-    values[r] = {}
-    for c, column in ipairs(columns) do
-      if row > 0 and column > 0 then
-        index[rank + 1], index[rank + 2] = row, column
-        values[r][c] = t:get(unpack(index, 1, rank + 2))
-      end
-    end
-  end
-  index[rank + 1], index[rank + 2] = nil, nil
-  return values
+local function columns_that_fit(width)
+  return math.max(1, math.floor((WIDTH - INDENT + GAP) / (width + GAP)))
 end
 
--- Lines of one matrix; gaps are columns and rows of "...".
-local function matrix_lines(texts, rows, columns, width)
-  local lines = {}
-  for r, row in ipairs(rows) do
-    local cells = {}
-    for c, column in ipairs(columns) do
-      cells[c] = column == 0 and "..." or string.format("%" .. width .. "s", row == 0 and "..." or texts[r][c])
-    end
-    lines[#lines + 1] = string.rep(" ", INDENT) .. table.concat(cells, string.rep(" ", GAP))
-  end
-  return lines
-end
-
--- The body of a view of rank 2 or more; a vector comes as a matrix that is wrapped.
-local function body(t, edge, title)
-  local shape = t.shape
-  local rank = #shape
-  local rows, columns = shown(shape[rank - 1], edge), shown(shape[rank], edge)
-  local all, blocks = {}, {}
-  local indices = slices(shape, rank - 2)
-  for s, index in ipairs(indices) do
-    if index then
-      blocks[s] = values_of(t, index, rows, columns)
-      for r = 1, #rows do
-        for c = 1, #columns do all[#all + 1] = blocks[s][r][c] end
-      end
-    end
-  end
-  local text_of, width = formatter(all), 3
-  for _, value in ipairs(all) do width = math.max(width, #text_of(value)) end
-  local fitting = math.max(1, math.floor((WIDTH - INDENT + GAP) / (width + GAP)))
-  if #columns > fitting then columns = shown(shape[rank], math.max(1, math.floor((fitting - 1) / 2))) end
-  local lines = {}
-  for _, index in ipairs(indices) do
-    if rank > 2 then lines[#lines + 1] = index and title(index) or "..." end
-    if index then
-      local texts = values_of(t, index, rows, columns)
-      for r = 1, #rows do
-        for c = 1, #columns do
-          if texts[r][c] ~= nil then texts[r][c] = text_of(texts[r][c]) end
-        end
-      end
-      for _, line in ipairs(matrix_lines(texts, rows, columns, width)) do lines[#lines + 1] = line end
-    end
-  end
-  return lines
+local function line_of(cells, first, last)
+  return string.rep(" ", INDENT) .. table.concat(cells, string.rep(" ", GAP), first, last)
 end
 
 local function vector_lines(t, edge)
-  local places = shown(t:size(1), edge)
-  local values = {}
+  local places, values = shown(t:size(1), edge), {}
   for _, place in ipairs(places) do
     if place > 0 then values[#values + 1] = t:get(place) end
   end
-  local text_of, width, cells = formatter(values), 3, {}
-  for _, value in ipairs(values) do width = math.max(width, #text_of(value)) end
+  local text_of, width = format_for(values)
+  local cells, lines = {}, {}
   for c, place in ipairs(places) do
-    cells[c] = place == 0 and "..." or string.format("%" .. width .. "s", text_of(t:get(place)))
+    cells[c] = string.format("%" .. width .. "s", place == 0 and "..." or text_of(t:get(place)))
   end
-  local per_line = math.max(1, math.floor((WIDTH - INDENT + GAP) / (width + GAP)))
-  local lines = {}
-  for first = 1, #cells, per_line do
-    local last = math.min(first + per_line - 1, #cells)
-    lines[#lines + 1] = string.rep(" ", INDENT) .. table.concat(cells, string.rep(" ", GAP), first, last)
+  local fitting = columns_that_fit(width)
+  for first = 1, #cells, fitting do
+    lines[#lines + 1] = line_of(cells, first, math.min(first + fitting - 1, #cells))
   end
   return lines
 end
 
-local function slice_title(index)
-  return "(" .. table.concat(index, ",") .. ",:,:)"
+local function element(t, index, row, column)
+  local place = {unpack(index)}
+  place[#place + 1], place[#place + 2] = row, column
+  return t:get(unpack(place))
+end
+
+-- The lines of rank 2 and more: matrices, under their leading indices when there are any.
+local function matrix_lines(t, edge)
+  local shape = t.shape
+  local rank = #shape
+  local indices = slices(shape, rank - 2)
+  local rows, columns = shown(shape[rank - 1], edge), shown(shape[rank], edge)
+  local values = {}
+  for _, index in ipairs(indices) do
+    for _, row in ipairs(index and rows or {}) do
+      for _, column in ipairs(row > 0 and columns or {}) do
+        if column > 0 then values[#values + 1] = element(t, index, row, column) end
+      end
+    end
+  end
+  local text_of, width = format_for(values)
+  local fitting = columns_that_fit(width)
+  if #columns > fitting then columns = shown(shape[rank], math.max(1, math.floor((fitting - 1) / 2))) end
+
+  local lines = {}
+  for _, index in ipairs(indices) do
+    if rank > 2 then lines[#lines + 1] = index and "(" .. table.concat(index, ",") .. ",:,:)" or "..." end
+    for _, row in ipairs(index and rows or {}) do
+      local cells = {}
+      for c, column in ipairs(columns) do
+        if column == 0 then
+          cells[c] = "..."
+        else
+          local text = row == 0 and "..." or text_of(element(t, index, row, column))
+          cells[c] = string.format("%" .. width .. "s", text)
+        end
+      end
+      lines[#lines + 1] = line_of(cells)
+    end
+  end
+  return lines
 end
 
 function tensor.metatable.__tostring(t)
@@ -172,14 +153,9 @@ function tensor.metatable.__tostring(t)
   local rank = t:dim()
   if rank == 0 then
     local value = t:item()
-    return header(t) .. "\n  " .. formatter({value})(value)
+    return header(t) .. "\n  " .. format_for({value})(value)
   end
   local edge = count > WHOLE and EDGE or math.huge
-  local lines = {header(t), statistics(t)}
-  for _, line in ipairs(rank == 1 and vector_lines(t, edge) or body(t, edge, slice_title)) do
-    lines[#lines + 1] = line
-  end
-  return table.concat(lines, "\n")
+  local body = rank == 1 and vector_lines(t, edge) or matrix_lines(t, edge)
+  return table.concat({header(t), statistics(t), unpack(body)}, "\n")
 end
-
-return tensor
