@@ -74,7 +74,8 @@ for line in io.lines "/proc/self/maps" do if line:find "named.so" then print "it
     end
     assert.matches("safeattn: the C library has ABI 999, these Lua modules want %d+: run `make`",
       with "int sa_abi(void) { return 999; }")
-    assert.matches("safeattn: the C library has ABI none, these Lua modules want %d+", with "int other(void) { return 1; }")
+    assert.matches("safeattn: the C library has ABI none, these Lua modules want %d+",
+      with "int other(void) { return 1; }")
   end)
 
   it("says that the declarations are missing when the tree was not built", function()
