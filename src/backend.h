@@ -43,8 +43,8 @@ typedef struct sa_operations {
   int (*unary)(int op, const sa_tensor *x, const sa_tensor *y);
   int (*unary_backward)(int op, const sa_tensor *x, const sa_tensor *y, const sa_tensor *dy,
                         const sa_tensor *dx);  // x or y is NULL when the op does not read it
-  int (*binary)(int op, const sa_tensor *a, const sa_tensor *b,
-                const sa_tensor *y);  // equal dtypes, or a half type with a scalar in f32
+  // Equal dtypes, or one of them is a scalar: all strides 0, device SA_CPU wherever the other is, f32 beside halves.
+  int (*binary)(int op, const sa_tensor *a, const sa_tensor *b, const sa_tensor *y);
   int (*where)(const sa_tensor *condition, const sa_tensor *a, const sa_tensor *b, const sa_tensor *y);
   int (*reduce)(int op, const sa_tensor *x, uint32_t dims, const sa_tensor *y);  // y keeps the dims as 1
   int (*softmax)(const sa_tensor *x, int dim, int dead_rows, const sa_tensor *y);

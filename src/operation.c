@@ -73,12 +73,12 @@ int sa_check_like(const char *function, const char *name, const sa_tensor *t, co
   return status;
 }
 
-const sa_operations *sa_operations_of(const char *function, int device) {
+int sa_operations_of(const char *function, int device, const sa_operations **operations) {
   const sa_backend *backend = sa_backend_of(function, device);
-  if (!backend) return NULL;
-  if (!backend->operations)
-    sa_fail(SA_UNSUPPORTED, function, "is not there on %s yet, wanted tensors on the cpu", sa_device_name(device));
-  return backend->operations;
+  if (!backend) return SA_NO_DEVICE;
+  *operations = backend->operations;
+  if (*operations) return SA_OK;
+  return sa_fail(SA_UNSUPPORTED, function, "has no kernels for %s, wanted tensors on cpu", sa_device_name(device));
 }
 
 int sa_broadcast_shape(const char *function, const char *a_name, const sa_tensor *a, const char *b_name,

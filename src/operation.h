@@ -19,8 +19,8 @@ static inline bool sa_is_float(int dtype) {
   return dtype == SA_F32 || dtype == SA_F64 || dtype == SA_F16 || dtype == SA_BF16;
 }
 
-// The operations of a device; NULL, and an error that says what is missing, when it has none.
-const sa_operations *sa_operations_of(const char *function, int device);
+// The operations of a device; fails when it, or this build's part for it, is not there.
+int sa_operations_of(const char *function, int device, const sa_operations **operations);
 
 // The shape that both broadcast to, as in NumPy: 1 fits every size, missing leading dims count as 1.
 int sa_broadcast_shape(const char *function, const char *a_name, const sa_tensor *a, const char *b_name,
