@@ -24,15 +24,15 @@ local function is_plain_table(x)
   return type(x) == "table" and not tensor.is(x) and not expression.is(x)
 end
 
-local function is_integer_tensor(x)
-  return tensor.is(x) and (x.dtype == "i32" or x.dtype == "i64")
-end
+local integers_of = {i32 = true, i64 = true}
+local bools = {bool = true}
+local floats = {f32 = true, f64 = true, f16 = true, bf16 = true}
 
-local function tensor_of(fname, argument, x, dtype, wanted)
-  if not (tensor.is(x) and x.dtype == dtype) then
-    fail(fname, nil, "%s: got %s, wanted %s", argument, describe(x), wanted)
-  end
-  return tensor.pointer(x, fname, argument)
+-- The handle of a tensor with one of some dtypes, or nil.
+local function handle_of(fname, argument, x, dtypes)
+  if not tensor.is(x) then return nil end
+  local handle = tensor.pointer(x, fname, argument)
+  return dtypes[core.dtype_names[handle.dtype]] and handle or nil
 end
 
 -- Stores the integers in `list`, each at least `lowest`, and gives the array.
@@ -53,11 +53,13 @@ local function counts(fname, argument, value)
   local list = value
   if type(value) == "number" then
     list = {value}
-  elseif is_integer_tensor(value) and value:dim() == 1 then
-    list = value:totable()
   elseif not is_plain_table(value) then
-    fail(fname, nil, "%s: got %s, wanted a count, a list of counts, or an i32 or i64 tensor [B]", argument,
-      describe(value))
+    local handle = handle_of(fname, argument, value, integers_of)
+    if not handle or handle.ndim ~= 1 then
+      fail(fname, nil, "%s: got %s, wanted a count, a list of counts, or an i32 or i64 tensor [B]", argument,
+        describe(value))
+    end
+    list = value:totable()
   end
   return integers(fname, argument, list, 0, ffi.new("int64_t[?]", #list)), list
 end
@@ -73,10 +75,8 @@ end
 
 -- Document ids as a tensor [S] or [B,S]: from such a tensor, a list of integers, or a list of equally long lists.
 local function document_ids(fname, argument, ids)
-  if is_integer_tensor(ids) then
-    if ids:dim() == 1 or ids:dim() == 2 then return ids end
-    fail(fname, nil, "%s: got %s, wanted one of rank 1 or 2", argument, describe(ids))
-  end
+  local handle = handle_of(fname, argument, ids, integers_of)
+  if handle and (handle.ndim == 1 or handle.ndim == 2) then return ids end
   if not is_plain_table(ids) then
     fail(fname, nil, "%s: got %s, wanted i32 or i64 ids [S] or [B,S]: a tensor or a table", argument, describe(ids))
   end
@@ -185,38 +185,36 @@ end
 -- @param size of a block, at least 1
 function M.blocks(keep, size)
   local fname = "mask.blocks"
-  local pointer = tensor_of(fname, "keep", keep, "bool", "a bool tensor [.., ceil(L/size), ceil(S/size)]")
+  local handle = handle_of(fname, "keep", keep, bools)
+    or fail(fname, nil, "keep: got %s, wanted a bool tensor [.., ceil(L/size), ceil(S/size)]", describe(keep))
   core.integer(fname, "size", size, 1)
   local known = broadcast_sizes(keep)
-  return atom("blocks", {B = known.B, H = known.H}, construct(fname, lib.sa_mask_blocks, pointer, size))
+  return atom("blocks", {B = known.B, H = known.H}, construct(fname, lib.sa_mask_blocks, handle, size))
 end
 
 --- The pairs that a bool tensor says; it is copied.
 -- @param visible bool tensor, broadcastable to [B,H,L,S]; true = visible
 function M.dense(visible)
   local fname = "mask.dense"
-  local pointer = tensor_of(fname, "visible", visible, "bool",
-    "a bool tensor (mask.additive reads a float one)")
-  return atom("dense", broadcast_sizes(visible), construct(fname, lib.sa_mask_dense, pointer))
+  local handle = handle_of(fname, "visible", visible, bools)
+    or fail(fname, nil, "visible: got %s, wanted a bool tensor (mask.additive reads a float one)", describe(visible))
+  return atom("dense", broadcast_sizes(visible), construct(fname, lib.sa_mask_dense, handle))
 end
 
 local additive_options = {at_most = true}
-local float_dtypes = {f32 = true, f64 = true, f16 = true, bf16 = true}
 
 --- Pairs whose additive bias is not -inf. Its finite values are not used: give them as `bias`.
 -- @param bias float tensor, broadcastable to [B,H,L,S]
 -- @param options {at_most = x}: values <= x count as -inf
 function M.additive(bias, options)
   local fname = "mask.additive"
-  if not (tensor.is(bias) and float_dtypes[bias.dtype]) then
-    fail(fname, nil, "bias: got %s, wanted a float tensor (mask.dense reads a bool one)", describe(bias))
-  end
-  local pointer = tensor.pointer(bias, fname, "bias")
+  local handle = handle_of(fname, "bias", bias, floats)
+    or fail(fname, nil, "bias: got %s, wanted a float tensor (mask.dense reads a bool one)", describe(bias))
   local at_most = core.options(fname, options, additive_options).at_most
   if at_most == nil then at_most = -math.huge end
   core.number(fname, "at_most", at_most)
   if at_most ~= at_most then fail(fname, nil, "at_most: got nan, wanted a number") end
-  return atom("additive", broadcast_sizes(bias), construct(fname, lib.sa_mask_additive, pointer, at_most))
+  return atom("additive", broadcast_sizes(bias), construct(fname, lib.sa_mask_additive, handle, at_most))
 end
 
 --- Each pair is visible with probability p, alike for all batches and heads.
