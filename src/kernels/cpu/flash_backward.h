@@ -353,24 +353,25 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
   const int count = (int)(p->keys - first < job->chunk ? p->keys - first : job->chunk);
   memset(room->dkey, 0, sizeof(REAL) * count * NAME(padded)(p->width));
   memset(room->dvalue, 0, sizeof(REAL) * count * NAME(padded)(p->value_width));
-  NAME(block) block = NAME(block_at)(p, batch, key_head * group, 0);
+  // With no query heads at all, the gradients of the keys are still written: zeros.
+  const NAME(block) keys = {.p = p, .batch = batch, .key_head = key_head};
   bool wild_key = false;
   for (int r = 0; r < count && !wild_key; r += KEYS) {
     int64_t stride;
     const int some = count - r < KEYS ? count - r : KEYS;
-    const REAL *key = NAME(rows_of)(&p->k, &block, first + r, some, (int)p->width, false, room->key_rows, &stride);
+    const REAL *key = NAME(rows_of)(&p->k, &keys, first + r, some, (int)p->width, false, room->key_rows, &stride);
     wild_key = NAME(has_nonfinite)(key, stride, some, (int)p->width);
   }
   for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
     double dslope = 0;
     for (int64_t index = 0; index < job->blocks; index++) {
-      block = NAME(block_at)(p, batch, head, index);
+      const NAME(block) block = NAME(block_at)(p, batch, head, index);
       NAME(backward_block)(job, &block, chunk, wild_key, room, &dslope);
     }
     if (job->dalibi) job->dalibi[(head * p->batch + batch) * job->chunks + chunk] = dslope;
   }
-  if (p->dk.data) NAME(write_keys)(&p->dk, &block, first, count, (int)p->width, room->dkey);
-  if (p->dv.data) NAME(write_keys)(&p->dv, &block, first, count, (int)p->value_width, room->dvalue);
+  if (p->dk.data) NAME(write_keys)(&p->dk, &keys, first, count, (int)p->width, room->dkey);
+  if (p->dv.data) NAME(write_keys)(&p->dv, &keys, first, count, (int)p->value_width, room->dvalue);
 }
 
 static void NAME(backward_item)(void *argument, int64_t item, int worker) {
