@@ -1,4 +1,5 @@
 // what is in a tensor: copies, fills, single elements and ranges
+#include <math.h>
 #include <string.h>
 
 #include "backend.h"
@@ -109,8 +110,30 @@ static int get(const char *function, const sa_tensor *t, const int64_t *index, v
   return status ? status : copy_apart(function, &to, &element);
 }
 
+// A double whose bits are those of a boxed value, say 0xffff.., is to LuaJIT no NaN but nil, or a function anywhere.
+static double plain_nan(double value) {
+  return value == value ? value : NAN;
+}
+
 int sa_get(const sa_tensor *t, const int64_t *index, double *value) {
-  return get(__func__, t, index, value, SA_F64);
+  const int status = get(__func__, t, index, value, SA_F64);
+  if (!status) *value = plain_nan(*value);
+  return status;
+}
+
+int sa_get_all(const sa_tensor *t, double *values) {
+  int status = sa_tensor_check(__func__, "t", t);
+  if (status) return status;
+  if (!values) return sa_fail(SA_INVALID, __func__, "values: got NULL, wanted room for %s", sa_describe(t));
+  sa_tensor host;
+  status = sa_tensor_on_host(&host, t);
+  if (status) return status;
+  sa_stream elements;
+  sa_stream_open(&elements, &host);
+  const int64_t count = sa_stream_read(&elements, values, SA_F64, elements.left);
+  for (int64_t k = 0; k < count; k++) values[k] = plain_nan(values[k]);
+  sa_tensor_release(&host);
+  return SA_OK;
 }
 
 int sa_get_integer(const sa_tensor *t, const int64_t *index, int64_t *value) {

@@ -95,7 +95,10 @@ int sa_tensor_expand(sa_tensor *out, const sa_tensor *t, int ndim, const int64_t
 // set of an integer tensor takes only whole numbers that it can hold; `sa_arange` likewise.
 int sa_copy(sa_tensor *to, const sa_tensor *from);
 int sa_fill(sa_tensor *t, double value);
+// `sa_get` and `sa_get_all` (every element, in row-major order) give each NaN as the one positive quiet NaN, because
+// LuaJIT keeps pointers in the bits of others.
 int sa_get(const sa_tensor *t, const int64_t *index, double *value);
+int sa_get_all(const sa_tensor *t, double *values);
 int sa_get_integer(const sa_tensor *t, const int64_t *index, int64_t *value);  // exact; a float must be whole
 int sa_set(sa_tensor *t, const int64_t *index, double value);
 int sa_set_integer(sa_tensor *t, const int64_t *index, int64_t value);
