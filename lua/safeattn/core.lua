@@ -232,7 +232,9 @@ function core.dim(fname, argument, value, ndim)
     if dim < 0 then dim = dim + ndim + 1 end
     if dim >= 1 and dim <= ndim then return dim - 1 end
   end
-  if ndim == 0 then fail(fname, nil, "%s: got %s, but a tensor without dims has none", argument, describe(value)) end
+  if ndim == 0 then
+    fail(fname, nil, "%s: got %s of a tensor without dims, wanted a tensor with dims", argument, describe(value))
+  end
   fail(fname, nil, "%s: got %s, wanted 1 to %d, or -1 to -%d from the end", argument, describe(value), ndim, ndim)
 end
 

@@ -114,7 +114,7 @@ local function shape_of(data)
   while type(data) == "table" and not tensor.is(data) do
     shape[#shape + 1] = #data
     if #shape > lib.SA_MAX_DIMS then
-      fail("tensor", nil, "data: got tables nested more than %d deep", tonumber(lib.SA_MAX_DIMS))
+      fail("tensor", nil, "data: got tables nested more than 8 deep, wanted at most 8")
     end
     data = data[1]
   end
@@ -230,11 +230,7 @@ function create.from_pointer(data, shape, options)
     if count ~= ndim then fail("from_pointer", nil, "stride: got %d strides, wanted %d", count, ndim) end
   end
   local handle = tensor.handle()
-  local address = ffi.cast("void *", data)
-  call("from_pointer", lib.sa_tensor_borrow, handle, address, dtype, lib.SA_CPU, ndim, sizes, stride)
-  if address == nil and lib.sa_tensor_numel(handle) > 0 then
-    fail("from_pointer", nil, "data: got a null pointer for %d elements", tonumber(lib.sa_tensor_numel(handle)))
-  end
+  call("from_pointer", lib.sa_tensor_borrow, handle, ffi.cast("void *", data), dtype, lib.SA_CPU, ndim, sizes, stride)
   if bytes then
     local ends = ffi.new("const char *[2]")
     lib.sa_tensor_extent(handle, ends, ends + 1)

@@ -262,8 +262,11 @@ function operations.argmax(x, dim, options)
     local flat = methods.view(methods.contiguous(methods.detach(x)), -1)
     return operations.add(made("argmax", lib.sa_reduce, lib.SA_ARGMAX, flat.handle, 1, false), 1)
   end
-  local bits = 2 ^ core.dim("argmax", "dim", dim, handle.ndim)
-  return operations.add(made("argmax", lib.sa_reduce, lib.SA_ARGMAX, handle, bits, keep), 1)
+  dim = core.dim("argmax", "dim", dim, handle.ndim)
+  if handle.shape[dim] == 0 then
+    fail("argmax", nil, "x: got %s, wanted something to choose from in dim %d", core.describe(x), dim + 1)
+  end
+  return operations.add(made("argmax", lib.sa_reduce, lib.SA_ARGMAX, handle, 2 ^ dim, keep), 1)
 end
 
 -- Products

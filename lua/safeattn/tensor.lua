@@ -74,7 +74,7 @@ function tensor.pointer(x, fname, argument)
   if getmetatable(x) ~= Tensor then
     fail(fname, nil, "%s: got %s, wanted a tensor", argument, core.describe(x))
   end
-  return x.handle or fail(fname, nil, "%s: got a tensor that was freed", argument)
+  return x.handle or fail(fname, nil, "%s: got a tensor that was freed, wanted one that lives", argument)
 end
 local pointer = tensor.pointer
 
