@@ -106,16 +106,6 @@ sa_tensor sa_broadcast_view(const sa_tensor *t, int ndim, const int64_t *shape) 
   return view;
 }
 
-sa_tensor sa_without_dim(const sa_tensor *t, int dim) {
-  sa_tensor view = *t;
-  view.block = NULL;
-  view.ndim--;
-  const size_t after = (size_t)(view.ndim - dim);
-  memmove(view.shape + dim, view.shape + dim + 1, after * sizeof *view.shape);
-  memmove(view.stride + dim, view.stride + dim + 1, after * sizeof *view.stride);
-  return view;
-}
-
 // Whether writing one may change what the other reads. Extents say so, which counts interleaved views as overlapping:
 // that costs a copy, never a wrong result.
 static bool overlaps(const sa_tensor *a, const sa_tensor *b) {

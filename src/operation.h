@@ -27,8 +27,6 @@ int sa_broadcast_shape(const char *function, const char *a_name, const sa_tensor
                        const sa_tensor *b, int *ndim, int64_t *shape);
 // A borrowed view of t in a shape that it broadcasts to.
 sa_tensor sa_broadcast_view(const sa_tensor *t, int ndim, const int64_t *shape);
-// A borrowed view without dim `dim`.
-sa_tensor sa_without_dim(const sa_tensor *t, int dim);
 
 // An output while it is written. When it overlaps an input, the loops write apart and the result is copied at the end.
 typedef struct sa_output {

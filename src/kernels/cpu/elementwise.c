@@ -141,7 +141,7 @@ int sa_cpu_unary(int op, const sa_tensor *x, const sa_tensor *y) {
   unary_job j = {.loop = x->dtype == SA_F64 ? forward_f64[op] : forward_f32[op],
                  .dtype = x->dtype,
                  .compute = sa_compute_dtype(x->dtype)};
-  const sa_strided walk = sa_strided_of(2, (const sa_tensor *[]){y, x}, true);
+  const sa_strided walk = sa_strided_of(2, (const sa_tensor *[]){y, x}, 0, true);
   sa_strided_run_all(&walk, unary_cost(op), unary_piece, &j);
   return SA_OK;
 }
@@ -152,7 +152,7 @@ int sa_cpu_unary_backward(int op, const sa_tensor *x, const sa_tensor *y, const 
   unary_job j = {.slope = dx->dtype == SA_F64 ? backward_f64[op] : backward_f32[op],
                  .dtype = dx->dtype,
                  .compute = sa_compute_dtype(dx->dtype)};
-  const sa_strided walk = sa_strided_of(3, (const sa_tensor *[]){dx, kept, dy}, true);
+  const sa_strided walk = sa_strided_of(3, (const sa_tensor *[]){dx, kept, dy}, 0, true);
   sa_strided_run_all(&walk, op == SA_GELU ? 16 : 1, slope_piece, &j);
   return SA_OK;
 }
@@ -233,7 +233,7 @@ int sa_cpu_binary(int op, const sa_tensor *a, const sa_tensor *b, const sa_tenso
            : j.compute == SA_F64 ? binary_f64[op]
            : j.compute == SA_I32 ? binary_i32[op]
                                  : binary_i64[op];
-  const sa_strided walk = sa_strided_of(3, (const sa_tensor *[]){y, a, b}, true);
+  const sa_strided walk = sa_strided_of(3, (const sa_tensor *[]){y, a, b}, 0, true);
   sa_strided_run_all(&walk, 1, binary_piece, &j);
   return SA_OK;
 }
@@ -258,7 +258,7 @@ WHERE(uint64_t, 8)
 
 int sa_cpu_where(const sa_tensor *condition, const sa_tensor *a, const sa_tensor *b, const sa_tensor *y) {
   const int64_t size = sa_dtype_size(y->dtype);
-  const sa_strided walk = sa_strided_of(4, (const sa_tensor *[]){y, condition, a, b}, true);
+  const sa_strided walk = sa_strided_of(4, (const sa_tensor *[]){y, condition, a, b}, 0, true);
   sa_strided_run_all(&walk, 1, size == 1 ? where_1 : size == 2 ? where_2 : size == 4 ? where_4 : where_8, NULL);
   return SA_OK;
 }

@@ -165,19 +165,15 @@ static value start_of(int op, int compute) {
 }
 
 int sa_cpu_reduce(int op, const sa_tensor *x, uint32_t dims, const sa_tensor *y) {
-  // x as the kept dims see it, and as the reduced ones do.
-  sa_tensor kept = *x, reduced = *x;
-  for (int dim = 0; dim < x->ndim; dim++) (dims >> dim & 1 ? &kept : &reduced)->shape[dim] = 1;
-  const sa_tensor *of_one[] = {&reduced};
-  job j = {.op = op, .x_dtype = x->dtype, .y_dtype = y->dtype, .reduced = sa_strided_of(1, of_one, op != SA_ARGMAX)};
+  job j = {.op = op, .x_dtype = x->dtype, .y_dtype = y->dtype};
+  j.reduced = sa_strided_of(1, &x, ~dims, op != SA_ARGMAX);
   j.compute = x->dtype == SA_F64 || sa_compute_dtype(x->dtype) == SA_F32 ? SA_F64 : SA_I64;
   j.x_size = sa_dtype_size(x->dtype);
   j.y_size = sa_dtype_size(y->dtype);
   if (op != SA_ARGMAX) j.fold = folds[j.compute == SA_I64][op];
   j.start = start_of(op, j.compute);
   j.divisor = j.reduced.numel;
-  const sa_tensor *of_all[] = {y, &kept};
-  const sa_strided walk = sa_strided_of(2, of_all, true);
+  const sa_strided walk = sa_strided_of(2, (const sa_tensor *[]){y, x}, dims, true);
   sa_strided_run_all(&walk, (double)j.reduced.numel, op == SA_ARGMAX ? argmax_piece : reduce_piece, &j);
   return SA_OK;
 }

@@ -7,7 +7,6 @@
 #include "kernels/cpu/exp.h"
 #include "kernels/cpu/operations.h"
 #include "kernels/cpu/strided.h"
-#include "operation.h"
 
 #pragma GCC optimize("no-trapping-math")  // choices of two values become vectors; nobody reads the flags
 
@@ -39,8 +38,7 @@ int sa_cpu_softmax(const sa_tensor *x, int dim, int dead_rows, const sa_tensor *
            .length = x->shape[dim],
            .x_step = x->stride[dim],
            .y_step = y->stride[dim]};
-  const sa_tensor y_lines = sa_without_dim(y, dim), x_lines = sa_without_dim(x, dim);
-  const sa_strided walk = sa_strided_of(2, (const sa_tensor *[]){&y_lines, &x_lines}, true);
+  const sa_strided walk = sa_strided_of(2, (const sa_tensor *[]){y, x}, UINT32_C(1) << dim, true);
   sa_strided_run_all(&walk, 8.0 * (double)(j.length + 1), x->dtype == SA_F64 ? forward_f64 : forward_f32, &j);
   return SA_OK;
 }
@@ -55,9 +53,7 @@ int sa_cpu_softmax_backward(const sa_tensor *x, const sa_tensor *y, const sa_ten
            .y_step = y->stride[dim],
            .dy_step = dy->stride[dim],
            .dx_step = dx->stride[dim]};
-  const sa_tensor lines[] = {sa_without_dim(dx, dim), sa_without_dim(x, dim), sa_without_dim(y, dim),
-                             sa_without_dim(dy, dim)};
-  const sa_strided walk = sa_strided_of(4, (const sa_tensor *[]){&lines[0], &lines[1], &lines[2], &lines[3]}, true);
+  const sa_strided walk = sa_strided_of(4, (const sa_tensor *[]){dx, x, y, dy}, UINT32_C(1) << dim, true);
   sa_strided_run_all(&walk, 4.0 * (double)(j.length + 1), x->dtype == SA_F64 ? backward_f64 : backward_f32, &j);
   return SA_OK;
 }

@@ -22,15 +22,15 @@ static bool joins(const sa_strided *walk, int outer, int inner) {
   return true;
 }
 
-sa_strided sa_strided_of(int tensors, const sa_tensor *const *t, bool any_order) {
+sa_strided sa_strided_of(int tensors, const sa_tensor *const *t, uint32_t without, bool any_order) {
   sa_strided walk = {.tensors = tensors, .numel = 1};
   for (int i = 0; i < tensors; i++) {
     walk.data[i] = t[i]->data;
     walk.size[i] = sa_dtype_size(t[i]->dtype);
   }
   for (int dim = 0; dim < t[0]->ndim; dim++) {
+    if (without >> dim & 1 || t[0]->shape[dim] == 1) continue;
     walk.numel *= t[0]->shape[dim];
-    if (t[0]->shape[dim] == 1) continue;
     walk.shape[walk.ndim] = t[0]->shape[dim];
     for (int i = 0; i < tensors; i++) walk.step[i][walk.ndim] = t[i]->stride[dim];
     for (int k = walk.ndim++; any_order && k > 0 && walk.step[0][k] > walk.step[0][k - 1]; k--)
