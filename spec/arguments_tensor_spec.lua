@@ -180,7 +180,7 @@ local cases = {
   },
   expand = {
     {"shape", "[4,3]", "f32[2,3]", function() t:expand(4, 3) end},
-    {"shape", "1", "2", function() t:expand(3) end},
+    {"shape", "[3]", "2 dims of f32[2,3]", function() t:expand(3) end},
     {"shape", "[-1,2,3]", "f32[2,3]", function() t:expand(-1, 2, 3) end},
     {"shape", '"4"', "a count", function() t:expand("4") end},
   },
@@ -312,7 +312,7 @@ local cases = {
   },
   isa = {
     {"name", "5", '"generic"', function() sa.isa(5) end},
-    {"name", '"mmx"', "generic", function() sa.isa("mmx") end},
+    {"name", '"mmx"', '"auto"', function() sa.isa("mmx") end},
   },
 }
 

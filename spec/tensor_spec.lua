@@ -325,7 +325,8 @@ describe("lifetime", function()
       function() t:free() end, function() t:fill(0) end, function() return sa.equal(t, t) end,
       function() return t:data() end, function() t.requires_grad = true end,
     } do
-      assert.matches("^safeattn%.[%w_]+: %w+: got a tensor that was freed, wanted one that lives$", helper.message_of(use))
+      assert.matches("^safeattn%.[%w_]+: %w+: got a tensor that was freed, wanted one that lives$",
+        helper.message_of(use))
     end
     assert.equal("a tensor that was freed", tostring(t))
   end)

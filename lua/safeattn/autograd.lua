@@ -56,6 +56,21 @@ local function node_of(x)
   return x.sink, 1
 end
 
+local function version(t)
+  return t.storage and t.storage.version or 0
+end
+
+local function tensors_and_versions(saved)
+  local tensors, versions = {}, {}
+  for i = 1, length(saved) do
+    if tensor.is(saved[i]) then
+      tensors[#tensors + 1] = saved[i]
+      versions[#tensors] = version(saved[i])
+    end
+  end
+  return tensors, versions
+end
+
 --- Records an operation, when gradient is wanted of it.
 -- @param name for messages
 -- @param outputs list of float tensors that it made
@@ -63,11 +78,12 @@ end
 -- @param backward called with the gradient of each output (nil when none came) and without recording; returns a list
 --   of gradients aligned with inputs (nil or false: none). Each is a fresh tensor, or a gradient that was passed in, or
 --   a view of one: never a tensor that somebody else holds
--- @param saved list of the tensors whose contents backward reads: changing one in place before makes it raise
+-- @param saved list of what backward reads (may hold nil, false and numbers): a tensor of it that was changed in place
+--   since then makes it raise
 function autograd.record(name, outputs, inputs, backward, saved)
   if not autograd.wanted(inputs) then return end
   local n = length(inputs)
-  local node = {name = name, inputs = n, outputs = #outputs, backward = backward, saved = saved}
+  local node = {name = name, inputs = n, outputs = #outputs, backward = backward}
   for i = 1, n do
     if requires_grad(inputs[i]) then
       node[i], node[-i] = node_of(inputs[i])
@@ -75,14 +91,15 @@ function autograd.record(name, outputs, inputs, backward, saved)
       node[i] = false
     end
   end
-  if saved then
-    local versions = {}
-    for i = 1, length(saved) do versions[i] = saved[i] and saved[i].storage and saved[i].storage.version or 0 end
-    node.versions = versions
-  end
+  if saved then node.saved, node.versions = tensors_and_versions(saved) end
   for i = 1, #outputs do
     outputs[i].node, outputs[i].output = node, i
   end
+end
+
+local function mark_changed(t)
+  local storage = tensor.storage(t)
+  storage.version = storage.version + 1
 end
 
 --- Raises unless the contents of t may be changed in place, and notes that they were.
@@ -96,17 +113,14 @@ function autograd.change(fname, argument, t)
         argument)
     end
   end
-  local storage = tensor.storage(t)
-  storage.version = storage.version + 1
+  mark_changed(t)
 end
 
 local function check_saved(node)
-  local saved = node.saved
-  for i = 1, saved and length(saved) or 0 do
-    local t = saved[i]
-    if t and not t.handle then
+  for i, t in ipairs(node.saved or {}) do
+    if not t.handle then
       fail("backward", nil, "a tensor that %s needs for its gradient was freed", node.name)
-    elseif t and (t.storage and t.storage.version or 0) ~= node.versions[i] then
+    elseif version(t) ~= node.versions[i] then
       fail("backward", nil, "%s, which %s needs for its gradient, was changed in place after it was recorded",
         core.describe(t), node.name)
     end
@@ -124,8 +138,7 @@ end
 local function add_to(a, b)
   local handle = pointer(a, "backward", "grad")
   call("backward", lib.sa_binary, lib.SA_ADD, handle, b.handle, handle)
-  local storage = tensor.storage(a)
-  storage.version = storage.version + 1
+  mark_changed(a)
 end
 
 local function copy_of(g)
