@@ -154,12 +154,15 @@ local function gradients(fname, run, dout, dlse, wanted)
   if run.bias then a.bias = pointer(run.bias, fname, "bias") end
   if run.sinks then a.sinks = pointer(run.sinks, fname, "sinks") end
   if run.alibi then a.alibi = pointer(run.alibi, fname, "alibi") end
-  if dout then a.dout = pointer(dout, fname, "dout") end
-  if dlse then a.dlse = pointer(dlse, fname, "dlse") end
+  if dout ~= nil then a.dout = pointer(dout, fname, "dout") end
+  if dlse ~= nil then a.dlse = pointer(dlse, fname, "dlse") end
+  -- The struct keeps nothing alive, and LuaJIT keeps no local variable that is not read again.
+  run.dout, run.dlse = dout, dlse
   local dq, dk, dv = output(wanted.q), output(wanted.k), output(wanted.v)
   local dbias, dsinks, dalibi = output(wanted.bias), output(wanted.sinks), output(wanted.alibi)
   a.dq, a.dk, a.dv, a.dbias, a.dsinks, a.dalibi = dq, dk, dv, dbias, dsinks, dalibi
   call(fname, lib.sa_backward, a)
+  run.dout, run.dlse = nil, nil
   return {dq = adopted(dq), dk = adopted(dk), dv = adopted(dv), dbias = adopted(dbias), dsinks = adopted(dsinks),
     dalibi = adopted(dalibi)}
 end
@@ -186,6 +189,18 @@ function M.forward(q, k, v, options)
   options = core.options("forward", options, option_names)
   core.boolean("forward", "lse", options.lse, true)
   return (forward("forward", q, k, v, options, true, true))
+end
+
+-- A function of its own: LuaJIT compiles none that closures capture variables of.
+local function record(run, inputs)
+  local wanted = {}
+  for _, name in ipairs {"q", "k", "v", "bias", "sinks", "alibi"} do
+    wanted[name] = run[name] and run[name].requires_grad
+  end
+  autograd.record("sdpa", {run.out, run.lse}, inputs, function(dout, dlse)
+    local g = gradients("backward", run, dout, dlse, wanted)
+    return {g.dq, g.dk, g.dv, g.dbias, g.dsinks, g.dalibi, n = 6}
+  end, {run.q, run.k, run.v, run.bias, run.sinks, run.alibi, run.out, run.lse, n = 8})
 end
 
 --- Attention.
@@ -217,18 +232,8 @@ function M.sdpa(q, k, v, options)
   local inputs = {q, k, v, options.bias, options.sinks, options.alibi, n = 6}
   local taped = autograd.wanted(inputs)
   local run = forward(fname, q, k, v, options, wants_lse, taped)
-  local out, lse = run.out, run.lse
-  if taped then
-    local wanted = {}
-    for _, name in ipairs {"q", "k", "v", "bias", "sinks", "alibi"} do
-      wanted[name] = run[name] and run[name].requires_grad
-    end
-    autograd.record(fname, {out, lse}, inputs, function(dout, dlse)
-      local g = gradients("backward", run, dout, dlse, wanted)
-      return {g.dq, g.dk, g.dv, g.dbias, g.dsinks, g.dalibi, n = 6}
-    end, {q, k, v, run.bias, run.sinks, run.alibi, out, lse, n = 8})
-  end
-  return out, {lse = wants_lse and lse or nil, weights = run.weights}
+  if taped then record(run, inputs) end
+  return run.out, {lse = wants_lse and run.lse or nil, weights = run.weights}
 end
 
 -- The pointers of a list of tensors.
