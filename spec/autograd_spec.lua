@@ -88,6 +88,31 @@ describe("the gradient of", function()
   end
 end)
 
+describe("empty tensors", function()
+  it("go through forward and backward", function()
+    for name, case in pairs {
+      add = {function(a) return a + sa.ones({3}, {dtype = "f64"}) end, {0, 3}},
+      exp = {function(a) return a:exp() end, {0, 3}},
+      sum = {function(a) return a:sum() end, {0, 3}},
+      sum_over_nothing = {function(a) return a:sum(1) end, {0, 3}},
+      mean = {function(a) return a:mean(2) end, {0, 3}},
+      cat = {function(a) return sa.cat {a, a} end, {0, 3}},
+      no_rows = {function(a) return a:matmul(sa.ones({3, 2}, {dtype = "f64"})) end, {0, 3}},
+      no_sum = {function(a) return a:matmul(sa.ones({0, 2}, {dtype = "f64"})) end, {3, 0}},
+      no_sum_right = {function(b) return sa.ones({2, 3, 0}, {dtype = "f64"}):matmul(b) end, {0, 2}},
+      narrow = {function(a) return a:narrow(2, 4, 0) end, {2, 3}},
+      softmax = {function(a) return a:softmax() end, {2, 0}},
+      layernorm = {function(a) return a:layernorm() end, {0, 3}},
+    } do
+      local x = sa.ones(case[2], {dtype = "f64", requires_grad = true})
+      local y = case[1](x)
+      y:backward(sa.ones(y.shape, {dtype = "f64"}))
+      assert.same(case[2], x.grad.shape, name)
+      assert.same(0, x.grad:stats().nan, name)
+    end
+  end)
+end)
+
 describe("values", function()
   it("follow the operators, with numbers on either side", function()
     local a, b = sa.tensor {1, 2, 4}, sa.tensor {2, 2, 2}

@@ -266,6 +266,18 @@ describe("borrowed memory", function()
     assert.same({{1, 4}, {2, 5}, {3, 6}}, sa.from_pointer(memory, {3, 2}, {stride = {1, 3}}):totable())
   end)
 
+  it("that is const is read, not written", function()
+    local text = "\0\0\128\63"
+    local t = sa.from_pointer(ffi.cast("const float *", text), {1})
+    assert.equal(1, t:item())
+    for _, change in ipairs {
+      function() t:fill(0) end, function() t:view(1, 1):set(1, 1, 0) end, function() t:copy(sa.zeros {1}) end,
+    } do
+      assert.matches("^safeattn%.%w+: t: got a tensor on memory that was given as const", helper.message_of(change))
+    end
+    assert.equal("\0\0\128\63", text)
+  end)
+
   it("lives as long as the tensor or a view of it", function()
     local died = false
     local function borrowed()

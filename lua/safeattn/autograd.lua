@@ -113,6 +113,9 @@ function autograd.change(fname, argument, t)
         argument)
     end
   end
+  if tensor.storage(t).constant then
+    fail(fname, nil, "%s: got a tensor on memory that was given as const, wanted one that may be written", argument)
+  end
   mark_changed(t)
 end
 

@@ -194,26 +194,26 @@ end
 
 local dtype_of_element = {float = "f32", double = "f64", bool = "bool", int = "i32", int64_t = "i64"}
 
--- The element type of a pointer or array, and the array's bytes where they are known.
+-- The element type of a pointer or array, whether it is const, and the array's bytes where they are known.
 local function pointed_to(data)
-  local name = tostring(ffi.typeof(data)):match("^ctype<(.*)>$"):gsub("const ", "")
+  local name, consts = tostring(ffi.typeof(data)):match("^ctype<(.*)>$"):gsub("const ", "")
   local element, rest = name:match("^([%w_ ]-) ?([%*%[%(].*)$")
   if not element or (rest:sub(1, 1) == "*" and rest ~= "*") then return nil end
-  return element, rest ~= "*" and ffi.sizeof(data) or nil
+  return element, consts > 0, rest ~= "*" and ffi.sizeof(data) or nil
 end
 
 local pointer_options = {dtype = true, stride = true, owner = true, requires_grad = true}
 
 --- A tensor on memory that something else owns; nothing is copied. The pointer and `owner` are kept alive as long as
 -- the tensor and its views are.
--- @param data an FFI pointer or array
+-- @param data an FFI pointer or array; on const memory the tensor refuses to be written
 -- @param shape a table of counts
 -- @param options dtype (default: what the pointer points to; a must for half types and void pointers); stride, in
 --   elements (default: row-major); owner, any Lua value; requires_grad
 function create.from_pointer(data, shape, options)
   options = core.options("from_pointer", options, pointer_options)
-  local element, bytes
-  if type(data) == "cdata" then element, bytes = pointed_to(data) end
+  local element, constant, bytes
+  if type(data) == "cdata" then element, constant, bytes = pointed_to(data) end
   if not element then
     fail("from_pointer", nil, "data: got %s, wanted an FFI pointer or array", core.describe(data))
   end
@@ -241,7 +241,8 @@ function create.from_pointer(data, shape, options)
     end
   end
   local t = tensor.adopt(handle)
-  tensor.storage(t).owner = {data, options.owner}
+  local storage = tensor.storage(t)
+  storage.owner, storage.constant = {data, options.owner}, constant
   return finished(t, options)
 end
 

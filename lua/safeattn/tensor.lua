@@ -55,11 +55,12 @@ function tensor.adopt(handle, storage)
 end
 local adopt = tensor.adopt
 
---- What all tensors on one memory share: how often it was changed in place, and the owner of borrowed memory.
+--- What all tensors on one memory share: how often it was changed in place; of borrowed memory the owner, and whether
+-- it is constant.
 function tensor.storage(t)
   local storage = t.storage
   if not storage then
-    storage = {version = 0, owner = nil}
+    storage = {version = 0, owner = nil, constant = false}
     t.storage = storage
   end
   return storage
