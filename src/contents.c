@@ -1,6 +1,5 @@
 // what is in a tensor: copies, fills, single elements and ranges
 #include <math.h>
-#include <string.h>
 
 #include "backend.h"
 #include "kernels/cpu/copy.h"
@@ -8,25 +7,6 @@
 #include "tensor.h"
 
 /*  Copies  */
-
-static bool same_shape(const sa_tensor *a, const sa_tensor *b) {
-  return a->ndim == b->ndim && !memcmp(a->shape, b->shape, (size_t)a->ndim * sizeof *a->shape);
-}
-
-// Whether two tensors of one shape are the same elements at the same places.
-static bool same_elements(const sa_tensor *a, const sa_tensor *b) {
-  if (a->data != b->data || a->dtype != b->dtype || a->device != b->device) return false;
-  for (int dim = 0; dim < a->ndim; dim++)
-    if (a->shape[dim] > 1 && a->stride[dim] != b->stride[dim]) return false;
-  return true;
-}
-
-static bool may_overlap(const sa_tensor *a, const sa_tensor *b) {
-  const char *a_first, *a_last, *b_first, *b_last;
-  sa_tensor_extent(a, &a_first, &a_last);
-  sa_tensor_extent(b, &b_first, &b_last);
-  return a->device == b->device && a_first < b_last && b_first < a_last;
-}
 
 // A device knows how to copy to, from and within itself.
 static int copy_apart(const char *function, sa_tensor *to, const sa_tensor *from) {
@@ -49,14 +29,14 @@ int sa_copy(sa_tensor *to, const sa_tensor *from) {
   if (!status) status = sa_tensor_check(__func__, "from", from);
   if (status) return status;
   sa_tensor source;
-  if (same_shape(to, from)) {
+  if (sa_tensor_same_shape(to, from)) {
     source = *from;
     sa_tensor_retain(&source);
   } else if (sa_tensor_expand(&source, from, to->ndim, to->shape)) {
     return sa_fail(SA_INVALID, __func__, "from: %s does not broadcast to %s", sa_describe(from), sa_describe(to));
   }
-  if (!same_elements(to, &source))
-    status = may_overlap(to, &source) ? copy_by_way_of(__func__, to, &source) : copy_apart(__func__, to, &source);
+  if (!sa_tensor_same_elements(to, &source))
+    status = sa_tensor_overlap(to, &source) ? copy_by_way_of(__func__, to, &source) : copy_apart(__func__, to, &source);
   sa_tensor_release(&source);
   return status;
 }

@@ -1,6 +1,5 @@
 // numbers about whole tensors: statistics and comparisons
 #include <math.h>
-#include <string.h>
 
 #include "status.h"
 #include "tensor.h"
@@ -110,10 +109,6 @@ static bool is_integer(const sa_tensor *t) {
   return t->dtype == SA_BOOL || t->dtype == SA_I32 || t->dtype == SA_I64;
 }
 
-static bool same_shape(const sa_tensor *a, const sa_tensor *b) {
-  return a->ndim == b->ndim && !memcmp(a->shape, b->shape, (size_t)a->ndim * sizeof *a->shape);
-}
-
 typedef struct tolerance {
   double absolute, relative;
   bool equal_nan;
@@ -174,7 +169,7 @@ static int check_pair(const char *function, const sa_tensor *a, const sa_tensor 
 int sa_equal(const sa_tensor *a, const sa_tensor *b, int *result) {
   const int status = check_pair(__func__, a, b, result);
   if (status) return status;
-  if (a->dtype == b->dtype && same_shape(a, b)) return compare(a, b, &(tolerance){0}, result);
+  if (a->dtype == b->dtype && sa_tensor_same_shape(a, b)) return compare(a, b, &(tolerance){0}, result);
   *result = 0;
   return SA_OK;
 }
@@ -184,7 +179,7 @@ int sa_allclose(const sa_tensor *a, const sa_tensor *b, double atol, double rtol
   if (status) return status;
   if (!(atol >= 0)) return sa_fail(SA_INVALID, __func__, "atol: got %g, wanted a number >= 0", atol);
   if (!(rtol >= 0)) return sa_fail(SA_INVALID, __func__, "rtol: got %g, wanted a number >= 0", rtol);
-  if (!same_shape(a, b))
+  if (!sa_tensor_same_shape(a, b))
     return sa_fail(SA_INVALID, __func__, "b: is %s, wanted the shape of a, %s", sa_describe(b), sa_describe(a));
   return compare(a, b, &(tolerance){atol, rtol, equal_nan}, result);
 }

@@ -87,6 +87,26 @@ void sa_tensor_extent(const sa_tensor *t, const char **first, const char **last)
   *last += elements * sa_dtype_size(t->dtype);
 }
 
+/*  Two tensors  */
+
+bool sa_tensor_same_shape(const sa_tensor *a, const sa_tensor *b) {
+  return a->ndim == b->ndim && !memcmp(a->shape, b->shape, (size_t)a->ndim * sizeof *a->shape);
+}
+
+bool sa_tensor_same_elements(const sa_tensor *a, const sa_tensor *b) {
+  if (a->data != b->data || a->dtype != b->dtype || a->device != b->device) return false;
+  for (int dim = 0; dim < a->ndim; dim++)
+    if (a->shape[dim] > 1 && a->stride[dim] != b->stride[dim]) return false;
+  return true;
+}
+
+bool sa_tensor_overlap(const sa_tensor *a, const sa_tensor *b) {
+  const char *a_first, *a_last, *b_first, *b_last;
+  sa_tensor_extent(a, &a_first, &a_last);
+  sa_tensor_extent(b, &b_first, &b_last);
+  return a->device == b->device && a_first < b_last && b_first < a_last;
+}
+
 /*  Checks  */
 
 int sa_tensor_check(const char *function, const char *name, const sa_tensor *t) {

@@ -7,6 +7,12 @@
 int sa_tensor_check(const char *function, const char *name, const sa_tensor *t);
 // The same, and no two elements may share memory, as they do in an expanded tensor.
 int sa_tensor_check_writable(const char *function, const char *name, const sa_tensor *t);
+bool sa_tensor_same_shape(const sa_tensor *a, const sa_tensor *b);
+// Of two tensors of one shape: whether they are the same elements at the same places.
+bool sa_tensor_same_elements(const sa_tensor *a, const sa_tensor *b);
+// Whether the stretches of memory that they lie in meet. Interleaved views do, though they share no element.
+bool sa_tensor_overlap(const sa_tensor *a, const sa_tensor *b);
+
 // A holder of t's elements on the CPU: of t itself when it is there, else of a copy.
 int sa_tensor_on_host(sa_tensor *out, const sa_tensor *t);
 
