@@ -6,7 +6,7 @@
 
 static int check_op(const char *function, int op, int last, const char *first_name, const char *last_name) {
   if (op >= 0 && op <= last) return SA_OK;
-  return sa_fail(SA_INVALID, function, "op: is %d, wanted one from %s to %s", op, first_name, last_name);
+  return sa_fail(SA_INVALID, function, "op: got %d, wanted one from %s to %s", op, first_name, last_name);
 }
 
 static int check_unary(const char *function, int op) {
@@ -64,17 +64,17 @@ static int run_binary(const char *function, int op, const sa_tensor *a, const sa
 
 static int check_arithmetic(const char *function, int op, const sa_tensor *a) {
   if (op >= SA_LT || a->dtype != SA_BOOL) return SA_OK;
-  return sa_fail(SA_INVALID, function, "a: has dtype bool, wanted numbers for arithmetic");
+  return sa_fail(SA_INVALID, function, "a: got bool, wanted numbers for arithmetic");
 }
 
 int sa_binary(int op, const sa_tensor *a, const sa_tensor *b, sa_tensor *y) {
   int status = check_binary(__func__, op);
-  if (!status) status = sa_check_tensor(__func__, "a", a);
-  if (!status) status = sa_check_tensor(__func__, "b", b);
+  if (!status) status = sa_tensor_check(__func__, "a", a);
+  if (!status) status = sa_tensor_check(__func__, "b", b);
   if (!status) status = sa_check_device(__func__, "b", b, "a", a);
   if (!status && a->dtype != b->dtype) {
-    status = sa_fail(SA_INVALID, __func__, "b: has dtype %s, wanted %s like a", sa_dtype_name(b->dtype),
-                     sa_dtype_name(a->dtype));
+    status =
+        sa_fail(SA_INVALID, __func__, "b: got %s, wanted %s like a", sa_dtype_name(b->dtype), sa_dtype_name(a->dtype));
   }
   if (!status) status = check_arithmetic(__func__, op, a);
   return status ? status : run_binary(__func__, op, a, b, a->dtype, a->device, y);
@@ -87,7 +87,8 @@ static int store_scalar(const char *function, const sa_tensor *a, double value, 
   const double low = d == SA_BOOL ? 0 : d == SA_I32 ? -0x1p31 : -0x1p63;
   const double end = d == SA_BOOL ? 2 : d == SA_I32 ? 0x1p31 : 0x1p63;
   if (!sa_is_float(d) && !(value >= low && value < end && value == trunc(value))) {
-    return sa_fail(SA_INVALID, function, "b: is %.17g, wanted a number that %s holds, like a", value, sa_dtype_name(d));
+    return sa_fail(SA_INVALID, function, "b: got %.17g, wanted a number that %s holds, like a", value,
+                   sa_dtype_name(d));
   }
   switch (*dtype) {
     case SA_F32:
@@ -110,7 +111,7 @@ static int store_scalar(const char *function, const sa_tensor *a, double value, 
 
 int sa_binary_scalar(int op, const sa_tensor *a, double b, bool scalar_first, sa_tensor *y) {
   int status = check_binary(__func__, op);
-  if (!status) status = sa_check_tensor(__func__, "a", a);
+  if (!status) status = sa_tensor_check(__func__, "a", a);
   if (!status) status = check_arithmetic(__func__, op, a);
   int64_t memory;
   sa_tensor scalar = {.data = &memory};
@@ -120,15 +121,15 @@ int sa_binary_scalar(int op, const sa_tensor *a, double b, bool scalar_first, sa
 }
 
 int sa_where(const sa_tensor *condition, const sa_tensor *a, const sa_tensor *b, sa_tensor *y) {
-  int status = sa_check_tensor(__func__, "condition", condition);
+  int status = sa_tensor_check(__func__, "condition", condition);
   if (!status) status = sa_check_dtype(__func__, "condition", condition, SA_BOOL);
-  if (!status) status = sa_check_tensor(__func__, "a", a);
+  if (!status) status = sa_tensor_check(__func__, "a", a);
   if (!status) status = sa_check_device(__func__, "a", a, "condition", condition);
-  if (!status) status = sa_check_tensor(__func__, "b", b);
+  if (!status) status = sa_tensor_check(__func__, "b", b);
   if (!status) status = sa_check_device(__func__, "b", b, "condition", condition);
   if (!status && a->dtype != b->dtype) {
-    status = sa_fail(SA_INVALID, __func__, "b: has dtype %s, wanted %s like a", sa_dtype_name(b->dtype),
-                     sa_dtype_name(a->dtype));
+    status =
+        sa_fail(SA_INVALID, __func__, "b: got %s, wanted %s like a", sa_dtype_name(b->dtype), sa_dtype_name(a->dtype));
   }
   sa_tensor both = {0};
   if (!status) status = sa_broadcast_shape(__func__, "a", a, "b", b, &both.ndim, both.shape);

@@ -5,7 +5,7 @@
 static int check_matrices(const char *function, const char *name, const sa_tensor *t) {
   const int status = sa_check_float(function, name, t);
   if (status || t->ndim >= 2) return status;
-  return sa_fail(SA_INVALID, function, "%s: is %s, wanted at least two dims", name, sa_describe(t));
+  return sa_fail(SA_INVALID, function, "%s: got %s, wanted at least two dims", name, sa_describe(t));
 }
 
 int sa_matmul(const sa_tensor *a, const sa_tensor *b, sa_tensor *y) {
@@ -13,13 +13,13 @@ int sa_matmul(const sa_tensor *a, const sa_tensor *b, sa_tensor *y) {
   if (!status) status = check_matrices(__func__, "b", b);
   if (!status) status = sa_check_device(__func__, "b", b, "a", a);
   if (!status && a->dtype != b->dtype) {
-    status = sa_fail(SA_INVALID, __func__, "b: has dtype %s, wanted %s like a", sa_dtype_name(b->dtype),
-                     sa_dtype_name(a->dtype));
+    status =
+        sa_fail(SA_INVALID, __func__, "b: got %s, wanted %s like a", sa_dtype_name(b->dtype), sa_dtype_name(a->dtype));
   }
   if (status) return status;
   const int64_t rows = a->shape[a->ndim - 2], inner = a->shape[a->ndim - 1], columns = b->shape[b->ndim - 1];
   if (b->shape[b->ndim - 2] != inner) {
-    return sa_fail(SA_INVALID, __func__, "b: is %s with %lld rows, wanted %lld, as a, %s, has columns", sa_describe(b),
+    return sa_fail(SA_INVALID, __func__, "b: got %s with %lld rows, wanted %lld, as a, %s, has columns", sa_describe(b),
                    (long long)b->shape[b->ndim - 2], (long long)inner, sa_describe(a));
   }
   sa_tensor a_batch = *a, b_batch = *b;

@@ -1,48 +1,57 @@
 // what every operation of the tape does before and after its loops: checks, broadcasting, outputs
 #include "operation.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "status.h"
 
-// Also keeps the product of the sizes within 64 bits, so that nothing later has to ask.
-int sa_check_tensor(const char *function, const char *name, const sa_tensor *t) {
-  if (!t) return sa_fail(SA_INVALID, function, "%s: is NULL, wanted a tensor", name);
-  if (!t->data) return sa_fail(SA_INVALID, function, "%s: holds nothing, wanted a tensor with data", name);
-  if (t->dtype < SA_F32 || t->dtype > SA_I64)
-    return sa_fail(SA_INVALID, function, "%s: has dtype %d, wanted one of sa_dtype", name, t->dtype);
-  if (t->ndim < 0 || t->ndim > SA_MAX_DIMS)
-    return sa_fail(SA_INVALID, function, "%s: has %d dims, wanted at most %d", name, t->ndim, SA_MAX_DIMS);
-  int64_t numel = 1;
-  for (int dim = 0; dim < t->ndim; dim++) {
-    if (t->shape[dim] < 0 || t->stride[dim] < 0) {
-      return sa_fail(SA_INVALID, function, "%s: has size %lld and stride %lld in dim %d, wanted no negative ones", name,
-                     (long long)t->shape[dim], (long long)t->stride[dim], dim);
-    }
-    if (t->shape[dim] && __builtin_mul_overflow(numel, t->shape[dim], &numel))
-      return sa_fail(SA_INVALID, function, "%s: has more elements than 64 bits count: %s", name, sa_describe(t));
-  }
-  return SA_OK;
-}
-
 int sa_check_float(const char *function, const char *name, const sa_tensor *t) {
-  const int status = sa_check_tensor(function, name, t);
+  const int status = sa_tensor_check(function, name, t);
   if (status) return status;
   if (sa_is_float(t->dtype)) return SA_OK;
-  return sa_fail(SA_INVALID, function, "%s: has dtype %s, wanted f32, f64, f16 or bf16", name, sa_dtype_name(t->dtype));
+  return sa_fail(SA_INVALID, function, "%s: got %s, wanted f32, f64, f16 or bf16", name, sa_dtype_name(t->dtype));
 }
 
-int sa_check_ids(const char *function, const char *name, const sa_tensor *t) {
-  const int status = sa_check_tensor(function, name, t);
-  if (status) return status;
-  if (t->dtype == SA_I32 || t->dtype == SA_I64) return SA_OK;
-  return sa_fail(SA_INVALID, function, "%s: has dtype %s, wanted i32 or i64", name, sa_dtype_name(t->dtype));
+int sa_check_ids(const char *function, const sa_tensor *ids, int64_t base, const char *other_name,
+                 const sa_tensor *other) {
+  const int64_t most = INT64_C(1) << 53;
+  int status = sa_tensor_check(function, "ids", ids);
+  if (!status && ids->dtype != SA_I32 && ids->dtype != SA_I64)
+    status = sa_fail(SA_INVALID, function, "ids: got %s, wanted i32 or i64", sa_dtype_name(ids->dtype));
+  if (!status) status = sa_check_device(function, "ids", ids, other_name, other);
+  if (!status && (base < -most || base > most))
+    status = sa_fail(SA_INVALID, function, "base: got %lld, wanted at most 2^53 either way", (long long)base);
+  return status;
+}
+
+// "[0,3]", its positions counted from 1 when the ids are.
+static void describe_place(const sa_tensor *ids, int64_t at, int64_t base, char *text, size_t size) {
+  int64_t index[SA_MAX_DIMS];
+  for (int dim = ids->ndim - 1; dim >= 0; dim--) {
+    index[dim] = at % ids->shape[dim] + (base == 1);
+    at /= ids->shape[dim];
+  }
+  size_t used = (size_t)snprintf(text, size, "[");
+  for (int dim = 0; dim < ids->ndim; dim++)
+    used += (size_t)snprintf(text + used, size - used, dim ? ",%lld" : "%lld", (long long)index[dim]);
+  snprintf(text + used, size - used, "]");
+}
+
+int sa_check_id_range(const char *function, const sa_operations *operations, const sa_tensor *ids, int64_t base,
+                      int64_t count, const int64_t *ignore) {
+  int64_t value;
+  const int64_t at = operations->stray_id(ids, base, count, ignore, &value);
+  if (at < 0) return SA_OK;
+  char place[SA_MAX_DIMS * 21 + 3];
+  describe_place(ids, at, base, place, sizeof place);
+  return sa_fail(SA_INVALID, function, "ids: got %lld at %s, wanted %lld .. %lld", (long long)value, place,
+                 (long long)base, (long long)(base + count - 1));
 }
 
 int sa_check_dtype(const char *function, const char *name, const sa_tensor *t, int dtype) {
   if (t->dtype == dtype) return SA_OK;
-  return sa_fail(SA_INVALID, function, "%s: has dtype %s, wanted %s", name, sa_dtype_name(t->dtype),
-                 sa_dtype_name(dtype));
+  return sa_fail(SA_INVALID, function, "%s: got %s, wanted %s", name, sa_dtype_name(t->dtype), sa_dtype_name(dtype));
 }
 
 static bool same_shape(const sa_tensor *t, int ndim, const int64_t *shape) {
@@ -51,23 +60,23 @@ static bool same_shape(const sa_tensor *t, int ndim, const int64_t *shape) {
 
 int sa_check_shape(const char *function, const char *name, const sa_tensor *t, int ndim, const int64_t *shape) {
   if (same_shape(t, ndim, shape)) return SA_OK;
-  return sa_fail(SA_INVALID, function, "%s: has shape %s, wanted %s", name, sa_describe_shape(t->ndim, t->shape),
+  return sa_fail(SA_INVALID, function, "%s: got shape %s, wanted %s", name, sa_describe_shape(t->ndim, t->shape),
                  sa_describe_shape(ndim, shape));
 }
 
 int sa_check_device(const char *function, const char *name, const sa_tensor *t, const char *other_name,
                     const sa_tensor *other) {
   if (t->device == other->device) return SA_OK;
-  return sa_fail(SA_INVALID, function, "%s: is on %s, wanted %s like %s", name, sa_device_name(t->device),
+  return sa_fail(SA_INVALID, function, "%s: got a tensor on %s, wanted %s like %s", name, sa_device_name(t->device),
                  sa_device_name(other->device), other_name);
 }
 
 int sa_check_like(const char *function, const char *name, const sa_tensor *t, const char *other_name,
                   const sa_tensor *other) {
-  int status = sa_check_tensor(function, name, t);
+  int status = sa_tensor_check(function, name, t);
   if (!status) status = sa_check_device(function, name, t, other_name, other);
   if (!status && (t->dtype != other->dtype || !same_shape(t, other->ndim, other->shape))) {
-    status = sa_fail(SA_INVALID, function, "%s: is %s, wanted %s like %s", name, sa_describe(t), sa_describe(other),
+    status = sa_fail(SA_INVALID, function, "%s: got %s, wanted %s like %s", name, sa_describe(t), sa_describe(other),
                      other_name);
   }
   return status;
@@ -88,7 +97,7 @@ int sa_broadcast_shape(const char *function, const char *a_name, const sa_tensor
     const int a_dim = dim - (*ndim - a->ndim), b_dim = dim - (*ndim - b->ndim);
     const int64_t a_size = a_dim < 0 ? 1 : a->shape[a_dim], b_size = b_dim < 0 ? 1 : b->shape[b_dim];
     if (a_size != b_size && a_size != 1 && b_size != 1) {
-      return sa_fail(SA_INVALID, function, "%s: has shape %s, which does not broadcast with %s's %s", b_name,
+      return sa_fail(SA_INVALID, function, "%s: got shape %s, which does not broadcast with %s's %s", b_name,
                      sa_describe_shape(b->ndim, b->shape), a_name, sa_describe_shape(a->ndim, a->shape));
     }
     shape[dim] = a_size == 1 ? b_size : a_size;
@@ -126,16 +135,12 @@ static bool same_elements(const sa_tensor *a, const sa_tensor *b) {
 
 static int check_output(const char *function, const char *name, const sa_tensor *given, int dtype, int device, int ndim,
                         const int64_t *shape) {
-  int status = sa_check_tensor(function, name, given);
+  int status = sa_tensor_check_writable(function, name, given);
   if (!status) status = sa_check_dtype(function, name, given, dtype);
   if (!status) status = sa_check_shape(function, name, given, ndim, shape);
   if (!status && given->device != device) {
-    status = sa_fail(SA_INVALID, function, "%s: is on %s, wanted %s", name, sa_device_name(given->device),
+    status = sa_fail(SA_INVALID, function, "%s: got a tensor on %s, wanted %s", name, sa_device_name(given->device),
                      sa_device_name(device));
-  }
-  for (int dim = 0; !status && dim < ndim; dim++) {
-    if (given->shape[dim] > 1 && given->stride[dim] == 0)
-      status = sa_fail(SA_INVALID, function, "%s: is expanded in dim %d, wanted memory for every element", name, dim);
   }
   return status;
 }
@@ -143,7 +148,7 @@ static int check_output(const char *function, const char *name, const sa_tensor 
 int sa_output_open(sa_output *out, const char *function, const char *name, sa_tensor *given, int dtype, int device,
                    int ndim, const int64_t *shape, bool pointwise, const sa_tensor *const *inputs, int count) {
   memset(out, 0, sizeof *out);
-  if (!given) return sa_fail(SA_INVALID, function, "%s: is NULL, wanted a tensor to write", name);
+  if (!given) return sa_fail(SA_INVALID, function, "%s: got NULL, wanted a tensor to write", name);
   bool apart = false;
   if (given->data) {
     const int status = check_output(function, name, given, dtype, device, ndim, shape);

@@ -2,10 +2,10 @@
 #ifndef SAFEATTN_OPERATION_H
 #define SAFEATTN_OPERATION_H
 #include "backend.h"
+#include "tensor.h"
 
 // Checks give SA_OK, or fail in the name of `function` about its argument `name`.
-int sa_check_tensor(const char *function, const char *name, const sa_tensor *t);  // a descriptor that holds something
-int sa_check_float(const char *function, const char *name, const sa_tensor *t);   // and is f32, f64, f16 or bf16
+int sa_check_float(const char *function, const char *name, const sa_tensor *t);  // f32, f64, f16 or bf16
 int sa_check_dtype(const char *function, const char *name, const sa_tensor *t, int dtype);
 int sa_check_shape(const char *function, const char *name, const sa_tensor *t, int ndim, const int64_t *shape);
 int sa_check_device(const char *function, const char *name, const sa_tensor *t, const char *other_name,
@@ -13,7 +13,9 @@ int sa_check_device(const char *function, const char *name, const sa_tensor *t, 
 // A tensor of the dtype, device and shape of `other`.
 int sa_check_like(const char *function, const char *name, const sa_tensor *t, const char *other_name,
                   const sa_tensor *other);
-int sa_check_ids(const char *function, const char *name, const sa_tensor *t);  // i32 or i64
+// i32 or i64, on the device of `other`; and a `base` that can be taken from them.
+int sa_check_ids(const char *function, const sa_tensor *ids, int64_t base, const char *other_name,
+                 const sa_tensor *other);
 
 static inline bool sa_is_float(int dtype) {
   return dtype == SA_F32 || dtype == SA_F64 || dtype == SA_F16 || dtype == SA_BF16;
@@ -21,6 +23,10 @@ static inline bool sa_is_float(int dtype) {
 
 // The operations of a device; fails when it, or this build's part for it, is not there.
 int sa_operations_of(const char *function, int device, const sa_operations **operations);
+
+// Every id must be one of base .. base + count - 1, or *ignore (NULL: none is ignored).
+int sa_check_id_range(const char *function, const sa_operations *operations, const sa_tensor *ids, int64_t base,
+                      int64_t count, const int64_t *ignore);
 
 // The shape that both broadcast to, as in NumPy: 1 fits every size, missing leading dims count as 1.
 int sa_broadcast_shape(const char *function, const char *a_name, const sa_tensor *a, const char *b_name,

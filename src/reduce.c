@@ -4,15 +4,15 @@
 
 static int check_reduce(const char *function, int op, const sa_tensor *x, uint32_t dims) {
   if (op < SA_SUM || op > SA_ARGMAX)
-    return sa_fail(SA_INVALID, function, "op: is %d, wanted one from SA_SUM to SA_ARGMAX", op);
-  const int status = op == SA_MEAN ? sa_check_float(function, "x", x) : sa_check_tensor(function, "x", x);
+    return sa_fail(SA_INVALID, function, "op: got %d, wanted one from SA_SUM to SA_ARGMAX", op);
+  const int status = op == SA_MEAN ? sa_check_float(function, "x", x) : sa_tensor_check(function, "x", x);
   if (status) return status;
   if (dims >> x->ndim) {
-    return sa_fail(SA_INVALID, function, "dims: names dim %d, wanted dims of x, which has %d", 31 - __builtin_clz(dims),
+    return sa_fail(SA_INVALID, function, "dims: got dim %d, wanted dims of x, which has %d", 31 - __builtin_clz(dims),
                    x->ndim);
   }
   if (op == SA_ARGMAX && (dims == 0 || (dims & (dims - 1))))
-    return sa_fail(SA_INVALID, function, "dims: names %d dims, wanted one for argmax", __builtin_popcount(dims));
+    return sa_fail(SA_INVALID, function, "dims: got %d dims, wanted one for argmax", __builtin_popcount(dims));
   if (op == SA_SUM || op == SA_MEAN) return SA_OK;
   bool results = true;
   int empty = -1;
@@ -24,7 +24,7 @@ static int check_reduce(const char *function, int op, const sa_tensor *x, uint32
       results = false;
   }
   if (!results || empty < 0) return SA_OK;
-  return sa_fail(SA_INVALID, function, "x: is %s with nothing in dim %d, wanted something to choose from",
+  return sa_fail(SA_INVALID, function, "x: got %s with nothing in dim %d, wanted something to choose from",
                  sa_describe(x), empty);
 }
 

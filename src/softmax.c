@@ -5,11 +5,11 @@
 static int check_softmax(const char *function, const sa_tensor *x, int dim, int dead_rows) {
   int status = sa_check_float(function, "x", x);
   if (!status && x->ndim == 0)
-    status = sa_fail(SA_INVALID, function, "x: has no dims, wanted one to take the softmax along");
+    status = sa_fail(SA_INVALID, function, "x: got no dims, wanted one to take the softmax along");
   if (!status && (dim < 0 || dim >= x->ndim))
-    status = sa_fail(SA_INVALID, function, "dim: is %d, wanted one from 0 to %d", dim, x->ndim - 1);
+    status = sa_fail(SA_INVALID, function, "dim: got %d, wanted one from 0 to %d", dim, x->ndim - 1);
   if (!status && (dead_rows < SA_ZERO || dead_rows > SA_UNIFORM)) {
-    status = sa_fail(SA_INVALID, function, "dead_rows: is %d, wanted SA_ZERO, SA_NAN or SA_UNIFORM", dead_rows);
+    status = sa_fail(SA_INVALID, function, "dead_rows: got %d, wanted SA_ZERO, SA_NAN or SA_UNIFORM", dead_rows);
   }
   return status;
 }
