@@ -121,17 +121,19 @@ if before ~= modes() then print(before, modes()) end
     assert.equal("", child.must_run([[
 local ffi = require "ffi"
 ffi.cdef "int sigaction(int, const void *, void *); int sigprocmask(int, const void *, void *);"
+-- The C library leaves what it does not use of its struct unset: the handler, the 64 signals of the mask and the flags
+-- are what counts.
 local function signals()
   local list = {}
   local buffer = ffi.new "uint8_t[256]"
   for signal = 1, 64 do
     ffi.fill(buffer, 256)
     ffi.C.sigaction(signal, nil, buffer)
-    list[signal] = ffi.string(buffer, 256)
+    list[signal] = ffi.string(buffer, 16) .. ffi.string(buffer + 136, 4)
   end
   ffi.fill(buffer, 256)
   ffi.C.sigprocmask(0, nil, buffer)
-  list[65] = ffi.string(buffer, 256)
+  list[65] = ffi.string(buffer, 8)
   return list
 end
 local before = signals()

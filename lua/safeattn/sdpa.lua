@@ -256,6 +256,16 @@ local function outputs(n)
   return array, handles
 end
 
+-- C counts the parts from 0.
+local function merge_parts(...)
+  local status = lib.sa_merge(...)
+  if status ~= lib.SA_INVALID then return status end
+  local message = ffi.string(lib.sa_last_error()):gsub("^sa_merge: ", ""):gsub("(%l%l%ls)%[(%d+)%]", function(list, p)
+    return string.format("%s[%d]", list, p + 1)
+  end)
+  fail("merge", nil, "%s", message)
+end
+
 --- Attention over parts of the keys, merged: what attention over all of them gives. A part with lse = -inf saw nothing
 -- and is not read. Differentiable.
 -- @param outs list of the parts' outputs, of one shape
@@ -269,7 +279,7 @@ function M.merge(outs, lses)
   if n == 0 then fail(fname, nil, "outs: got an empty list, wanted at least one part") end
   if #lses ~= n then fail(fname, nil, "lses: got a list of %d, wanted %d, one for each of outs", #lses, n) end
   local out_handle, lse_handle = new_handle(), new_handle()
-  call(fname, lib.sa_merge, parts, part_lses, n, out_handle, lse_handle)
+  call(fname, merge_parts, parts, part_lses, n, out_handle, lse_handle)
   local out, lse = adopt(out_handle), adopt(lse_handle)
 
   local inputs = {n = 2 * n}
