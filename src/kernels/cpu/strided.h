@@ -19,9 +19,9 @@ typedef struct sa_strided {
   int64_t step[SA_STRIDED_TENSORS][SA_MAX_DIMS];  // in elements
 } sa_strided;
 
-// The dims whose bit is set in `without` are not walked: the walk is over the first elements along them, and in these
-// dims alone the shapes may differ. It is in row-major order; with `any_order` it follows the memory of the first
-// tensor, so give the output first.
+// The walk is over the dims of the first tensor, but for those whose bit is set in `without`: along them, and along
+// dims that others have beyond, it stays at the first element. It is in row-major order; with `any_order` it follows
+// the memory of the first tensor, so give the output first.
 sa_strided sa_strided_of(int tensors, const sa_tensor *const *t, uint32_t without, bool any_order);
 
 // `count` <= SA_PIECE elements of every tensor from data[i] on, step[i] elements apart.
