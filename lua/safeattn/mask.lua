@@ -4,7 +4,7 @@ local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
 local random = require "safeattn.random"
 local expression = require "safeattn.mask_expression"
-local function_nodes = require "safeattn.mask_function"
+local mask_function = require "safeattn.mask_function"
 
 local ffi, lib = core.ffi, core.lib
 local atom, construct, describe, fail = expression.atom, expression.construct, core.describe, core.fail
@@ -123,7 +123,8 @@ function M.causal(align)
 end
 
 --- Query i sees keys with -left <= j - i - d <= right, where d = S - L for "bottom-right", else 0.
--- @param left, right counts; nil is unbounded
+-- @param left a count; nil is unbounded
+-- @param right likewise
 -- @param align as in causal
 function M.window(left, right, align)
   local fname = "mask.window"
@@ -136,8 +137,8 @@ function M.window(left, right, align)
 end
 
 --- Key j of batch b is real when j <= k_lengths[b], query i when i <= q_lengths[b].
--- @param k_lengths, q_lengths one count for each batch (or one for all): a list, an i32 or i64 tensor, a number;
--- without q_lengths all queries are real
+-- @param k_lengths one count for each batch (or one for all): a list, an i32 or i64 tensor, a number
+-- @param q_lengths likewise; without it all queries are real
 function M.padding(k_lengths, q_lengths)
   local fname = "mask.padding"
   local keys, k_list = counts(fname, "k_lengths", k_lengths)
@@ -175,6 +176,7 @@ function M.prefix(n)
 end
 
 --- Pairs with i <= n or j <= n.
+-- @param n a count
 function M.global(n)
   core.integer("mask.global", "n", n)
   return atom("global(" .. describe(n) .. ")", {}, construct("mask.global", lib.sa_mask_global, n))
@@ -218,6 +220,7 @@ function M.additive(bias, options)
 end
 
 --- Each pair is visible with probability p, alike for all batches and heads.
+-- @param p from 0 to 1
 -- @param seed a count; the same seed gives the same pairs on every machine. Default: from sa.seed's generator
 function M.random(p, seed)
   local fname = "mask.random"
@@ -243,7 +246,7 @@ function M.fn(visible_to, options)
   options = core.options(fname, options, function_options)
   local batch = core.boolean(fname, "batch", options.batch, true)
   local heads = core.boolean(fname, "heads", options.heads, true)
-  return atom("fn", {}, nil, function_nodes(visible_to, batch, heads))
+  return atom("fn", {}, nil, mask_function.builder(visible_to, batch, heads))
 end
 
 return M

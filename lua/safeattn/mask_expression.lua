@@ -20,6 +20,9 @@ local counts_type = ffi.typeof "sa_plan_counts"
 -- How tightly an expression binds, as in Lua itself.
 local SUM, PRODUCT, NEGATION, ATOM = 1, 2, 3, 4
 
+-- Longer operands are printed as (...): an expression of thousands of parts costs no more than one of few.
+local LONGEST = 1000
+
 -- For so many sizes a mask with Lua functions keeps what it built: models alternate between few.
 local KEPT_SIZES = 8
 
@@ -94,6 +97,7 @@ local function combined_sizes(a, b)
 end
 
 local function bracketed(mask, binding)
+  if #mask.text > LONGEST then return "(...)" end
   return mask.binding < binding and "(" .. mask.text .. ")" or mask.text
 end
 
@@ -104,7 +108,7 @@ local function operator(symbol, binding, associative, combine)
       core.fail("mask", nil, "%s %s %s: wanted a mask on both sides (mask.dense makes one of a bool tensor)",
         core.describe(a), symbol, core.describe(b))
     end
-    local right = associative and b.symbol == symbol and b.text or bracketed(b, binding + 1)
+    local right = bracketed(b, associative and b.symbol == symbol and binding or binding + 1)
     local handle, build
     if a.handle and b.handle then
       handle = combine("mask", a.handle, b.handle)
@@ -192,6 +196,7 @@ local function dead(reader, plan, fname)
 end
 
 --- The visible pairs.
+-- @param mask
 -- @param sizes {B = 1, H = 1, L =, S =}, as for all methods here; what the mask's own data fixes may be left out
 -- @return bool tensor [B,H,L,S]; B or H is 1 when the mask does not depend on it
 function methods.dense(mask, sizes)

@@ -5,6 +5,8 @@ local expression = require "safeattn.mask_expression"
 
 local ffi, lib = core.ffi, core.lib
 
+local M = {}
+
 -- Fills a row; gives the first key whose answer is no boolean, and that answer. The text is loaded anew for every mask,
 -- so that LuaJIT compiles a loop of its own for each: the traces of a shared loop specialise on the first function, and
 -- the next ones run through their side exits.
@@ -26,8 +28,9 @@ end
 
 --- What builds the C nodes of a mask from a function, for any size. An error raised by the function passes through.
 -- @param visible_to function(b, h, i, j) giving a boolean
--- @param batch, heads whether it depends on b, h; it gets nil for the one that it does not depend on
-return function(visible_to, batch, heads)
+-- @param batch whether it depends on b, which it gets as nil otherwise
+-- @param heads whether it depends on h, likewise
+function M.builder(visible_to, batch, heads)
   return function(fname, B, H, L, S)
     if not batch then B = 1 end
     if not heads then H = 1 end
@@ -49,3 +52,5 @@ return function(visible_to, batch, heads)
     return nodes
   end
 end
+
+return M

@@ -181,8 +181,10 @@ function Run.backward(run, dout, dlse)
 end
 
 --- Attention without a tape.
--- @param q, k, v tensors [B,H,L,E], [B,Hkv,S,E], [B,Hkv,S,Ev], or of rank 3 or 2
--- @param options as those of sdpa; `lse` is there anyway
+-- @param q as in sdpa, like all that follows
+-- @param k
+-- @param v
+-- @param options `lse` is there anyway
 -- @return a run: `out`, `lse`, `weights` when asked for, `kernel` and `backend` that served it, and
 -- `run:backward(dout, dlse)`
 function M.forward(q, k, v, options)
@@ -204,8 +206,9 @@ local function record(run, inputs)
 end
 
 --- Attention.
--- @param q, k, v tensors [B,H,L,E], [B,Hkv,S,E], [B,Hkv,S,Ev] of one float dtype; H is a multiple of Hkv. Rank 3 is
--- [H,L,E], rank 2 [L,E]; the result has the rank of q
+-- @param q [B,H,L,E], or of rank 3, [H,L,E], or 2, [L,E], which the result then has too; f32, f64, f16 or bf16
+-- @param k [B,Hkv,S,E], of q's rank and dtype; H is a multiple of Hkv
+-- @param v [B,Hkv,S,Ev], likewise
 -- @param options
 --
 -- * `mask`: a mask or a bool tensor (true = visible), broadcastable to [B,H,L,S]
