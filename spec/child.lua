@@ -3,7 +3,7 @@
 local child = {}
 
 -- A sanitizer that watches this process is for its library alone: children then run the tree's plain library.
-local sanitized = (os.getenv "LD_PRELOAD" or "") ~= ""
+local clean = (os.getenv "LD_PRELOAD" or "") ~= "" and "env -u LD_PRELOAD -u SAFEATTN_LIB " or ""
 
 local function quoted(text)
   return "'" .. tostring(text):gsub("'", "'\\''") .. "'"
@@ -12,7 +12,7 @@ child.quoted = quoted
 
 --- Runs a command of the shell. Returns what it printed (errors too) and its exit status; 124: it took over 2 minutes.
 function child.command(command)
-  local pipe = assert(io.popen("timeout 120 sh -c " .. quoted(command) .. " 2>&1; echo \"status $?\""))
+  local pipe = assert(io.popen(clean .. "timeout 120 sh -c " .. quoted(command) .. " 2>&1; echo \"status $?\""))
   local output, status = pipe:read("*a"):match("^(.*)status (%d+)\n$")
   pipe:close()
   return output, tonumber(status)
@@ -29,7 +29,6 @@ function child.run(text, options)
   file:write(text)
   file:close()
   local removed, set = {}, {"LUA_PATH=" .. quoted((options.path or "lua/?.lua;lua/?/init.lua") .. ";;")}
-  if sanitized then removed = {"-u LD_PRELOAD", "-u SAFEATTN_LIB"} end
   for name, value in pairs(options.environment or {}) do
     if value then
       table.insert(set, name .. "=" .. quoted(value))
