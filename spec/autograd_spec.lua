@@ -2,6 +2,7 @@
 
 local helper = require "spec.helper"
 local sa = require "safeattn"
+local autograd = require "safeattn.autograd"
 
 local function leaf(data)
   return sa.tensor(data, {dtype = "f64", requires_grad = true})
@@ -219,6 +220,55 @@ describe("backward", function()
     assert.same({2, 2}, b.grad:totable())
     b.grad:fill(0)
     assert.same({1, 1}, seed:totable())
+  end)
+
+  it("never hands out the gradient that it was given", function()
+    local x, seed = leaf {{1, 2}, {3, 4}}, sa.ones({4}, {dtype = "f64"})
+    x:view(4):backward(seed)
+    x.grad:fill(7)
+    assert.same({1, 1, 1, 1}, seed:totable())
+  end)
+
+  it("copies a gradient that an operation gives to two inputs, or strided", function()
+    local a, b = leaf {{1, 2}, {3, 4}}, leaf {{5, 6}, {7, 8}}
+    local y = sa.no_grad(function() return a + b end)
+    autograd.record("test", {y}, {a, b}, function(g)
+      local fresh = (g * 2):transpose(1, 2)
+      return {fresh, fresh}
+    end)
+    y:backward(sa.tensor({{1, 2}, {3, 4}}, {dtype = "f64"}))
+    assert.same({{2, 6}, {4, 8}}, a.grad:totable())
+    assert.is_true(a.grad:is_contiguous())
+    a.grad:fill(0)
+    assert.same({{2, 6}, {4, 8}}, b.grad:totable())
+    local c = leaf {{1, 2}, {3, 4}}
+    local z = sa.no_grad(function() return c * 2 end)
+    autograd.record("test", {z}, {c}, function(g) return {(g * 2):transpose(1, 2)} end)
+    z:sum():backward()
+    assert.is_true(c.grad:is_contiguous())
+  end)
+
+  it("adds to the gradient that is there, in place", function()
+    local x = leaf {1, 2}
+    x:sum():backward()
+    local grad = x.grad
+    x:sum():backward()
+    assert.equal(grad, x.grad)
+    assert.same({2, 2}, grad:totable())
+  end)
+
+  it("gives zeros outside a part, whatever the memory held before", function()
+    for _, part in ipairs {
+      function(x) return x:narrow(1, 1, 10) end, function(x) return x:select(1, 3) end,
+      function(x) return x:narrow(1, 1, 0) end,
+    } do
+      local x = sa.zeros({1000}, {dtype = "f64", requires_grad = true})
+      local y = part(x):sum()
+      collectgarbage()
+      for _ = 1, 4 do sa.full({1000}, 0 / 0, {dtype = "f64"}):free() end
+      y:backward()
+      assert.equal(0, x.grad:stats().nan)
+    end
   end)
 
   it("gives contiguous gradients of the leaf's shape and dtype", function()

@@ -54,6 +54,16 @@ describe("gradcheck", function()
     assert.is_false((sa.gradcheck(function(y) return (y * 0):log() end, {x})))
   end)
 
+  it("catches what a plain sum over the outputs would hide", function()
+    assert.is_false((sa.gradcheck(function(y) return y:detach():softmax() end, {random({4}, 1)})))
+  end)
+
+  it("moves one element at a time", function()
+    -- central differences of a square are exact, whatever the step
+    assert.is_true((sa.gradcheck(function(y) return y:sum() * y:sum() end, {random({4}, 1)},
+      {eps = 0.5, atol = 1e-12, rtol = 1e-12})))
+  end)
+
   it("takes tolerances and the step", function()
     local slightly = square(function(g, x) return g * x * 2.02 end)
     local x = random({3}, 1)
