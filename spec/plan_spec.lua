@@ -722,7 +722,7 @@ describe("wrong input", function()
     assert_error("sa_mask_plan: causal: is 3, wanted SA_NO_CAUSAL (0), SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)",
       plan(nil, 3, -1, -1, 1, 1, 1, 1))
     assert_error("sa_mask_plan: keys: is -1, wanted at least 0", plan(nil, 0, -1, -1, 1, 1, 1, -1))
-    assert_error("sa_mask_plan: padding: has lengths for a batch of 2, wanted 1 or 4 (the batch)",
+    assert_error("sa_mask_plan: padding: has 2 lengths, wanted 1 or 4 (the batch)",
       plan(padding, 0, -1, -1, 4, 1, 8, 8))
     assert_error("sa_mask_plan: padding: batch 2 of 2 has 5 keys, wanted at most 4",
       plan(construct("not", padding), 0, -1, -1, 2, 1, 8, 4))
@@ -732,7 +732,7 @@ describe("wrong input", function()
       plan(construct("prefix", lengths {9}, 1), 0, -1, -1, 2, 1, 3, 8))
     local ids = sa.zeros({2, 6}, {dtype = "i32"})
     local documents = construct("documents", nil, ids.handle)
-    assert_error("sa_mask_plan: documents: has ids for a batch of 2, wanted 1 or 3 (the batch)",
+    assert_error("sa_mask_plan: documents: has 2 rows of ids, wanted 1 or 3 (the batch)",
       plan(documents, 0, -1, -1, 3, 1, 6, 6))
     assert_error("sa_mask_plan: documents: has ids of 6 keys, wanted 7", plan(documents, 0, -1, -1, 2, 1, 6, 7))
     assert_error("sa_mask_plan: documents: has ids of 6 queries (the same as of keys), wanted 5",

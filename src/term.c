@@ -122,8 +122,8 @@ static int add_expression(sa_terms *all, const sa_mask *root) {
 
 static int check_batch(const char *function, const sa_mask *mask, const char *what, int64_t batch) {
   if (mask->batch == 1 || mask->batch == batch) return SA_OK;
-  return sa_fail(SA_INVALID, function, "%s: has %s %lld, wanted 1 or %lld (the batch)", mask->name, what,
-                 (long long)mask->batch, (long long)batch);
+  return sa_fail(SA_INVALID, function, "%s: has %lld %s, wanted 1 or %lld (the batch)", mask->name,
+                 (long long)mask->batch, what, (long long)batch);
 }
 
 static int check_corners(const sa_terms *all, const sa_mask *mask) {
@@ -169,10 +169,10 @@ static int check_terms(const sa_terms *all, int64_t batch, int64_t heads) {
     if (mask->kind == SA_MASK_GRID) {
       status = check_grid(all, mask, batch, heads);
     } else if (mask->kind == SA_MASK_DOCUMENTS) {
-      status = check_batch(all->function, mask, "ids for a batch of", batch);
+      status = check_batch(all->function, mask, "rows of ids", batch);
       if (!status) status = check_documents(all, mask);
     } else if (mask->kind == SA_MASK_CORNER) {
-      status = check_batch(all->function, mask, "lengths for a batch of", batch);
+      status = check_batch(all->function, mask, "lengths", batch);
       if (!status) status = check_corners(all, mask);
     }
   }
