@@ -58,7 +58,7 @@ typedef struct scratch {
   double *dk, *dv, *dq, *dout;  // the same; for the backward
   int64_t *key;
   double *p;      // scores, then softmax weights
-  double *keep;   // what dropout makes of a weight: times 0 or 1/(1-p)
+  double *keep;   // what dropout multiplies a weight by: 1/(1-p), or 0 for a dropped one
   double *slope;  // of the softcap: d score / d (scale * q.k)
 } scratch;
 
@@ -172,6 +172,11 @@ static void drop_out_row(const sa_problem *p, const row *r, const scratch *s) {
   }
 }
 
+// A dropped weight is 0 whatever it was, NaN too.
+static double keep(double factor, double x) {
+  return factor > 0 ? factor * x : 0;
+}
+
 // Everything the forward finds out about a row, in `r` and `s`. A dead row has count 0.
 static void attend_row(const sa_problem *p, row *r, const scratch *s) {
   r->count = list_keys(p->plan, r, s->key);
@@ -186,7 +191,7 @@ static void attend_row(const sa_problem *p, row *r, const scratch *s) {
   softmax_row(p, r, s);
   drop_out_row(p, r, s);
   for (int64_t n = 0; n < r->count; n++)
-    add_scaled(s->out, s->p[n] * s->keep[n], s->v + s->key[n] * p->value_width, p->value_width);
+    add_scaled(s->out, keep(s->keep[n], s->p[n]), s->v + s->key[n] * p->value_width, p->value_width);
 }
 
 static void read_keys(const sa_problem *p, int64_t batch, int64_t key_head, const scratch *s) {
@@ -231,12 +236,12 @@ static void backward_row(const job *job, const row *r, const scratch *s) {
     if (p->sinks.data) *dsink += r->p_sink * (dlse - delta);
     for (int64_t n = 0; n < r->count; n++) {
       const int64_t j = s->key[n];
-      const double dp = s->keep[n] * dot(s->dout, s->v + j * p->value_width, p->value_width);
+      const double dp = keep(s->keep[n], dot(s->dout, s->v + j * p->value_width, p->value_width));
       const double ds = s->p[n] * (dp - delta + dlse);
       const double dz = p->scale * s->slope[n] * ds;
       if (p->dq.data) add_scaled(s->dq, dz, s->k + j * p->width, p->width);
       if (p->dk.data) add_scaled(s->dk + j * p->width, dz, s->q, p->width);
-      if (p->dv.data) add_scaled(s->dv + j * p->value_width, s->p[n] * s->keep[n], s->dout, p->value_width);
+      if (p->dv.data) add_scaled(s->dv + j * p->value_width, keep(s->keep[n], s->p[n]), s->dout, p->value_width);
       if (p->dbias.data)
         job->dbias[r->batch * job->bias_stride[0] + r->head * job->bias_stride[1] + r->query * job->bias_stride[2] +
                    j * job->bias_stride[3]] += ds;
