@@ -8,6 +8,7 @@
 #include "backend.h"
 #include "kernels/cpu/copy.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/operations.h"
 #include "matmul.h"
 #include "status.h"
 
@@ -112,6 +113,7 @@ static const sa_backend cpu = {
     .fill = sa_cpu_fill,
     .reference = sa_cpu_reference,
     .fused = choose_fused,
+    .operations = &sa_cpu_operations,
 };
 
 int sa_device_count(int kind) {

@@ -16,6 +16,8 @@ typedef struct NAME(backward_job) {
   char *rooms;
   int64_t room_bytes;
   REAL *delta;        // [B,H,L]: dO . o - dLSE
+  REAL *base;         // [B,H,L]: what scores are relative to, in the block's unit; the LSE, or
+  REAL *factor;       // [B,H,L]: with a factor beside it where the LSE is too coarse
   int32_t *turn_of;   // per plane, row of tiles and chunk: how many chunks before it the row looks at
   atomic_int *turns;  // per batch, head and block: chunks that have added to its dQ
   REAL *dq;           // [B,H,L,E], when dQ is gathered over chunks and its dtype is narrower
@@ -30,7 +32,8 @@ typedef struct NAME(backward_room) {
   REAL *packed_dout;             // [value width][QUERIES], for dP
   REAL *query;                   // [QUERIES][width, padded], times scale, for dK
   REAL *dout;                    // [QUERIES][value width, padded], for dV
-  REAL *lse, *delta;             // [QUERIES]
+  REAL *base, *factor, *delta;   // [QUERIES]
+  NAME(gathered) again;          // peaks and sums of rows whose LSE is too coarse
   REAL *dscores;                 // [KEYS][QUERIES]: dP^T, then dS^T
   REAL *key_rows;                // [KEYS][width, padded]
   REAL *value_rows;              // [KEYS][value width, padded]
@@ -56,7 +59,9 @@ static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backwar
       .packed_dout = NAME(take)(room, p->value_width * QUERIES),
       .query = NAME(take)(room, QUERIES * width),
       .dout = NAME(take)(room, QUERIES * value_width),
-      .lse = NAME(take)(room, QUERIES),
+      .base = NAME(take)(room, QUERIES),
+      .factor = NAME(take)(room, QUERIES),
+      .again = {.peak = NAME(take)(room, QUERIES), .sum = NAME(take)(room, QUERIES)},
       .delta = NAME(take)(room, QUERIES),
       .dscores = NAME(take)(room, KEYS * QUERIES),
       .key_rows = NAME(take)(room, KEYS * width),
@@ -86,20 +91,58 @@ static double NAME(stored_lse)(const NAME(block) * block, int i) {
   return *(const REAL *)sa_at(&block->p->lse, block->batch, block->head, block->query + i, 0);
 }
 
-// First pass, per block: delta, and the sinks' share of the gradient, p_sink (dLSE - dO . o).
+// Peaks and sums of a block's rows, as the forward found them.
+static void NAME(gather_again)(const NAME(block) * block, const NAME(backward_room) * room) {
+  const sa_problem *p = block->p;
+  NAME(pack_query)(block, room->packed_query);
+  NAME(gathered) again = room->again;
+  for (int i = 0; i < QUERIES; i++) {
+    again.peak[i] = -(REAL)INFINITY;
+    again.sum[i] = 0;
+  }
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles);
+  for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
+    int64_t stride;
+    const REAL *key =
+        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, false, room->key_rows, &stride);
+    NAME(vector) peak[QUERIES / LANES];
+    for (int j = 0; j < block->vectors; j++) peak[j] = NAME(load)(again.peak + j * LANES);
+    NAME(score)(block, &stretch, key, stride, room->packed_query, &room->stretch, peak);
+    NAME(soften)(block, stretch.count, room->stretch.scores, peak, &again, room->delta);
+  }
+}
+
+// First pass, per block: what scores are relative to, delta, and the sinks' share of the gradient, p_sink (dLSE - dO .
+// o).
 static void NAME(prepare)(void *argument, int64_t item, int worker) {
   const NAME(backward_job) *job = argument;
   const sa_problem *p = job->p;
-  (void)worker;
-  const int64_t head_index = item / job->blocks;
-  const NAME(block) block = NAME(block_at)(p, head_index / p->heads, head_index % p->heads, item % job->blocks);
+  const int64_t head = item / job->blocks;
+  const NAME(block) block = NAME(block_at)(p, head / p->heads, head % p->heads, item % job->blocks);
+  const NAME(backward_room) room =
+      NAME(take_backward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job);
   const int width = (int)p->value_width;
   REAL out[SA_FUSED_WIDTH], dout[SA_FUSED_WIDTH], sink = 0;
   if (p->sinks.data) NAME(read_row)(sa_at(&p->sinks, 0, block.head, 0, 0), p->sinks.dtype, 1, &sink);
+  // An LSE beyond 1024 has an error of 6e-5 in float, which the weights would inherit (and one of -3e38, the bias's
+  // doing, has no digit for the number of keys): those blocks get peaks and sums afresh.
+  bool coarse = false;
+  for (int i = 0; i < block.count; i++)
+    coarse |= fabs(NAME(stored_lse)(&block, i)) > 1024 && !NAME(row_dead)(&block, i);
+  if (coarse) NAME(gather_again)(&block, &room);
   double dsink = 0;
   for (int i = 0; i < block.count; i++) {
-    const int64_t query = block.query + i;
+    const int64_t query = block.query + i, row = head * p->queries + query;
     const bool dead = NAME(row_dead)(&block, i);
+    NAME(row_scale) scale = {INFINITY, 1, sink};
+    if (!dead && coarse) {
+      scale = NAME(scale_row)(&block, room.again.peak[i], room.again.sum[i]);
+    } else if (!dead) {
+      const double lse = NAME(stored_lse)(&block, i);
+      scale = (NAME(row_scale)){block.plain ? lse * 1.4426950408889634 : lse, 1, lse};
+    }
+    job->base[row] = (REAL)scale.base;
+    job->factor[row] = (REAL)scale.factor;
     double dlse = 0, delta = 0;
     if (p->dlse.data) dlse = *(const REAL *)sa_at(&p->dlse, block.batch, block.head, query, 0);
     if (!dead && p->dout.data) {
@@ -108,10 +151,11 @@ static void NAME(prepare)(void *argument, int64_t item, int worker) {
       for (int d = 0; d < width; d++) delta += (double)out[d] * dout[d];
     }
     delta -= dlse;
-    job->delta[(item / job->blocks) * p->queries + query] = dead ? 0 : (REAL)delta;
+    job->delta[row] = dead ? 0 : (REAL)delta;
     if (!p->dsinks.data || sink == -(REAL)INFINITY) continue;
     // A row that sees only its sink has p_sink = 1; its dO meets o = 0, which does not depend on the sink.
-    dsink += dead ? dlse : -delta * exp(sink - NAME(stored_lse)(&block, i));
+    const double natural = block.plain ? 0.6931471805599453 : 1;
+    dsink += dead ? dlse : -delta * exp(sink - scale.base * natural) * scale.factor;
   }
   if (p->dsinks.data) job->dsinks[(block.head * p->batch + block.batch) * job->blocks + item % job->blocks] = dsink;
 }
@@ -209,8 +253,8 @@ static double NAME(slope_gradient)(const NAME(block) * block, const sa_stretch *
 
 // One block of queries against one stretch of a chunk's keys.
 static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(block) * block, const sa_stretch *stretch,
-                                   int64_t chunk, bool wild_query, bool wild_dout, bool wild_key, bool first,
-                                   const NAME(backward_room) * room, double *dslope) {
+                                   int64_t chunk, bool factor, bool wild_query, bool wild_dout, bool wild_key,
+                                   bool first, const NAME(backward_room) * room, double *dslope) {
   const sa_problem *p = job->p;
   const int width = (int)p->width, value_width = (int)p->value_width, keys = stretch->count;
   const int64_t padded = NAME(padded)(width), value_padded = NAME(padded)(value_width);
@@ -222,7 +266,7 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
 
   const uint64_t *visible = NAME(score)(block, stretch, key, key_stride, room->packed_query, &room->stretch, NULL);
   REAL *weights = room->stretch.scores, *dscores = room->dscores;
-  NAME(weigh)(block, keys, visible, room->lse, weights);
+  NAME(weigh)(block, keys, visible, room->base, factor ? room->factor : NULL, weights);
   NAME(product)
   (value, value_stride, 1, room->packed_dout, QUERIES, dscores, QUERIES, keys, columns, value_width, SA_FROM_ZERO,
    NULL);
@@ -308,13 +352,15 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   // Whether the row of tiles looks at this chunk is the plan's word, the same for both halves of a tile.
   if (NAME(turns_of)(job, block)[chunk] == NAME(UNSEEN)) return;
   uint64_t dead = 0;
+  bool factor = false;
+  const int64_t rows = (block->batch * p->heads + block->head) * p->queries + block->query;
   for (int i = 0; i < QUERIES; i++) {
     const bool absent = i >= block->count || NAME(row_dead)(block, i);
     dead |= (uint64_t)absent << i;
-    const double lse = absent ? INFINITY : NAME(stored_lse)(block, i);
-    room->lse[i] = (REAL)(block->plain ? lse * 1.4426950408889634 : lse);
-    const int64_t row = (block->batch * p->heads + block->head) * p->queries + block->query + i;
-    room->delta[i] = absent ? 0 : job->delta[row];
+    room->base[i] = absent ? (REAL)INFINITY : job->base[rows + i];
+    room->factor[i] = absent ? 1 : job->factor[rows + i];
+    room->delta[i] = absent ? 0 : job->delta[rows + i];
+    factor |= room->factor[i] != 1;
   }
   const double scale = p->scale * (block->plain ? 1.4426950408889634 : 1);
   NAME(pack)(&p->q, block, (int)p->width, (REAL)scale, dead, room->packed_query);
@@ -325,7 +371,7 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   bool first = true;
   sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, chunk * tiles, (chunk + 1) * tiles);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch); first = false) {
-    NAME(backward_stretch)(job, block, &stretch, chunk, wild_query, wild_dout, wild_key, first, room, dslope);
+    NAME(backward_stretch)(job, block, &stretch, chunk, factor, wild_query, wild_dout, wild_key, first, room, dslope);
   }
   if (!p->dq.data) return;
   const int64_t padded = NAME(padded)(p->width);
@@ -471,6 +517,8 @@ static int64_t NAME(choose_chunk)(const sa_problem *p, int64_t items) {
 static void NAME(free_backward)(NAME(backward_job) * job) {
   sa_release(job->rooms);
   sa_release(job->delta);
+  sa_release(job->base);
+  sa_release(job->factor);
   sa_release(job->turn_of);
   sa_release(job->turns);
   sa_release(job->dq);
@@ -505,6 +553,8 @@ static int NAME(backward)(const sa_problem *p) {
   const int64_t real = sizeof(REAL);
   bool complete = (job.rooms = sa_allocate(name, job.room_bytes * workers)) &&
                   (job.delta = sa_allocate(name, planes * p->queries * real)) &&
+                  (job.base = sa_allocate(name, planes * p->queries * real)) &&
+                  (job.factor = sa_allocate(name, planes * p->queries * real)) &&
                   (job.turn_of = sa_allocate(name, rows * (job.chunks + 1) * (int64_t)sizeof *job.turn_of));
   if (complete && p->dq.data && job.chunks > 1) {
     complete = (job.turns = sa_allocate_zeroed(name, planes * job.blocks * (int64_t)sizeof *job.turns));

@@ -51,6 +51,7 @@ static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, cons
   }
 }
 
+// A dropped weight is 0 whatever it was, NaN too.
 static void NAME(drop)(const NAME(block) * block, int keys, const uint64_t *kept, REAL *weights) {
   for (int r = 0; r < keys; r++) {
     for (int j = 0; j < block->vectors; j++) {
@@ -169,44 +170,62 @@ static void NAME(join)(const NAME(block) * block, NAME(gathered) * into, const N
   into->alive |= from->alive;
 }
 
-// Writes out, LSE and dead rows of a block; leaves each row's LSE, in the block's unit, in gathered->peak.
+// How a row's scores become weights: exp2((s - base) * unit) * factor. The LSE alone would do for ordinary rows, but a
+// bias of -1e30 leaves no room in it for the logarithm of the sum.
+typedef struct NAME(row_scale) {
+  double base, factor;  // base in the block's unit
+  double lse;           // natural
+} NAME(row_scale);
+
+static NAME(row_scale) NAME(scale_row)(const NAME(block) * block, double peak, double sum) {
+  const sa_problem *p = block->p;
+  const double natural = block->plain ? 0.6931471805599453 : 1;
+  if (p->sinks.data) {
+    REAL sink;
+    NAME(read_row)(sa_at(&p->sinks, 0, block->head, 0, 0), p->sinks.dtype, 1, &sink);
+    const double wanted = sink / natural;
+    const double top = wanted > peak || wanted != wanted ? wanted : peak;
+    sum = sum * exp((peak - top) * natural) + exp((wanted - top) * natural);
+    peak = top;
+  }
+  // Visible scores that are all -inf leave a sum of 0: 0/0 is the NaN that the definition gives.
+  if (!(sum > 0)) return (NAME(row_scale)){NAN, NAN, NAN};
+  return (NAME(row_scale)){peak, 1 / sum, peak * natural + log(sum)};
+}
+
+// Writes out, LSE and dead rows of a block; leaves in gathered->peak and sum each row's base and factor.
 static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered) {
   const sa_problem *p = block->p;
   const int width = (int)p->value_width, padded = (width + LANES - 1) / LANES * LANES;
   REAL sink = -(REAL)INFINITY;
   if (p->sinks.data) NAME(read_row)(sa_at(&p->sinks, 0, block->head, 0, 0), p->sinks.dtype, 1, &sink);
-  const double natural = block->plain ? 0.6931471805599453 : 1;
-  const REAL kept = (REAL)(1 / (1 - p->dropout));
+  const double kept = 1 / (1 - p->dropout);
   for (int i = 0; i < block->count; i++) {
     const int64_t query = block->query + i;
     REAL *o = gathered->o + (int64_t)i * padded;
     const bool dead = !(gathered->alive >> i & 1);
-    double lse = sink;
+    NAME(row_scale) row = {INFINITY, 0, sink};
     if (dead) {
       memset(o, 0, sizeof *o * width);
     } else {
-      double peak = gathered->peak[i] * natural, sum = gathered->sum[i], factor = 1;
-      if (p->sinks.data) {
-        const double top = sink > peak || sink != sink ? sink : peak;
-        factor = exp(peak - top);
-        sum = sum * factor + exp(sink - top);
-        peak = top;
-      }
-      // Visible scores that are all -inf leave a sum of 0: 0/0 is the NaN that the definition gives.
-      lse = sum > 0 ? peak + log(sum) : NAN;
-      const REAL scale = (REAL)(sum > 0 ? factor / sum : NAN) * kept;
+      const double peak = gathered->peak[i];
+      row = NAME(scale_row)(block, peak, gathered->sum[i]);
+      // What was gathered is relative to the row's own peak; a larger sink takes it down.
+      const double down = row.base == peak ? 1 : exp((peak - row.base) * (block->plain ? 0.6931471805599453 : 1));
+      const REAL scale = (REAL)(row.factor * down * kept);
       for (int d = 0; d < width; d++) o[d] *= scale;
     }
     NAME(write_row)(sa_at(&p->out, block->batch, block->head, query, 0), p->out.dtype, width, o);
-    const REAL stored = (REAL)lse;
-    if (p->lse.data) *(REAL *)sa_at(&p->lse, block->batch, block->head, query, 0) = stored;
+    if (p->lse.data) *(REAL *)sa_at(&p->lse, block->batch, block->head, query, 0) = (REAL)row.lse;
     if (p->dead.data) *(bool *)sa_at(&p->dead, block->batch, block->head, query, 0) = dead;
-    gathered->peak[i] = dead ? (REAL)INFINITY : block->plain ? (REAL)(lse * 1.4426950408889634) : stored;
+    gathered->peak[i] = (REAL)row.base;
+    gathered->sum[i] = (REAL)row.factor;
   }
 }
 
-// The weights p_ij of a finished block: scores again, this time against the LSE.
-static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_room) * room, const REAL *lse) {
+// The weights p_ij of a finished block: the scores again, against what the whole row came to.
+static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_room) * room,
+                                const NAME(gathered) * gathered) {
   const sa_problem *p = block->p;
   REAL row[KEYS] = {0};
   for (int i = 0; i < block->count; i++) {
@@ -222,7 +241,7 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_ro
     const REAL *key =
         NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, false, room->rows, &stride);
     const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, NULL);
-    NAME(weigh)(block, stretch.count, visible, lse, room->stretch.scores);
+    NAME(weigh)(block, stretch.count, visible, gathered->peak, gathered->sum, room->stretch.scores);
     for (int i = 0; i < block->count; i++) {
       for (int r = 0; r < stretch.count; r++) row[r] = room->stretch.scores[r * QUERIES + i];
       NAME(write_row)
@@ -289,7 +308,7 @@ static void NAME(forward_whole)(void *argument, int64_t item, int worker) {
   NAME(pack_query)(&block, room.query);
   NAME(gather_safely)(&block, 0, job->p->plan->col_tiles, &room, &room.own);
   NAME(finish)(&block, &room.own);
-  if (job->p->weights.data) NAME(write_weights)(&block, &room, room.own.peak);
+  if (job->p->weights.data) NAME(write_weights)(&block, &room, &room.own);
 }
 
 static void NAME(forward_part)(void *argument, int64_t item, int worker) {
@@ -319,7 +338,7 @@ static void NAME(forward_join)(void *argument, int64_t item, int worker) {
   if (!job->p->weights.data) return;
   const NAME(forward_room) room = NAME(worker_room)(job, worker);
   NAME(pack_query)(&block, room.query);
-  NAME(write_weights)(&block, &room, whole.peak);
+  NAME(write_weights)(&block, &room, &whole);
 }
 
 static int NAME(forward)(const sa_problem *p) {

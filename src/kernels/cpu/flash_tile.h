@@ -281,14 +281,20 @@ static void NAME(keep)(const NAME(block) * block, const sa_stretch *stretch, uin
                 (uint64_t)p->keys, block->count, stretch->count, kept);
 }
 
-// P^T in place of S^T from each row's LSE (+inf for rows without a key), masked pairs 0.
-static void NAME(weigh)(const NAME(block) * block, int keys, const uint64_t *visible, const REAL *lse, REAL *scores) {
+// P^T in place of S^T: exp2((s - base) * unit) * factor per row (factor NULL: 1), masked pairs 0. Rows without a key
+// have a base of +inf.
+static void NAME(weigh)(const NAME(block) * block, int keys, const uint64_t *visible, const REAL *base,
+                        const REAL *factor, REAL *scores) {
   const NAME(vector) unit = NAME(set)(block->unit), zero = NAME(set)(0);
   for (int j = 0; j < block->vectors; j++) {
-    const NAME(vector) base = NAME(load)(lse + j * LANES);
+    const NAME(vector) from = NAME(load)(base + j * LANES);
+    const NAME(vector) times = factor ? NAME(load)(factor + j * LANES) : NAME(set)(1);
     REAL *column = scores + j * LANES;
     for (int r = 0; r < keys; r++, column += QUERIES) {
-      const NAME(vector) w = NAME(exp2)((NAME(load)(column) - base) * unit);
+      NAME(vector) x = NAME(load)(column) - from;
+      if (!block->plain) x = x * unit;
+      NAME(vector) w = NAME(exp2)(x);
+      if (factor) w = w * times;
       NAME(store)(column, visible ? NAME(select)(visible[r] >> (j * LANES), w, zero) : w);
     }
   }
