@@ -10,9 +10,9 @@ local function quoted(text)
 end
 child.quoted = quoted
 
---- Runs a command of the shell. Returns what it printed (errors too) and its exit status; 124: it took over 2 minutes.
+--- Runs a command of the shell. Returns what it printed (errors too) and its exit status; 124: it took over 5 minutes.
 function child.command(command)
-  local pipe = assert(io.popen(clean .. "timeout 120 sh -c " .. quoted(command) .. " 2>&1; echo \"status $?\""))
+  local pipe = assert(io.popen(clean .. "timeout 300 sh -c " .. quoted(command) .. " 2>&1; echo \"status $?\""))
   local output, status = pipe:read("*a"):match("^(.*)status (%d+)\n$")
   pipe:close()
   return output, tonumber(status)
