@@ -160,7 +160,6 @@ static void slope_piece(void *argument, char *const *data, const int64_t *step, 
     const sa_line x = sa_line_at(j->x, data[1] + i * step[1] * size);
     const sa_line dy = sa_line_at(j->dy, data[2] + i * step[2] * size);
     const moments m = moments_of(&x, j->epsilon);
-    // Before dx, which may be dy.
     if (b->sums) add_to_sums(j, &x, &dy, m, b->sums);
     if (j->wants_dx) {
       const sa_line dx = sa_line_at(j->y, data[0] + i * step[0] * size);
