@@ -1,8 +1,8 @@
 -- what a softmax can say about a row without a visible entry, and what each answer does to the gradients
 --
 -- The listings of PyTorch's pull request 131060 (a private _safe_softmax), number for number as far as its inputs are
--- known. Its first row is a random draw; the logarithms of the weights it printed stand in for that draw, since softmax
--- does not see a constant that is added to a row.
+-- known. Its first row is a random draw, of which the weights are known to four digits; their logarithms (with a fifth
+-- digit that makes them sum to 1) stand in for the draw, since softmax does not see a constant that is added to a row.
 local sa = require "safeattn"
 
 local inf, nan = math.huge, 0 / 0
@@ -21,7 +21,7 @@ local function title(text) print("\n" .. text .. "\n" .. ("-"):rep(#text)) end
 
 local function matrix(fill)
   local rows = {{}, {fill, fill, fill, fill}}
-  for i, weight in ipairs {0.5377, 0.2729, 0.0692, 0.1201} do rows[1][i] = math.log(weight) end
+  for i, weight in ipairs {0.53773, 0.27293, 0.06922, 0.12012} do rows[1][i] = math.log(weight) end
   return sa.tensor(rows, {requires_grad = true})
 end
 
@@ -60,7 +60,8 @@ print("zero        ", row_text(sa.softmax(sa.tensor {0.1, 0.2, 0.3, nan}, {dead_
 print("zero        ", row_text(sa.softmax(sa.tensor {1, inf, 1, 1}, {dead_rows = "zero"})))
 
 title "6. The same in attention: one shared weight, two queries, the second sees nothing"
--- q = x * w, so a NaN in the second row's gradient reaches w although the loss reads the first row only.
+-- q = x * w, so a NaN in the second row's gradient reaches w although the loss reads the first row only. The mask is
+-- added to the scores, as PyTorch does it.
 for _, stance in ipairs {"nan", "uniform", "zero", "sa.sdpa"} do
   local x = sa.tensor {{1, 2}, {3, 4}}
   local w = sa.tensor({0.5, -0.25}, {requires_grad = true})
@@ -71,7 +72,8 @@ for _, stance in ipairs {"nan", "uniform", "zero", "sa.sdpa"} do
     out = sa.sdpa(x * w, k, v, {mask = visible})
   else
     local scores = sa.matmul(x * w, k:transpose(1, 2)) * (1 / math.sqrt(2))
-    out = sa.matmul(sa.softmax(sa.where(visible, scores, -inf), {dead_rows = stance}), v)
+    local bias = sa.where(visible, sa.zeros {2, 2}, -inf)
+    out = sa.matmul(sa.softmax(scores + bias, {dead_rows = stance}), v)
   end
   out:select(1, 1):sum():backward()
   print(("%-12s"):format(stance), "second row", row_text(out:select(1, 2)), "dw", row_text(w.grad))

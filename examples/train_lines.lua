@@ -10,8 +10,8 @@
 --   luajit examples/train_lines.lua [steps [a text file]]
 local sa = require "safeattn"
 
-local steps, batch_size, rate = tonumber(arg[1]) or 400, 16, 3e-3
-local width, heads, layers, longest = 96, 3, 2, 96
+local steps, batch_size, rate = tonumber(arg[1]) or 400, 8, 6e-3
+local width, heads, layers, longest = 64, 4, 2, 96
 math.randomseed(1)
 
 -- The text ------------------------------------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ local function new_batch(here, above)
     ids = ids, ids_above = ids_above, targets = padded(here, target),
     -- The targets that remain when the rows with nothing above them are cut out of the loss.
     targets_cut = padded(here, function(text, i, b) return #above[b] > 0 and target(text, i) or NO_TARGET end),
-    mask = sa.mask.padding(lengths, lengths) * sa.mask.causal(),
-    mask_above = sa.mask.padding(lengths_above, lengths),
+    mask = sa.mask.padding(lengths) * sa.mask.causal(),
+    mask_above = sa.mask.padding(lengths_above),
   }
 end
 
@@ -105,44 +105,64 @@ end
 
 local parameters, names = {}, {}
 
-local function parameter(name, shape, value)
-  local t = value and sa.full(shape, value) or sa.randn(shape, {seed = #parameters + 1}) * (shape[1] ^ -0.5)
+local function parameter(name, t)
   t.requires_grad = true
   parameters[#parameters + 1], names[#names + 1] = t, name
   return t
 end
 
-local function new_attention(name)
-  local function matrix(part) return parameter(name .. "." .. part, {width, width}) end
-  return {norm = parameter(name .. ".norm", {width}, 1), query = matrix "query", key = matrix "key",
-    value = matrix "value", out = matrix "out"}
+local function matrix(name, rows, columns, size)
+  return parameter(name, sa.randn({rows, columns}, {seed = #parameters + 1}) * (size or rows ^ -0.5))
 end
 
-local model = {}
-model.embedding, model.position = parameter("embedding", {vocabulary, width}), parameter("position", {longest, width})
+local function norm(name) return parameter(name .. ".norm", sa.ones {width}) end
+
+local function new_attention(name)
+  return {
+    norm = norm(name), query = matrix(name .. ".query", width, width), key = matrix(name .. ".key", width, width),
+    value = matrix(name .. ".value", width, width), out = matrix(name .. ".out", width, width),
+  }
+end
+
+local model = {embedding = matrix("embedding", vocabulary, width), position = matrix("position", longest, width)}
 for i = 1, layers do
   model[i] = {
     itself = new_attention(i .. ".itself"), above = new_attention(i .. ".above"),
-    norm = parameter(i .. ".norm", {width}, 1), rise = parameter(i .. ".rise", {width, 4 * width}),
-    fall = parameter(i .. ".fall", {4 * width, width}),
+    norm = norm(i), rise = matrix(i .. ".rise", width, 4 * width), fall = matrix(i .. ".fall", 4 * width, width),
   }
 end
-model.norm, model.out = parameter("norm", {width}, 1), parameter("out", {width, vocabulary})
+-- The output starts small, so that the model starts with knowing nothing.
+model.norm, model.out = norm "last", matrix("out", width, vocabulary, 0.01)
+
+-- Within a line a head prefers what is near, each by its own slope: the model need not learn first what "before" is.
+local function nearness(length)
+  local here = sa.arange(length)
+  local apart = (here:view(length, 1) - here:view(1, length)):abs()
+  local slopes = {}
+  for head = 1, heads do slopes[head] = -2 ^ (3 - 2 * head) end
+  return apart * sa.tensor(slopes):view(heads, 1, 1)
+end
 
 -- The three answers, composed from products and a softmax as one would without a fused attention.
-local function composed(q, k, v, mask, dead_rows)
+local function composed(q, k, v, mask, bias, dead_rows)
   local hidden = (-mask):dense {B = q:size(1), H = 1, L = q:size(3), S = k:size(3)}
   local scores = sa.matmul(q, k:transpose(-1, -2)) * q:size(4) ^ -0.5
+  if bias then scores = scores + bias end
   return sa.matmul(sa.softmax(sa.masked_fill(scores, hidden, -math.huge), {dead_rows = dead_rows}), v)
 end
 
-local function attend(weights, x, source, mask, stance)
+local function attend(weights, x, source, mask, bias, stance)
   local batch, length = x:size(1), x:size(2)
-  local function split(t, matrix)
-    return sa.matmul(t, matrix):view(batch, t:size(2), heads, width / heads):transpose(2, 3)
+  local function split(t, projection)
+    return sa.matmul(t, projection):view(batch, t:size(2), heads, width / heads):transpose(2, 3)
   end
   local q, k, v = split(x, weights.query), split(source, weights.key), split(source, weights.value)
-  local out = stance == "sa.sdpa" and sa.sdpa(q, k, v, {mask = mask}) or composed(q, k, v, mask, stance)
+  local out
+  if stance == "sa.sdpa" then
+    out = sa.sdpa(q, k, v, {mask = mask, bias = bias})
+  else
+    out = composed(q, k, v, mask, bias, stance)
+  end
   return sa.matmul(out:transpose(2, 3):contiguous():view(batch, length, width), weights.out)
 end
 
@@ -151,11 +171,11 @@ local function embed(ids)
 end
 
 local function logits_of(batch, stance)
-  local x, above = embed(batch.ids), embed(batch.ids_above)
+  local x, above, near = embed(batch.ids), embed(batch.ids_above), nearness(batch.ids:size(2))
   for _, layer in ipairs(model) do
     local normed = sa.layernorm(x, layer.itself.norm)
-    x = x + attend(layer.itself, normed, normed, batch.mask, stance)
-    x = x + attend(layer.above, sa.layernorm(x, layer.above.norm), above, batch.mask_above, stance)
+    x = x + attend(layer.itself, normed, normed, batch.mask, near, stance)
+    x = x + attend(layer.above, sa.layernorm(x, layer.above.norm), above, batch.mask_above, nil, stance)
     x = x + sa.matmul(sa.gelu(sa.matmul(sa.layernorm(x, layer.norm), layer.rise)), layer.fall)
   end
   return sa.matmul(sa.layernorm(x, model.norm), model.out)
@@ -245,6 +265,8 @@ local function train()
     vocabulary, math.log(vocabulary)))
   local start, sum, count = os.time(), 0, 0
   for step = 1, steps do
+    -- up over the first steps, steady for a while, then down to the end
+    optimizer.lr = rate * math.min(step / 20, (steps - step + 1) / steps * 1.25, 1)
     local loss = loss_of(batch_of(deal()), "sa.sdpa")
     optimizer:zero_grad()
     loss:backward()
