@@ -130,7 +130,8 @@ local function check_saved(node)
   end
 end
 
--- Gradients on their way. `owned`: nobody but us holds the memory, so it may be added to or kept.
+-- Gradients on their way. `owned`: nobody but us holds the memory, so it may be added to, kept, or given back at once
+-- instead of at some collection.
 
 local function sum(a, b)
   local handle = tensor.handle()
@@ -158,10 +159,13 @@ local function arrive(arrived, node, slot, g, owned)
   end
   if not at[slot] then
     at[slot], at.owned[slot] = g, owned
-  elseif at.owned[slot] then
-    add_to(at[slot], g)
   else
-    at[slot], at.owned[slot] = sum(at[slot], g), true
+    if at.owned[slot] then
+      add_to(at[slot], g)
+    else
+      at[slot], at.owned[slot] = sum(at[slot], g), true
+    end
+    if owned then g:free() end
   end
 end
 
@@ -170,11 +174,16 @@ local function keep(leaf, g, owned)
   if not tensor.alike(leaf.handle, g.handle) then
     fail("backward", nil, "got a gradient %s for a leaf %s", core.describe(g), core.describe(leaf))
   end
+  if not leaf.gradient and owned and lib.sa_tensor_contiguous(g.handle) then
+    leaf.gradient = g
+    return
+  end
   if leaf.gradient then
     add_to(leaf.gradient, g)
   else
-    leaf.gradient = owned and lib.sa_tensor_contiguous(g.handle) and g or copy_of(g)
+    leaf.gradient = copy_of(g)
   end
+  if owned then g:free() end
 end
 
 -- Whether the memory of result i belongs to it alone: it may be (a view of) a gradient that came, or stand twice.
@@ -209,14 +218,35 @@ local function count_uses(root)
   return uses
 end
 
+-- The gradients of a node's inputs, and which of them are ours alone. What came to the node is used up.
 local function run_backward(node, came)
   check_saved(node)
   came.n = node.outputs
   local results = node.backward(unpack(came, 1, node.outputs)) or {}
+  local owned, passed_on = {}, {}
   for i = 1, node.inputs do
-    if node[i] and results[i] then pointer(results[i], "backward", "a gradient of " .. node.name) end
+    if results[i] then
+      pointer(results[i], "backward", "a gradient of " .. node.name)
+      passed_on[results[i]] = true
+    end
   end
-  return results
+  for i = 1, node.inputs do owned[i] = results[i] and is_fresh(results, i, node.inputs, came) end
+  for slot = 1, came.n do
+    if came.owned[slot] and not passed_on[came[slot]] then came[slot]:free() end
+  end
+  return results, owned
+end
+
+-- Hands the gradients of a node's inputs on; a parent whose last one this was becomes ready.
+local function hand_on(node, results, owned, arrived, uses, ready)
+  for i = 1, node.inputs do
+    local parent = node[i]
+    if parent then
+      if results[i] then arrive(arrived, parent, node[-i], results[i], owned[i]) end
+      uses[parent] = uses[parent] - 1
+      if uses[parent] == 0 then ready[#ready + 1] = parent end
+    end
+  end
 end
 
 local function carry_back(root, slot, gradient)
@@ -227,20 +257,12 @@ local function carry_back(root, slot, gradient)
     local node = table.remove(ready)
     local came = arrived[node]
     arrived[node] = nil
-    if node.leaf then
-      if came then keep(node.leaf, came[1], came.owned[1]) end
-    else
-      local results = came and run_backward(node, came) or {}
-      for i = 1, node.inputs do
-        local parent = node[i]
-        if parent then
-          if results[i] then
-            arrive(arrived, parent, node[-i], results[i], is_fresh(results, i, node.inputs, came))
-          end
-          uses[parent] = uses[parent] - 1
-          if uses[parent] == 0 then ready[#ready + 1] = parent end
-        end
-      end
+    if not node.leaf then
+      local results, owned = {}, {}
+      if came then results, owned = run_backward(node, came) end
+      hand_on(node, results, owned, arrived, uses, ready)
+    elseif came then
+      keep(node.leaf, came[1], came.owned[1])
     end
   end
 end
