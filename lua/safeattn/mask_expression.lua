@@ -47,7 +47,8 @@ function M.construct(fname, constructor, ...)
 end
 
 -- A mask is `handle` (C nodes), or, when a Lua function is part of it, `build(fname, B, H, L, S)`, which makes them for
--- one size. `known` holds the sizes (B, H, L, S) that the mask's own data fixes.
+-- one size. `known` holds the sizes (B, H, L, S) that the mask's own data fixes. What was combined keeps its `symbol`
+-- (none for a negation) and its `operands`, so that a dead row can be traced to a part.
 local function new(text, binding, known, handle, build)
   return setmetatable({text = text, binding = binding, known = known, handle = handle, build = build,
     built = build and {}, sizes = 0}, metatable)
@@ -119,7 +120,7 @@ local function operator(symbol, binding, associative, combine)
     end
     local text = bracketed(a, binding) .. " " .. symbol .. " " .. right
     local mask = new(text, binding, combined_sizes(a.known, b.known), handle, build)
-    mask.symbol = symbol
+    mask.symbol, mask.operands = symbol, {a, b}
     return mask
   end
 end
@@ -138,7 +139,9 @@ function metatable.__unm(a)
     end
   end
   -- Brackets around another negation too: "--" starts a comment in Lua.
-  return new("-" .. bracketed(a, ATOM), NEGATION, a.known, handle, build)
+  local mask = new("-" .. bracketed(a, ATOM), NEGATION, a.known, handle, build)
+  mask.operands = {a}
+  return mask
 end
 
 -- Questions

@@ -1,0 +1,211 @@
+-- what is inspected: the inputs with four dims, the parts of the mask, and one head at a time in f64
+
+local core = require "safeattn.core"
+local tensor = require "safeattn.tensor"
+local expression = require "safeattn.mask_expression"
+local mask = require "safeattn.mask"
+local sdpa = require "safeattn.sdpa"
+
+local ffi, lib = core.ffi, core.lib
+local describe, fail = core.describe, core.fail
+
+local Problem = {}
+Problem.__index = Problem
+
+local plan_cell = ffi.typeof "const sa_plan *[1]"
+local counts_type = ffi.typeof "sa_plan_counts"
+
+-- Arguments
+
+-- A view with four dims; the leading ones are 1.
+local function with_four_dims(t)
+  local shape = t.shape
+  while #shape < 4 do table.insert(shape, 1, 1) end
+  local rank = t:dim()
+  if rank == 4 then return t end
+  return t:expand(unpack(shape))
+end
+
+local function shape_text(shape)
+  return "[" .. table.concat(shape, ",") .. "]"
+end
+
+local function check_sizes(fname, q, k, v)
+  local rank = q:dim()
+  if rank < 2 or rank > 4 then fail(fname, nil, "q: got %s, wanted 2 to 4 dims", describe(q)) end
+  for name, t in pairs {k = k, v = v} do
+    if t:dim() ~= rank then fail(fname, nil, "%s: got %s, wanted %d dims like q", name, describe(t), rank) end
+  end
+end
+
+local function set_mask(p, fname, given)
+  if given == nil then return end
+  if not expression.is(given) then
+    if not tensor.is(given) or not given.handle or given.dtype ~= "bool" then
+      fail(fname, nil, "mask: got %s, wanted a mask or a bool tensor%s", describe(given),
+        tensor.is(given) and "; scores to add are given as `bias`" or "")
+    end
+    given = mask.dense(given)
+  end
+  p.parts[#p.parts + 1] = {mask = given}
+end
+
+local function count_text(count)
+  return count == nil and "nil" or describe(count)
+end
+
+-- The restrictions that the options state, each as a mask with the text that stands for it.
+local function set_parts(p, fname, options)
+  p.parts = {}
+  set_mask(p, fname, options.mask)
+  local align = options.causal == true and "top-left" or options.causal or nil
+  if align then
+    p.parts[#p.parts + 1] = {mask = mask.causal(align),
+      text = options.causal == true and "causal = true" or string.format("causal = %q", align)}
+  end
+  p.diagonal = align == "bottom-right" and p.S - p.L or 0
+  local window = options.window
+  if window then
+    p.parts[#p.parts + 1] = {mask = mask.window(window[1], window[2], align),
+      text = string.format("window = {%s, %s}", count_text(window[1]), count_text(window[2]))}
+  end
+  if p.bias and p.bias:stats().neginf > 0 then
+    p.parts[#p.parts + 1] = {mask = mask.additive(p.bias), text = "bias = -inf"}
+  end
+  local all
+  for _, part in ipairs(p.parts) do
+    part.text = part.text or tostring(part.mask)
+    all = all and all * part.mask or part.mask
+  end
+  p.mask = all or mask.all()
+end
+
+local kept_options = {scale = true, softcap = true, dropout = true, seed = true, bias = true, sinks = true,
+  alibi = true, causal = true, window = true, backend = true, deterministic = true}
+
+-- The C side checks every argument before it computes; without a batch there is nothing to compute.
+local function check_options(p, fname, options)
+  local empty = {}
+  for name, value in pairs(options) do
+    if kept_options[name] then empty[name] = value end
+  end
+  local bias = options.bias
+  if tensor.is(bias) and bias.handle and bias:dim() == 4 and bias:size(1) > 0 and bias:size(1) == p.B then
+    empty.bias = bias:detach():narrow(1, 1, 0)
+  end
+  local passed, problem = pcall(sdpa.forward, p.q:narrow(1, 1, 0), p.k:narrow(1, 1, 0), p.v:narrow(1, 1, 0), empty)
+  if not passed then fail(fname, nil, "%s", (tostring(problem):gsub("^.-safeattn%.forward: ", ""))) end
+end
+
+local function detached(t)
+  return tensor.is(t) and t:detach() or t
+end
+
+--- Checks the arguments of `sa.inspect` and looks at none of their elements yet.
+function Problem.new(fname, q, k, v, options, dout)
+  for name, t in pairs {q = q, k = k, v = v} do tensor.pointer(t, fname, name) end
+  tensor.pointer(q, fname, "q")
+  check_sizes(fname, q, k, v)
+  local known = {}
+  for name in pairs(kept_options) do known[name] = true end
+  for _, name in ipairs {"mask", "out", "lse", "weights"} do known[name] = true end
+  options = core.options(fname, options, known)
+
+  local p = setmetatable({rank = q:dim(), plans = {}, options = {}, alive = {q, k, v, dout}}, Problem)
+  for name in pairs(known) do
+    if name ~= "out" and name ~= "lse" and name ~= "weights" then p.options[name] = detached(options[name]) end
+  end
+  p.given = {q = q:detach(), k = k:detach(), v = v:detach(), dout = dout and detached(dout)}
+  p.q, p.k, p.v = with_four_dims(p.given.q), with_four_dims(p.given.k), with_four_dims(p.given.v)
+  p.B, p.H, p.L, p.E = unpack(p.q.shape)
+  p.Hkv, p.S, p.Ev = p.k:size(2), p.k:size(3), p.v:size(4)
+  check_options(p, fname, options)
+  p.group = p.Hkv > 0 and p.H / p.Hkv or 1
+
+  if dout ~= nil then
+    local wanted = q.shape
+    wanted[#wanted] = p.Ev
+    local handle = tensor.pointer(dout, fname, "dout")
+    if dout.dtype ~= q.dtype or shape_text(dout.shape) ~= shape_text(wanted) or handle.device ~= q.handle.device then
+      fail(fname, nil, "dout: got %s, wanted %s%s, like the output", describe(dout), q.dtype, shape_text(wanted))
+    end
+    p.dout = with_four_dims(p.given.dout)
+  end
+  p.scale = options.scale or (p.E > 0 and 1 / math.sqrt(p.E) or 1)
+  p.softcap, p.dropout = options.softcap or 0, options.dropout or 0
+  if p.dropout > 0 and options.seed == nil then
+    fail(fname, nil, "seed: got nil, wanted the seed that the dropout was drawn with")
+  end
+  p.bias = p.options.bias and p.options.bias:expand(p.B, p.H, p.L, p.S)
+  set_parts(p, fname, options)
+  p:plan(p.mask, fname)
+  return p
+end
+
+-- Plans
+
+--- The compiled form of a mask, for the sizes of this problem: what C has, and its counts.
+function Problem:plan(given, fname)
+  local plan = self.plans[given]
+  if plan then return plan end
+  local nodes = expression.nodes(given, fname or "inspect", self.B, self.H, self.L, self.S)
+  local out = plan_cell()
+  core.call(fname or "inspect", lib.sa_mask_plan, out, nodes, lib.SA_NO_CAUSAL, -1, -1, self.B, self.H, self.L,
+    self.S)
+  local counts = counts_type()
+  lib.sa_plan_count(out[0], counts)
+  plan = {c = ffi.gc(out[0], lib.sa_plan_release), batch = tonumber(counts.batch), heads = tonumber(counts.heads),
+    visible = tonumber(counts.visible)}
+  self.plans[given] = plan
+  return plan
+end
+
+--- Whether query i sees key j; all counted from 1.
+function Problem:sees(b, h, i, j)
+  return lib.sa_plan_visible(self:plan(self.mask).c, b - 1, h - 1, i - 1, j - 1)
+end
+
+-- Heads
+
+-- A copy on the CPU, in f64, without gaps.
+local function wide(t)
+  local copy = tensor.new("inspect", lib.SA_F64, lib.SA_CPU, t.handle.ndim, t.handle.shape)
+  core.call("inspect", lib.sa_copy, copy.handle, t.handle)
+  return copy
+end
+Problem.wide = wide
+
+--- The key head of a query head.
+function Problem:key_head(h)
+  return math.floor((h - 1) / self.group) + 1
+end
+
+--- Keys and values of one head in f64, as {k = double *, v = double *}; the last one that was asked for is kept.
+function Problem:head(b, h)
+  local hk = self:key_head(h)
+  local last = self.last
+  if last and last.b == b and last.hk == hk then return last end
+  self.last = nil
+  local k, v = wide(self.k:select(1, b):select(1, hk)), wide(self.v:select(1, b):select(1, hk))
+  self.last = {b = b, hk = hk, tensors = {k, v}, k = k:data(), v = v:data()}
+  return self.last
+end
+
+--- Row i of one head of a tensor [B,H,L,n] in f64: the copy; its data() is what loops read.
+function Problem.row_of(t, b, h, i)
+  return wide(t:select(1, b):select(1, h):select(1, i))
+end
+
+--- An element of a tensor [H], in f64; nil without the tensor.
+function Problem.element(t, h)
+  return t and t:get(h) or nil
+end
+
+--- Checks 1-based b, h and, when it is wanted, i.
+function Problem:check_place(fname, b, h, i, wants_row)
+  core.integer(fname, "b", b, 1, self.B)
+  core.integer(fname, "h", h, 1, self.H)
+  if wants_row then core.integer(fname, "i", i, 1, self.L) end
+end
+
+return Problem
