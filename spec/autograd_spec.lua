@@ -316,7 +316,7 @@ describe("backward", function()
     local use = ffi.new("sa_memory_use")
     local x = sa.zeros({2 ^ 17}, {dtype = "f64", requires_grad = true}) -- 1 MiB
     local y = x
-    for k = 1, 20 do y = k % 2 == 0 and y:tanh() or y + y:exp() end
+    for k = 1, 20 do y = k % 2 == 0 and y:tanh() or y:exp() * y end
     y = y:sum()
     collectgarbage()
     collectgarbage("stop")
@@ -326,8 +326,8 @@ describe("backward", function()
     y:backward()
     collectgarbage("restart")
     lib.sa_memory(use)
-    assert.is_true(tonumber(use.peak_bytes) - before <= 5 * 2 ^ 20)
-    assert.is_true(tonumber(use.bytes) - before <= 2 * 2 ^ 20)
+    assert.is_true(tonumber(use.peak_bytes) - before <= 6 * 2 ^ 20)
+    assert.is_true(tonumber(use.bytes) - before < 2 * 2 ^ 20)
   end)
 
   it("lets go of what it recorded", function()
