@@ -22,6 +22,7 @@ function M.problem(look, fname)
   if type(look) ~= "table" or getmetatable(look) ~= Look then
     core.fail(fname, nil, "self: got %s, wanted what sa.inspect gave", core.describe(look))
   end
+  look.problem:forget()
   return look.problem
 end
 local problem = M.problem

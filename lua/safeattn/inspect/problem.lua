@@ -167,10 +167,10 @@ end
 
 -- Heads
 
--- A copy on the CPU, in f64, without gaps.
+-- A copy on the CPU, in f64, without gaps, and with each NaN the plain one: LuaJIT has other uses for the rest.
 local function wide(t)
   local copy = tensor.new("inspect", lib.SA_F64, lib.SA_CPU, t.handle.ndim, t.handle.shape)
-  core.call("inspect", lib.sa_copy, copy.handle, t.handle)
+  core.call("inspect", lib.sa_get_all, t.handle, copy:data())
   return copy
 end
 Problem.wide = wide
@@ -180,15 +180,56 @@ function Problem:key_head(h)
   return math.floor((h - 1) / self.group) + 1
 end
 
---- Keys and values of one head in f64, as {k = double *, v = double *}; the last one that was asked for is kept.
+local bits_of = ffi.typeof "const int32_t *"
+
+-- Negative for a NaN alone: its magnitude, as an integer, is above that of infinity.
+local function below(bits)
+  return 0x7f800000 - bit.band(bits, 0x7fffffff)
+end
+
+local function holds_nan(data, rows, step, width)
+  local bits, sign, other = ffi.cast(bits_of, data), 0, 0
+  for n = 0, rows - 1 do
+    local x = bits + n * step
+    for d = 0, width - 4, 4 do
+      sign = bit.bor(sign, below(x[d]), below(x[d + 1]))
+      other = bit.bor(other, below(x[d + 2]), below(x[d + 3]))
+    end
+    for d = width - width % 4, width - 1 do sign = bit.bor(sign, below(x[d])) end
+  end
+  return bit.bor(sign, other) < 0
+end
+
+-- The rows of a matrix [n, width] as loops read them: what must stay alive, a pointer, and its step from row to row.
+-- f32 without NaN is read where it lies: a copy in f64 takes longer than a query.
+local function rows_of(t)
+  local handle = t.handle
+  local rows, width, step = tonumber(handle.shape[0]), tonumber(handle.shape[1]), tonumber(handle.stride[0])
+  if handle.device == lib.SA_CPU and handle.dtype == lib.SA_F32 and (handle.stride[1] == 1 or width <= 1)
+    and not holds_nan(handle.data, rows, step, width) then
+    return t, t:data(), step
+  end
+  local copy = wide(t)
+  return copy, copy:data(), width
+end
+
+--- Keys and values of one head: {k = pointer, k_step, v = pointer, v_step}, rows `step` elements apart; the last one
+-- is kept until `forget`.
 function Problem:head(b, h)
   local hk = self:key_head(h)
   local last = self.last
   if last and last.b == b and last.hk == hk then return last end
   self.last = nil
-  local k, v = wide(self.k:select(1, b):select(1, hk)), wide(self.v:select(1, b):select(1, hk))
-  self.last = {b = b, hk = hk, tensors = {k, v}, k = k:data(), v = v:data()}
-  return self.last
+  local head = {b = b, hk = hk}
+  head.keys, head.k, head.k_step = rows_of(self.k:select(1, b):select(1, hk))
+  head.values, head.v, head.v_step = rows_of(self.v:select(1, b):select(1, hk))
+  self.last = head
+  return head
+end
+
+--- Forgets what was read: every question reads the tensors anew.
+function Problem:forget()
+  self.last = nil
 end
 
 --- Row i of one head of a tensor [B,H,L,n] in f64: the copy; its data() is what loops read.

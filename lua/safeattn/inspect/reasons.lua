@@ -12,7 +12,8 @@ local M = {}
 local MOST_FACTORS = 12
 
 -- What is asked of rows and of keys.
-local rows = {reader = lib.sa_plan_dead_rows, place = "i", noun = "query", plural = "queries", nothing = "there are no keys",
+local rows = {reader = lib.sa_plan_dead_rows, place = "i", noun = "query", plural = "queries",
+  nothing = "there are no keys",
   one = "%s shows it no key", many = "%s have no key in common for it"}
 local keys = {reader = lib.sa_plan_dead_keys, place = "j", noun = "key", plural = "keys",
   nothing = "there are no queries",

@@ -1,5 +1,6 @@
 -- one query: its scores, weights and their gradients by the definition, in f64
 
+local new_table = require "table.new"
 local core = require "safeattn.core"
 local Problem = require "safeattn.inspect.problem"
 local reasons = require "safeattn.inspect.reasons"
@@ -33,9 +34,9 @@ local function list_keys(plan, b, h, i, S, key)
 end
 
 -- to[n] = x . rows[key[n]]. Four sums, so that an addition need not wait for the one before it.
-local function dots(x, rows, width, key, count, to)
+local function dots(x, rows, step, width, key, count, to)
   for n = 0, count - 1 do
-    local at = key[n] * width
+    local at = key[n] * step
     local s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
     for d = 0, width - 4, 4 do
       s0 = s0 + x[d] * rows[at + d]
@@ -48,25 +49,28 @@ local function dots(x, rows, width, key, count, to)
   end
 end
 
--- Sum of factor[n] * rows[key[n]], as a list from 1; keep (or nil) drops what it is 0 for, NaN too.
-local function weighted_rows(factor, keep, rows, width, key, count)
+-- The sum of factor[n] * rows[key[n]]. Four rows at a time: one at a time it spends half its time on storing the sum.
+local function weighted_rows(factor, rows, step, width, key, count)
   local sum = doubles(math.max(width, 1))
-  for n = 0, count - 1 do
-    local at, f = key[n] * width, factor[n]
-    if keep[n] ~= 0 then
-      f = f * keep[n]
-      for d = 0, width - 1 do sum[d] = sum[d] + f * rows[at + d] end
-    end
+  for n = 0, count - 4, 4 do
+    local f0, f1, f2, f3 = factor[n], factor[n + 1], factor[n + 2], factor[n + 3]
+    local a, b = rows + key[n] * step, rows + key[n + 1] * step
+    local c, e = rows + key[n + 2] * step, rows + key[n + 3] * step
+    for d = 0, width - 1 do sum[d] = sum[d] + ((f0 * a[d] + f1 * b[d]) + (f2 * c[d] + f3 * e[d])) end
+  end
+  for n = count - count % 4, count - 1 do
+    local at, f = key[n] * step, factor[n]
+    for d = 0, width - 1 do sum[d] = sum[d] + f * rows[at + d] end
   end
   return sum
 end
 
-local function score(p, b, h, i, w, count, q, k)
+local function score(p, b, h, i, w, count, q, head)
   local s, slope = w.s, w.slope
   if p.E == 0 then
     for n = 0, count - 1 do s[n] = 0 end
   else
-    dots(q, k, p.E, w.key, count, s)
+    dots(q, head.k, head.k_step, p.E, w.key, count, s)
     for n = 0, count - 1 do s[n] = p.scale * s[n] end
   end
   for n = 0, count - 1 do slope[n] = 1 end
@@ -144,17 +148,30 @@ local function entropy(weight, count, sink_weight)
 end
 
 -- dP and dS; `delta` is what softmax takes off every dP.
-local function differentiate(p, b, h, i, w, count, out, v)
+local function differentiate(p, b, h, i, w, count, out, head)
   local row = Problem.row_of(p.dout, b, h, i)
   local dout = row:data()
   local delta = 0
   for d = 0, p.Ev - 1 do delta = delta + dout[d] * out[d] end
-  dots(dout, v, p.Ev, w.key, count, w.dp)
+  dots(dout, head.v, head.v_step, p.Ev, w.key, count, w.dp)
   for n = 0, count - 1 do
     w.dp[n] = w.keep[n] == 0 and 0 or w.keep[n] * w.dp[n]
     w.ds[n] = w.p[n] * (w.dp[n] - delta)
   end
   row:free()
+end
+
+-- The output. A dropped key adds nothing, whatever its value is: only the kept ones are summed.
+local function sum_of_values(p, w, count, head)
+  if p.dropout == 0 then return weighted_rows(w.p, head.v, head.v_step, p.Ev, w.key, count) end
+  local key, factor, kept = integers(count), doubles(count), 0
+  for n = 0, count - 1 do
+    if w.keep[n] ~= 0 then
+      key[kept], factor[kept] = w.key[n], w.keep[n] * w.p[n]
+      kept = kept + 1
+    end
+  end
+  return weighted_rows(factor, head.v, head.v_step, p.Ev, key, kept)
 end
 
 --- Computes a row into the lists of `w`, which the next row overwrites.
@@ -173,13 +190,13 @@ function M.compute(p, b, h, i, with_gradient)
   end
   local head = p:head(b, h)
   local q = Problem.row_of(p.q, b, h, i)
-  score(p, b, h, i, w, count, q:data(), head.k)
+  score(p, b, h, i, w, count, q:data(), head)
   q:free()
   w.lse, w.sink_weight = softmax(w, count, sink)
   w.entropy = entropy(w.p, count, w.sink_weight)
   drop_out(p, b, h, i, w, count)
-  w.out = weighted_rows(w.p, w.keep, head.v, p.Ev, w.key, count)
-  if with_gradient and p.dout then differentiate(p, b, h, i, w, count, w.out, head.v) end
+  w.out = sum_of_values(p, w, count, head)
+  if with_gradient and p.dout then differentiate(p, b, h, i, w, count, w.out, head) end
   return w
 end
 
@@ -188,10 +205,10 @@ end
 -- So many of the largest contributions are listed.
 local TOP = 8
 
-local function norms(rows, width, key, count, factor_of)
+local function norms(rows, step, width, key, count, factor_of)
   local size = doubles(math.max(count, 1))
   for n = 0, count - 1 do
-    local at, s0, s1 = key[n] * width, 0.0, 0.0
+    local at, s0, s1 = key[n] * step, 0.0, 0.0
     for d = 0, width - 2, 2 do
       s0 = s0 + rows[at + d] * rows[at + d]
       s1 = s1 + rows[at + d + 1] * rows[at + d + 1]
@@ -225,7 +242,7 @@ local function largest(size, count)
 end
 
 local function list_of(array, count, offset)
-  local list = {}
+  local list = new_table(count, 0)
   for n = 1, count do list[n] = array[n - 1] + (offset or 0) end
   return list
 end
@@ -294,9 +311,9 @@ local function add_gradient(row, p, w, head)
   if not p.dout then return end
   local count, dz = w.count, doubles(math.max(w.count, 1))
   row.dP, row.dS = list_of(w.dp, count), list_of(w.ds, count)
-  for n = 0, count - 1 do dz[n], w.keep[n] = p.scale * w.slope[n] * w.ds[n], 1 end
-  row.dq = list_of(weighted_rows(dz, w.keep, head.k, p.E, w.key, count), p.E)
-  local size = norms(head.k, p.E, w.key, count, dz)
+  for n = 0, count - 1 do dz[n] = p.scale * w.slope[n] * w.ds[n] end
+  row.dq = list_of(weighted_rows(dz, head.k, head.k_step, p.E, w.key, count), p.E)
+  local size = norms(head.k, head.k_step, p.E, w.key, count, dz)
   row.to_dq, row.top_dq = list_of(size, count), contributions(w.key, size, count)
 end
 
@@ -321,7 +338,7 @@ function M.row(p, b, h, i)
   local head = p:head(b, h)
   local kept = doubles(count)
   for n = 0, count - 1 do kept[n] = w.keep[n] == 0 and 0 or w.keep[n] * w.p[n] end
-  local size = norms(head.v, p.Ev, w.key, count, kept)
+  local size = norms(head.v, head.v_step, p.Ev, w.key, count, kept)
   row.to_out, row.top_out = list_of(size, count), contributions(w.key, size, count)
   add_gradient(row, p, w, head)
   return row
