@@ -6,6 +6,8 @@ static double NAME(measure_peak)(void) {
   double best = 0;
   for (int attempt = 0; attempt < 20; attempt++) {
     NAME(vector) sum[CHAINS];
+    // Unrolled, so that the sums live in registers.
+#pragma GCC unroll 24
     for (int i = 0; i < CHAINS; i++) sum[i] = NAME(set)((REAL)i);
     const NAME(vector) x = NAME(set)((REAL)0.999), y = NAME(set)((REAL)0.001);
     struct timespec from, to;
@@ -13,10 +15,10 @@ static double NAME(measure_peak)(void) {
     for (int round = 0; round < ROUNDS; round++) {
 #pragma GCC unroll 24
       for (int i = 0; i < CHAINS; i++) sum[i] = NAME(fma)(sum[i], x, y);
-      __asm__ volatile("" ::: "memory");
     }
     clock_gettime(CLOCK_MONOTONIC, &to);
     REAL keep[LANES];
+#pragma GCC unroll 24
     for (int i = 1; i < CHAINS; i++) sum[0] = sum[0] + sum[i];
     NAME(store)(keep, sum[0]);
     __asm__ volatile("" ::"r"(keep) : "memory");
