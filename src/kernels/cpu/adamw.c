@@ -1,10 +1,9 @@
 // one step of AdamW on the CPU
+#pragma GCC optimize("no-trapping-math")  // see functions.h
 #include <math.h>
 
 #include "kernels/cpu/operations.h"
 #include "kernels/cpu/strided.h"
-
-#pragma GCC optimize("no-trapping-math")  // nobody reads the exception flags
 
 typedef struct job {
   int dtype;

@@ -1,11 +1,10 @@
 // the loss of a row of logits whose right answer is an id, and its gradient, on the CPU
+#pragma GCC optimize("no-trapping-math")  // see functions.h
 #include <math.h>
 
-#include "kernels/cpu/exp.h"
+#include "kernels/cpu/functions.h"
 #include "kernels/cpu/line.h"
 #include "kernels/cpu/operations.h"
-
-#pragma GCC optimize("no-trapping-math")  // choices of two values become vectors; nobody reads the flags
 
 enum { LANES = 16 };  // partial results side by side, so that one need not wait for the one before it
 

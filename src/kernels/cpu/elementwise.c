@@ -1,10 +1,8 @@
 // the pointwise operations on the CPU: unary ones with their derivatives, binary ones, comparisons, choices
-#include "kernels/cpu/exp.h"
+#pragma GCC optimize("no-trapping-math")  // see functions.h
+#include "kernels/cpu/functions.h"
 #include "kernels/cpu/operations.h"
 #include "kernels/cpu/strided.h"
-
-// Nobody reads the exception flags of these loops, and while they count, no choice of two values becomes a vector.
-#pragma GCC optimize("no-trapping-math")
 
 typedef float f32;
 typedef double f64;
@@ -24,7 +22,7 @@ static inline f64 exp_f64(f64 x) {
   return exp(x);
 }
 static inline f32 log_f32(f32 x) {
-  return logf(x);
+  return sa_log_f32(x);
 }
 static inline f64 log_f64(f64 x) {
   return log(x);
@@ -36,7 +34,7 @@ static inline f64 sqrt_f64(f64 x) {
   return sqrt(x);
 }
 static inline f32 tanh_f32(f32 x) {
-  return tanhf(x);
+  return sa_tanh_f32(x);
 }
 static inline f64 tanh_f64(f64 x) {
   return tanh(x);
@@ -47,15 +45,14 @@ static inline f32 abs_f32(f32 x) {
 static inline f64 abs_f64(f64 x) {
   return fabs(x);
 }
-// The standard normal distribution. 1 + erf would cancel for negative x.
 static inline f32 normal_f32(f32 x) {
-  return 0.5f * erfcf(-0.707106781186547524f * x);
+  return sa_normal_f32(x);
 }
 static inline f64 normal_f64(f64 x) {
   return 0.5 * erfc(-0.707106781186547524 * x);
-}
+}  // 1 + erf would cancel
 static inline f32 density_f32(f32 x) {
-  return 0.398942280401432678f * sa_exp_f32(-0.5f * x * x);
+  return sa_normal_density_f32(x);
 }
 static inline f64 density_f64(f64 x) {
   return 0.398942280401432678 * exp(-0.5 * x * x);

@@ -1,11 +1,10 @@
 // sums, means and extremes over dims on the CPU: floats in f64, integers in i64, always in the same order
+#pragma GCC optimize("no-trapping-math")  // see functions.h
 #include <math.h>
 #include <string.h>
 
 #include "kernels/cpu/operations.h"
 #include "kernels/cpu/strided.h"
-
-#pragma GCC optimize("no-trapping-math")  // choices of two values become vectors; nobody reads the flags
 
 enum { LANES = 8 };  // partial results side by side, so that one need not wait for the one before it
 

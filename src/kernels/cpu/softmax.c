@@ -2,13 +2,12 @@
 //
 // A line is what one softmax runs along. Whether it is dead is asked of its entries (all are -inf), never of its
 // greatest one alone: a line of NaN and -inf has no greatest entry either, and must stay NaN.
+#pragma GCC optimize("no-trapping-math")  // see functions.h
 #include <math.h>
 
-#include "kernels/cpu/exp.h"
+#include "kernels/cpu/functions.h"
 #include "kernels/cpu/line.h"
 #include "kernels/cpu/operations.h"
-
-#pragma GCC optimize("no-trapping-math")  // choices of two values become vectors; nobody reads the flags
 
 enum { LANES = 16 };  // partial results side by side, so that one need not wait for the one before it
 
