@@ -60,6 +60,7 @@ describe("LuaRocks, without a network,", function()
   local tree, source, luarocks
 
   lazy_setup(function()
+    tree, source = folder .. "/rocks", folder .. "/source"
     -- A copy, because LuaRocks builds in the folder of the rockspec; with our objects, because they take minutes.
     must_run(("mkdir %s && cp -a Makefile README.md LICENSE safeattn-scm-1.rockspec src lua build .busted spec %s && "
       .. "rm -f %s/lua/safeattn/core.so %s/lua/safeattn/cdef.lua"):format(source, source, source, source))
