@@ -11,6 +11,10 @@ local autograd = {}
 
 local recording = true
 
+--- Who watches the tape, or false: `recorded(node)` hears of each operation, `carried(node, results)` of the gradients
+-- that its backward gave.
+autograd.observer = false
+
 --- Whether operations are recorded: not inside `no_grad`, and not while gradients are computed.
 function autograd.enabled()
   return recording
@@ -56,6 +60,13 @@ local function node_of(x)
   return x.sink, 1
 end
 
+--- The node of a tensor that requires grad, and which of its outputs the tensor is; nil of another. A function in the
+-- node's `hook` is called with what came to the node before its backward: a list of gradients, one for each output,
+-- with `owned`, whether the tape may free or keep each.
+function autograd.node(x)
+  if requires_grad(x) then return node_of(x) end
+end
+
 local function version(t)
   return t.storage and t.storage.version or 0
 end
@@ -95,6 +106,7 @@ function autograd.record(name, outputs, inputs, backward, saved)
   for i = 1, #outputs do
     outputs[i].node, outputs[i].output = node, i
   end
+  if autograd.observer then autograd.observer.recorded(node) end
 end
 
 local function mark_changed(t)
@@ -223,6 +235,7 @@ local function run_backward(node, came)
   check_saved(node)
   came.n = node.outputs
   local results = node.backward(unpack(came, 1, node.outputs)) or {}
+  if autograd.observer then autograd.observer.carried(node, results) end
   local owned, passed_on = {}, {}
   for i = 1, node.inputs do
     if results[i] then
@@ -257,6 +270,7 @@ local function carry_back(root, slot, gradient)
     local node = table.remove(ready)
     local came = arrived[node]
     arrived[node] = nil
+    if came and node.hook then node.hook(came) end
     if not node.leaf then
       local results, owned = {}, {}
       if came then results, owned = run_backward(node, came) end

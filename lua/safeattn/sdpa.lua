@@ -236,6 +236,7 @@ function M.sdpa(q, k, v, options)
   local taped = autograd.wanted(inputs)
   local run = forward(fname, q, k, v, options, wants_lse, taped)
   if taped then record(run, inputs) end
+  if M.observer then M.observer(run, options) end
   return run.out, {lse = wants_lse and run.lse or nil, weights = run.weights}
 end
 
