@@ -188,6 +188,9 @@ int sa_plan_dense(const sa_plan *plan, sa_tensor *out);
 int sa_plan_dead_rows(const sa_plan *plan, sa_tensor *out);
 int sa_plan_dead_keys(const sa_plan *plan, sa_tensor *out);
 bool sa_plan_visible(const sa_plan *plan, int64_t batch, int64_t head, int64_t query, int64_t key);
+// For pictures: how many pairs are visible in each cell of a plane cut into `rows` x `columns` cells (at most queries x
+// keys), row-major; cell r of n over a size begins at floor(r * size / n). Walks over the tiles, not over the pairs.
+int sa_plan_coverage(const sa_plan *plan, int64_t batch, int64_t head, int64_t rows, int64_t columns, int64_t *visible);
 
 /*  4. Attention
  *

@@ -158,10 +158,11 @@ local function size_of(mask, fname, sizes, name, default)
 end
 
 -- The compiled mask for the sizes that a method was given, and the method's name for errors.
-local function plan_of(mask, method, sizes)
+-- @param allowed names of the options; default: the sizes alone
+local function plan_of(mask, method, sizes, allowed)
   local fname = "mask:" .. method
   if not M.is(mask) then core.fail(fname, nil, "self: got %s, wanted a mask", core.describe(mask)) end
-  sizes = core.options(fname, sizes, size_names)
+  sizes = core.options(fname, sizes, allowed or size_names)
   local B, H = size_of(mask, fname, sizes, "B", 1), size_of(mask, fname, sizes, "H", 1)
   local L, S = size_of(mask, fname, sizes, "L"), size_of(mask, fname, sizes, "S")
   local nodes = M.nodes(mask, fname, B, H, L, S)
@@ -234,6 +235,16 @@ function methods.tiles(mask, sizes)
   local counts = counts_of((plan_of(mask, "tiles", sizes)))
   local empty, partial, full = tonumber(counts.empty), tonumber(counts.partial), tonumber(counts.full)
   return {empty = empty, partial = partial, full = full, visited = partial + full}
+end
+
+--- A picture of the visible pairs, in the terminal or a PNG file. It costs what the plan costs, not what the pairs do.
+-- @param mask
+-- @param options sizes, as for all methods; `b`, `h`: which batch and head (1); what `safeattn.draw` lists
+-- @return nothing; the text with to = "string"; with `file` its name, or nil and why not
+function methods.show(mask, options)
+  local draw = require "safeattn.draw"
+  local plan, fname = plan_of(mask, "show", options, draw.show_names)
+  return draw.plan(fname, mask, plan, options or {})
 end
 
 return M

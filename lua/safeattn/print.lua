@@ -1,4 +1,4 @@
--- what print shows of a tensor: a header, statistics, and as much of the body as fits
+-- what print shows of a tensor: a header, statistics, and as much of the body as fits; the way to its pictures
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
@@ -158,4 +158,9 @@ function tensor.metatable.__tostring(t)
   local edge = count > WHOLE and EDGE or math.huge
   local body = rank == 1 and vector_lines(t, edge) or matrix_lines(t, edge)
   return table.concat({header(t), statistics(t), unpack(body)}, "\n")
+end
+
+--- A heat map of a matrix in the tensor, in the terminal or a PNG file: see `safeattn.draw.tensor`.
+function tensor.methods.heat(t, options)
+  return require("safeattn.draw").tensor(t, options)
 end
