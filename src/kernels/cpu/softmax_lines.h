@@ -134,10 +134,53 @@ static void NAME(backward_line)(const sa_line *x, const sa_line *y, const sa_lin
   }
 }
 
+// The same for `lines` lines side by side, `apart` elements from one to the next of dx, x, y and dy.
+static void NAME(backward_lines)(const sa_line *x, const sa_line *y, const sa_line *dy, const sa_line *dx,
+                                 int dead_rows, const int64_t *apart, int64_t lines) {
+  REAL x_buffer[SA_PIECE], y_buffer[SA_PIECE], dy_buffer[SA_PIECE], dx_buffer[SA_PIECE];
+  REAL dot[SA_PIECE], masked[SA_PIECE], visible[SA_PIECE] = {0};
+  double sums[SA_PIECE] = {0}, sums_if_dead[SA_PIECE] = {0};
+  for (int64_t i = 0; i < x->length; i++) {
+    const REAL *v = sa_piece_read(x_buffer, REAL_DTYPE, sa_line_entry(x, i), x->dtype, apart[1], lines);
+    const REAL *weights = sa_piece_read(y_buffer, REAL_DTYPE, sa_line_entry(y, i), y->dtype, apart[2], lines);
+    const REAL *slopes = sa_piece_read(dy_buffer, REAL_DTYPE, sa_line_entry(dy, i), dy->dtype, apart[3], lines);
+    for (int64_t k = 0; k < lines; k++) {
+      const double product = (double)weights[k] * (double)slopes[k];
+      sums[k] += v[k] == -INFINITY ? 0 : product;
+      sums_if_dead[k] += product;
+      visible[k] = v[k] == -INFINITY ? visible[k] : 1;
+    }
+  }
+  bool dead[SA_PIECE];
+  for (int64_t k = 0; k < lines; k++) {
+    dead[k] = visible[k] == 0;
+    dot[k] = (REAL)(dead[k] ? sums_if_dead[k] : sums[k]);
+    masked[k] = dead[k] ? (REAL)NAN : (REAL)-INFINITY;
+    if (dead_rows == SA_UNIFORM) dead[k] = false;
+  }
+  const REAL if_dead = (REAL)dead_value(x->length, dead_rows);
+  for (int64_t i = 0; i < x->length; i++) {
+    const REAL *v = sa_piece_read(x_buffer, REAL_DTYPE, sa_line_entry(x, i), x->dtype, apart[1], lines);
+    const REAL *weights = sa_piece_read(y_buffer, REAL_DTYPE, sa_line_entry(y, i), y->dtype, apart[2], lines);
+    const REAL *slopes = sa_piece_read(dy_buffer, REAL_DTYPE, sa_line_entry(dy, i), dy->dtype, apart[3], lines);
+    REAL *out = sa_piece_target(dx_buffer, REAL_DTYPE, sa_line_entry(dx, i), dx->dtype, apart[0]);
+    _Pragma("GCC ivdep") for (int64_t k = 0; k < lines; k++) {
+      const REAL slope = weights[k] * (slopes[k] - dot[k]);
+      const REAL of_live = v[k] == masked[k] ? 0 : slope;
+      out[k] = dead[k] ? if_dead : of_live;
+    }
+    sa_piece_write(sa_line_entry(dx, i), dx->dtype, apart[0], out, REAL_DTYPE, lines);
+  }
+}
+
 static void NAME(backward)(void *argument, char *const *data, const int64_t *step, int64_t count) {
   const job *j = argument;
   sa_line dx = sa_line_at(j->dx, data[0]), x = sa_line_at(j->x, data[1]);
   sa_line y = sa_line_at(j->y, data[2]), dy = sa_line_at(j->dy, data[3]);
+  if (count >= LANES && step[1] < x.step) {
+    NAME(backward_lines)(&x, &y, &dy, &dx, j->dead_rows, step, count);
+    return;
+  }
   const int64_t size = sa_dtype_size(x.dtype);
   for (int64_t i = 0; i < count; i++) {
     NAME(backward_line)(&x, &y, &dy, &dx, j->dead_rows);
