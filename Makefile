@@ -59,19 +59,21 @@ $(CDEF): src/safeattn.h Makefile
 needs-%:
 	@CC="$(CC)" .ci/needs $*
 
+# Whoever asks for a demo or a test has not asked for a build: it may take all cores.
+BUILD_ALL = $(MAKE) --no-print-directory -j$$(nproc) all
 IN_TREE = LUA_PATH="lua/?.lua;lua/?/init.lua;;"
 
 ##> a tour, then a small language model, trained on real text with dead rows in it
 .PHONY: demo
 demo: needs-demo
-	@$(MAKE) --no-print-directory all
+	@$(BUILD_ALL)
 	@$(IN_TREE) $(LUAJIT) examples/tour.lua
 	@$(IN_TREE) $(LUAJIT) examples/train_lines.lua
 
 ##> the whole suite (BUSTED_FLAGS="spec/mask_spec.lua" for a part of it)
 .PHONY: test
 test: needs-test
-	@$(MAKE) --no-print-directory all
+	@$(BUILD_ALL)
 	busted $(BUSTED_FLAGS)
 
 ##> the suite under the address and undefined-behaviour sanitizers
@@ -79,8 +81,8 @@ test: needs-test
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined
 ASAN = build/asan
 test-asan: needs-test
-	@$(MAKE) --no-print-directory all
-	@$(MAKE) --no-print-directory all BUILD=$(ASAN) CORE=$(ASAN)/core.so LDFLAGS="$(SANITIZE)" \
+	@$(BUILD_ALL)
+	@$(BUILD_ALL) BUILD=$(ASAN) CORE=$(ASAN)/core.so LDFLAGS="$(SANITIZE)" \
 		CFLAGS="-O2 -g -fno-omit-frame-pointer $(SANITIZE)"
 	$(CC) -g $(SANITIZE) -std=c11 -Isrc -o $(ASAN)/minimal examples/c/minimal.c \
 		-L$(ASAN) -lsafeattn -lm -Wl,-rpath,'$$ORIGIN'
@@ -92,7 +94,7 @@ test-asan: needs-test
 ##> speed: a table, saved as build/bench.json too (BENCH=quick for a glance)
 .PHONY: bench
 bench: needs-demo
-	@$(MAKE) --no-print-directory all
+	@$(BUILD_ALL)
 	@$(IN_TREE) $(LUAJIT) bench/attention.lua $(BENCH)
 
 ##> luacheck and clang-format

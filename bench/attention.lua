@@ -41,7 +41,8 @@ end
 local batch, heads, length = 1, 8, quick and 512 or 2048
 local enough_seconds, enough_runs = quick and 0.1 or 1, quick and 3 or 7
 
--- The median of fn's wall time in seconds, after a warm-up. fn may return a function that cleans up, off the clock.
+-- The median of fn's wall time in seconds, after a warm-up, and the shortest. fn may return a function that cleans up,
+-- off the clock.
 local function measure(fn)
   local function once()
     local start = now()
@@ -56,7 +57,7 @@ local function measure(fn)
     total = total + times[#times]
   until #times >= enough_runs and total >= enough_seconds
   table.sort(times)
-  return times[math.floor((#times + 1) / 2)]
+  return times[math.floor((#times + 1) / 2)], times[1]
 end
 
 local function peak(dtype) -- GFLOP/s of one core
@@ -113,17 +114,18 @@ local function attention(section, name, case, options, base)
   local flops = batch * heads * q:size(3) ^ 2 * q:size(4)
   local top = (case.peak or peak(dtype)) * threads
 
-  local forward = measure(function()
+  local forward, forward_best = measure(function()
     local run = sa.forward(q, k, v, options)
     return function() run.out:free() run.lse:free() end
   end)
   local run = sa.forward(q, k, v, options)
-  local backward = measure(function()
+  local backward, backward_best = measure(function()
     local gradients = run:backward(dout)
     return function() for _, gradient in pairs(gradients) do gradient:free() end end
   end)
   local result = record(section, name, {
     threads = threads, dtype = dtype, peak_gflops = top,
+    forward_best_ms = forward_best * 1e3, backward_best_ms = backward_best * 1e3,
     forward_ms = forward * 1e3, forward_gflops = 4e-9 * flops / forward, forward_of_peak = 4e-9 * flops / forward / top,
     backward_ms = backward * 1e3, backward_gflops = 10e-9 * flops / backward,
     backward_of_peak = 10e-9 * flops / backward / top,
