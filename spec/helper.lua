@@ -6,6 +6,7 @@ local ffi = require "ffi"
 local assert = require "luassert"
 local sa = require "safeattn"
 local tensor = require "safeattn.tensor"
+local double_at = require("safeattn.contents").double_at
 
 ffi.cdef "int memcmp(const void *, const void *, size_t);"
 
@@ -44,7 +45,7 @@ function helper.difference(got, want, options)
   local atol, rtol, nan_agrees = options.atol or 0, options.rtol or 0, options.nonfinite == "same"
   local count, worst, worst_excess = 0, 0, -1
   for n = 0, a:numel() - 1 do
-    local g, w = x[n], y[n]
+    local g, w = double_at(x, n), double_at(y, n)
     local excess = math.abs(g - w) - (atol + rtol * math.abs(w))
     local agrees = excess <= 0 or g == w -- both false when either is NaN
     if not agrees and not (nan_agrees and g ~= g and w ~= w) then
@@ -55,7 +56,7 @@ function helper.difference(got, want, options)
   end
   if count == 0 then return nil end
   return string.format("%d of %d elements differ (atol %g, rtol %g); the worst at %s: got %.17g, wanted %.17g", count,
-    a:numel(), atol, rtol, place(worst, shape), x[worst], y[worst])
+    a:numel(), atol, rtol, place(worst, shape), double_at(x, worst), double_at(y, worst))
 end
 
 -- The first element whose bits differ, as text, or nil.
@@ -69,8 +70,8 @@ function helper.bit_difference(got, want)
   local size = ffi.cast("const char *", x + 1) - p
   for n = 0, a:numel() - 1 do
     if ffi.C.memcmp(p + n * size, q + n * size, size) ~= 0 then
-      return string.format("the bits differ first at %s: got %.17g, wanted %.17g", place(n, got.shape),
-        tonumber(x[n]), tonumber(y[n]))
+      return string.format("the bits differ first at %s: got %s, wanted %s", place(n, got.shape),
+        tostring(a:view(-1):get(n + 1)), tostring(b:view(-1):get(n + 1)))
     end
   end
 end

@@ -19,6 +19,20 @@ local number, integer = ffi.new("double[1]"), ffi.new("int64_t[1]")
 local EXACT = 2 ^ 53
 local int64 = ffi.typeof("int64_t")
 
+-- LuaJIT boxes its other values in the bits of NaNs, and takes a double from foreign memory as it is: such a NaN would
+-- be nil or a function. So the bits are looked at first.
+local LOW, HIGH = ffi.abi("le") and 0 or 1, ffi.abi("le") and 1 or 0
+local words_type = ffi.typeof("const uint32_t *")
+
+--- Element n, from 0, of a double *.
+function contents.double_at(doubles, n)
+  local words = ffi.cast(words_type, doubles + n)
+  local high = words[HIGH]
+  local is_nan = bit.band(high, 0x7ff00000) == 0x7ff00000 and (bit.band(high, 0xfffff) ~= 0 or words[LOW] ~= 0)
+  return is_nan and 0 / 0 or doubles[n]
+end
+local double_at = contents.double_at
+
 -- An int64_t as a number when a number holds it.
 local function exact(x)
   return (x >= -EXACT and x <= EXACT) and tonumber(x) or x
@@ -46,8 +60,9 @@ local function element(fname, handle)
     return exact(integer[0])
   end
   call(fname, lib.sa_get, handle, position, number)
-  if dtype == BOOL then return number[0] ~= 0 end
-  return number[0]
+  local value = double_at(number, 0)
+  if dtype == BOOL then return value ~= 0 end
+  return value
 end
 
 --- One element: a boolean of a bool tensor, else a number. Integers of i64 beyond 2^53, which no Lua number holds, come
@@ -118,33 +133,37 @@ function methods.copy(t, source)
   return t
 end
 
--- Nested tables of `n` elements at `offset` of a row-major array.
-local function nest(elements, convert, shape, dim, offset, stride)
-  if dim > #shape then return convert(elements[offset]) end
-  local list = {}
-  local step = shape[dim] > 0 and stride / shape[dim] or 0
-  for i = 1, shape[dim] do
-    list[i] = nest(elements, convert, shape, dim + 1, offset + (i - 1) * step, step)
-  end
-  return list
+local function integer_at(integers, n)
+  return exact(integers[n])
 end
 
-local function as_is(x)
-  return x
+local function boolean_at(booleans, n)
+  return booleans[n]
+end
+
+-- Nested tables of the elements from `offset` on of a row-major array, `count` of them.
+local function nest(elements, element_at, shape, dim, offset, count)
+  if dim > #shape then return element_at(elements, offset) end
+  local list = {}
+  local step = shape[dim] > 0 and count / shape[dim] or 0
+  for i = 1, shape[dim] do
+    list[i] = nest(elements, element_at, shape, dim + 1, offset + (i - 1) * step, step)
+  end
+  return list
 end
 
 --- The elements as nested tables (numbers or booleans, as in get); one value for a tensor without dims.
 function methods.totable(t)
   local handle = pointer(t, "totable", "t")
   local dtype = handle.dtype
-  local convert = dtype == I64 and exact or as_is
+  local element_at = dtype == I64 and integer_at or dtype == BOOL and boolean_at or double_at
   local wide = t
-  if dtype ~= BOOL and dtype ~= I64 then dtype = lib.SA_F64 end
+  if element_at == double_at then dtype = lib.SA_F64 end
   if dtype ~= handle.dtype or handle.device ~= lib.SA_CPU or not lib.sa_tensor_contiguous(handle) then
     wide = tensor.new("totable", dtype, lib.SA_CPU, handle.ndim, handle.shape)
     call("totable", lib.sa_copy, wide.handle, handle)
   end
-  return nest(wide:data(), convert, t.shape, 1, 0, t:numel())
+  return nest(wide:data(), element_at, t.shape, 1, 0, t:numel())
 end
 
 local stats_type = ffi.typeof("sa_stats")

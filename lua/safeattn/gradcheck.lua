@@ -85,6 +85,12 @@ local function index_of(n, shape)
   return index
 end
 
+local function put(x, index, value)
+  local arguments = {unpack(index)}
+  arguments[#arguments + 1] = value
+  x:set(unpack(arguments))
+end
+
 --- Compares the gradients that fn's tape gives with central differences in f64, for every element of every float input.
 -- @param fn function of the inputs; its float tensor results are checked
 -- @param inputs a list; float tensors are passed as f64 copies, everything else as it is
@@ -130,17 +136,17 @@ return function(fn, inputs, options)
     end
     for _, i in ipairs(checked) do
       local x = copies[i]
-      local values, shape = x:data(), x.shape
-      local gradient = x.gradient and x.gradient:contiguous()
-      local analytic = gradient and gradient:data()
-      for k = 0, x:numel() - 1 do
-        local value = values[k]
-        values[k] = value + eps
-        local above, step_above = weigh():item(), values[k]
-        values[k] = value - eps
-        local below, step_below = weigh():item(), values[k]
-        values[k] = value
-        compare(i, index_of(k, shape), analytic and analytic[k] or 0, (above - below) / (step_above - step_below))
+      local shape, gradient = x.shape, x.gradient
+      for place = 0, x:numel() - 1 do
+        local index = index_of(place, shape)
+        local value = x:get(unpack(index))
+        local upper, lower = value + eps, value - eps
+        put(x, index, upper)
+        local above = weigh():item()
+        put(x, index, lower)
+        local below = weigh():item()
+        put(x, index, value)
+        compare(i, index, gradient and gradient:get(unpack(index)) or 0, (above - below) / (upper - lower))
       end
     end
   end)
