@@ -38,7 +38,7 @@ for _, name in ipairs {"view", "transpose", "permute", "narrow", "select", "expa
 end
 tensor.methods.softmax = sa.softmax
 
--- What looks inside is loaded when it is first used.
+-- What looks inside, and files, are loaded when they are first used.
 local function later(module, name)
   return function(...) return require(module)[name](...) end
 end
@@ -46,6 +46,8 @@ sa.inspect = later("safeattn.inspect", "inspect")
 sa.tap = later("safeattn.tap", "tap")
 sa.detect_anomaly = later("safeattn.anomaly", "detect_anomaly")
 tensor.methods.register_hook = later("safeattn.anomaly", "register_hook")
+sa.save = later("safeattn.files", "save")
+sa.load = later("safeattn.files", "load")
 
 --- What the library found on this machine: version, isa (in force), isas (a list), threads (in force), cores, blas and
 -- cuda (what they say of themselves).
