@@ -90,4 +90,14 @@ function methods.compare(look)
   return require("safeattn.inspect.compare").compare(problem(look, "inspect():compare"))
 end
 
+--- A heat map of one head, in the terminal or a PNG file: see `safeattn.draw.look`.
+function methods.heat(look, options)
+  return require("safeattn.draw").look(look, problem(look, "inspect():heat"), options)
+end
+
+--- A page for a browser, with everything in one file: see `safeattn.report.look`.
+function methods.report(look, path, options)
+  return require("safeattn.report").look(look, problem(look, "inspect():report"), path, options)
+end
+
 return M

@@ -244,4 +244,9 @@ function Tap:get(which)
   return inspect.inspect(t.q, t.k, t.v, options, t.dout)
 end
 
+--- A page for a browser about the newest records: see `safeattn.report.tap`.
+function Tap:report(path, options)
+  return require("safeattn.report").tap(checked(self, "report"), path, options)
+end
+
 return M

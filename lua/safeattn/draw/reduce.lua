@@ -165,7 +165,8 @@ function M.plan(fname, plan, b, h, rows, columns)
     end
   end
   local plane = (counts.batch == 1 and 0 or b) * tonumber(counts.heads) + (counts.heads == 1 and 0 or h)
-  local dead_rows, dead_keys = flags_of(fname, lib.sa_plan_dead_rows, plan), flags_of(fname, lib.sa_plan_dead_keys, plan)
+  local dead_rows = flags_of(fname, lib.sa_plan_dead_rows, plan)
+  local dead_keys = flags_of(fname, lib.sa_plan_dead_keys, plan)
   mark(picture.dead_rows, ffi.cast("bool *", dead_rows.data) + plane * queries, rows, queries)
   mark(picture.dead_keys, ffi.cast("bool *", dead_keys.data) + plane * keys, columns, keys)
   note_dead(picture)
