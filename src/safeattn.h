@@ -260,8 +260,9 @@ int sa_softmax_backward(const sa_tensor *x, const sa_tensor *y, const sa_tensor 
 
 /*  5. What a small model needs around attention
  *
- *  Outputs are created when their data is NULL, else they must have the right shape. Inputs broadcast as in NumPy.
- *  Half types are computed in f32. Integers take part only where it is said.
+ *  Outputs are created when their data is NULL, else they must have the right shape and dtype; they may be an input, or
+ *  overlap one (which then costs a copy). Inputs broadcast as in NumPy. Half types are computed in f32. Integers take
+ *  part only where it is said.
  */
 
 typedef enum sa_unary_op {
@@ -278,7 +279,7 @@ typedef enum sa_binary_op {
   SA_ADD = 0,
   SA_SUB = 1,
   SA_MUL = 2,
-  SA_DIV = 3,  // all dtypes but bool
+  SA_DIV = 3,  // all dtypes but bool; integers wrap around, their quotient is cut towards 0 and x / 0 saturates
   SA_LT = 4,
   SA_LE = 5,
   SA_GT = 6,
@@ -289,19 +290,23 @@ typedef enum sa_binary_op {
 typedef enum sa_reduce_op { SA_SUM = 0, SA_MEAN = 1, SA_MAX = 2, SA_MIN = 3, SA_ARGMAX = 4 } sa_reduce_op;
 
 int sa_unary(int op, const sa_tensor *x, sa_tensor *y);  // gelu is the exact one: x/2 (1 + erf(x/sqrt 2))
+// dx from dy and what the op keeps: y for exp, sqrt and tanh, nothing for neg, else x. What is not read may be NULL.
 int sa_unary_backward(int op, const sa_tensor *x, const sa_tensor *y, const sa_tensor *dy, sa_tensor *dx);
 int sa_binary(int op, const sa_tensor *a, const sa_tensor *b, sa_tensor *y);  // equal dtypes
+// b as a number of a's dtype (in f32 for half types); b op a when scalar_first.
 int sa_binary_scalar(int op, const sa_tensor *a, double b, bool scalar_first, sa_tensor *y);
 int sa_where(const sa_tensor *condition, const sa_tensor *a, const sa_tensor *b, sa_tensor *y);  // condition bool
-// Over the dims whose bit is set in `dims`, kept as 1 when keep. Sums run in f64 in a fixed order. NaN wins a max or
-// min. SA_ARGMAX takes one dim and gives i64, the first of equals, counted from 0.
+// Over the dims whose bit is set in `dims`, kept as 1 when keep. Sums run in f64 in a fixed order; those of integers
+// and bool are exact and give i64. A mean takes floats. NaN wins a max or min, which want at least one element.
+// SA_ARGMAX takes one dim and gives i64, the first of equals (NaN is the greatest), counted from 0.
 int sa_reduce(int op, const sa_tensor *x, uint32_t dims, bool keep, sa_tensor *y);
 int sa_matmul(const sa_tensor *a, const sa_tensor *b, sa_tensor *y);  // [..,M,K] x [..,K,N], batches broadcast; floats
 // Normalises the last dim: y = (x - mean) / sqrt(variance + epsilon) * weight + bias; weight and bias [n] or NULL.
 int sa_layernorm(const sa_tensor *x, const sa_tensor *weight, const sa_tensor *bias, double epsilon, sa_tensor *y);
 int sa_layernorm_backward(const sa_tensor *x, const sa_tensor *weight, double epsilon, const sa_tensor *dy,
                           sa_tensor *dx, sa_tensor *dweight, sa_tensor *dbias);  // unwanted ones NULL
-// y[..,:] = table[ids[..] - base,:]; ids i32 or i64. The backward adds into dtable (overwritten) in order of ids.
+// y[..,:] = table[ids[..] - base,:]; ids i32 or i64. The backward adds up dy in order of ids, into a dtable that is
+// given and overwritten.
 int sa_embedding(const sa_tensor *table, const sa_tensor *ids, int64_t base, sa_tensor *y);
 int sa_embedding_backward(const sa_tensor *ids, int64_t base, const sa_tensor *dy, sa_tensor *dtable);
 // -log softmax(x)[id] per row of x [..,n]: loss [..] in x's dtype; ids equal to `ignore` give 0.
