@@ -104,22 +104,6 @@ local function any_visible(p, b, h, i, places)
   return false
 end
 
-local function live(p, b, h, i)
-  p.live = p.live or {}
-  local key = ((b - 1) * p.H + h - 1) * p.L + i
-  if p.live[key] == nil then
-    local found = false
-    for j = 1, p.S do
-      if p:sees(b, h, i, j) then
-        found = true
-        break
-      end
-    end
-    p.live[key] = found
-  end
-  return p.live[key]
-end
-
 local from_keys = {K = true, V = true}
 local of_a_head = {sinks = true, alibi = true}
 
@@ -142,7 +126,7 @@ local function reads(p, finding, b, h, i)
   elseif name == "bias" then
     return (finding.shape[3] == 1 or finding.has[i] == true) and any_visible(p, b, h, i, finding.keys)
   end
-  return (of_a_head[name] or finding.has[i] == true) and live(p, b, h, i)
+  return (of_a_head[name] or finding.has[i] == true) and p:is_live(b, h, i)
 end
 
 -- Sets `heads`, the rows that read a finding, a list of {b, h, rows}; `reads`, the same to look up; and `hidden`, how
@@ -272,7 +256,7 @@ local function without_dead_rows(p, list)
     if finding.tensor == "lse" and finding.kind == "-Inf" then
       local places = {}
       for _, i in ipairs(finding.places) do
-        if live(p, finding.b, finding.h, i) then places[#places + 1] = i end
+        if p:is_live(finding.b, finding.h, i) then places[#places + 1] = i end
       end
       finding.places = places
     end
@@ -318,7 +302,10 @@ local LARGEST = {f16 = 65504, bf16 = 3.3895313892515355e38, f32 = 3.402823466385
 
 local function largest(list)
   local most = 0
-  for _, x in ipairs(list) do most = math.max(most, math.abs(x)) end
+  for _, x in ipairs(list) do
+    if x ~= x then return INF end
+    most = math.max(most, math.abs(x))
+  end
   return most
 end
 
@@ -329,7 +316,7 @@ local function overflow(p, result, place)
   end
   local found, dtype = row.row(p, result.b, result.h, place), p.given.q.dtype
   local score, value = largest(found.scores), largest(result.tensor == "dq" and found.dq or found.out)
-  if not (score <= LARGEST.f32) then
+  if score > LARGEST.f32 then
     return string.format("no input is to blame: its scores overflow (the largest is %.3g)", score)
   elseif value > LARGEST[dtype] then
     return string.format("no input is to blame: %.3g is more than %s holds", value, dtype)
@@ -423,7 +410,6 @@ end
 -- hidden, reached}; `results`, a list of {tensor, b, h, places, columns, kind, where, causes, overflow}, where overflow
 -- says what happened when no input is the cause; both with `text`. Prints as those texts
 function M.trace(p)
-  p.live = nil
   local sources = sources_of(p)
   local found, kernel = result_findings(p)
   local results = link(p, sources, without_dead_rows(p, found))

@@ -111,7 +111,7 @@ function Problem.new(fname, q, k, v, options, dout)
   for _, name in ipairs {"mask", "out", "lse", "weights"} do known[name] = true end
   options = core.options(fname, options, known)
 
-  local p = setmetatable({rank = q:dim(), plans = {}, options = {}, alive = {q, k, v, dout}}, Problem)
+  local p = setmetatable({rank = q:dim(), plans = {}, empty_rows = {}, empty_keys = {}, options = {}}, Problem)
   for name in pairs(known) do
     if name ~= "out" and name ~= "lse" and name ~= "weights" then p.options[name] = detached(options[name]) end
   end
@@ -163,6 +163,27 @@ end
 --- Whether query i sees key j; all counted from 1.
 function Problem:sees(b, h, i, j)
   return lib.sa_plan_visible(self:plan(self.mask).c, b - 1, h - 1, i - 1, j - 1)
+end
+
+--- Which queries see no key under a mask, or with `of_keys` which keys no query sees: a function of (b, h, place).
+function Problem:emptiness(given, of_keys)
+  local kept = of_keys and self.empty_keys or self.empty_rows
+  if kept[given] then return kept[given] end
+  local plan, handle = self:plan(given), tensor.handle()
+  core.call("inspect", of_keys and lib.sa_plan_dead_keys or lib.sa_plan_dead_rows, plan.c, handle)
+  local flags = tensor.adopt(handle)
+  local flag, n = flags:data(), flags:size(3)
+  -- Reading `flags` keeps it, and so the memory behind the pointer.
+  kept[given] = function(b, h, place)
+    local batch, head = plan.batch == 1 and 1 or b, plan.heads == 1 and 1 or h
+    return flags.handle ~= nil and flag[((batch - 1) * plan.heads + head - 1) * n + place - 1]
+  end
+  return kept[given]
+end
+
+--- Whether query i sees a key.
+function Problem:is_live(b, h, i)
+  return not self:emptiness(self.mask)(b, h, i)
 end
 
 -- Heads

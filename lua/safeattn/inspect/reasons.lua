@@ -1,10 +1,6 @@
 -- why a query sees no key, or no query sees a key: which parts of the mask leave it nothing
 
-local core = require "safeattn.core"
-local tensor = require "safeattn.tensor"
 local ranges = require "safeattn.inspect.ranges"
-
-local lib = core.lib
 
 local M = {}
 
@@ -12,10 +8,10 @@ local M = {}
 local MOST_FACTORS = 12
 
 -- What is asked of rows and of keys.
-local rows = {reader = lib.sa_plan_dead_rows, place = "i", noun = "query", plural = "queries",
+local rows = {of_keys = false, place = "i", noun = "query", plural = "queries",
   nothing = "there are no keys",
   one = "%s shows it no key", many = "%s have no key in common for it"}
-local keys = {reader = lib.sa_plan_dead_keys, place = "j", noun = "key", plural = "keys",
+local keys = {of_keys = true, place = "j", noun = "key", plural = "keys",
   nothing = "there are no queries",
   one = "%s shows it to no query", many = "%s show it to no query in common"}
 
@@ -39,23 +35,6 @@ local function product(factors)
   local all
   for _, factor in ipairs(factors) do all = all and all * factor.mask or factor.mask end
   return all
-end
-
--- Which places a mask leaves nothing: a function of (b, h, place).
-local function emptiness(p, axis, mask)
-  p.empty = p.empty or {[rows] = {}, [keys] = {}}
-  local known = p.empty[axis][mask]
-  if known then return known end
-  local plan, handle = p:plan(mask), tensor.handle()
-  core.call("inspect", axis.reader, plan.c, handle)
-  local flags = tensor.adopt(handle)
-  local flag, n = flags:data(), flags:size(3)
-  function known(b, h, place)
-    local batch, head = plan.batch == 1 and 1 or b, plan.heads == 1 and 1 or h
-    return n == 0 or flag[((batch - 1) * plan.heads + head - 1) * n + place - 1], flags
-  end
-  p.empty[axis][mask] = known
-  return known
 end
 
 -- Combinations of factors recur from row to row: the mask of each is made once.
@@ -92,7 +71,7 @@ end
 -- The texts of a smallest set of factors that leaves (b, h, place) nothing.
 function explain(p, axis, factors, b, h, place)
   for _, factor in ipairs(factors) do
-    if emptiness(p, axis, factor.mask)(b, h, place) then return single(p, axis, factor, b, h, place) end
+    if p:emptiness(factor.mask, axis.of_keys)(b, h, place) then return single(p, axis, factor, b, h, place) end
   end
   local chosen, texts = {}, {}
   for n = 1, #factors do chosen[n] = true end
@@ -100,7 +79,7 @@ function explain(p, axis, factors, b, h, place)
     for n = #factors, 1, -1 do
       chosen[n] = false
       local mask = combination(p, factors, chosen)
-      if not mask or not emptiness(p, axis, mask)(b, h, place) then chosen[n] = true end
+      if not mask or not p:emptiness(mask, axis.of_keys)(b, h, place) then chosen[n] = true end
     end
   end
   for n, factor in ipairs(factors) do
@@ -184,7 +163,7 @@ end
 -- as ranges.
 function M.dead_rows(p)
   local list, found = new_list(rows), {}
-  local plan, empty = p:plan(p.mask), emptiness(p, rows, p.mask)
+  local plan, empty = p:plan(p.mask), p:emptiness(p.mask)
   for b = 1, plan.batch == 1 and math.min(p.B, 1) or p.B do
     for h = 1, plan.heads == 1 and math.min(p.H, 1) or p.H do
       for i = 1, p.L do
@@ -224,7 +203,7 @@ end
 --- The dead keys: a list of {b, h, j, reason, factors}, h a key head, otherwise like dead rows.
 function M.dead_keys(p)
   local list, found = new_list(keys), {}
-  local plan, empty = p:plan(p.mask), emptiness(p, keys, p.mask)
+  local plan, empty = p:plan(p.mask), p:emptiness(p.mask, true)
   for b = 1, plan.batch == 1 and math.min(p.B, 1) or p.B do
     for h = 1, plan.heads == 1 and math.min(p.Hkv, 1) or p.Hkv do
       for j = 1, p.S do
