@@ -42,7 +42,7 @@ end
 local tile_options = {rows = true, keys = true}
 
 -- `matrix`: whether each query has a value per key; read(w) gives the list, or the number.
-local function collect(p, fname, b, h, tile, matrix, masked, with_gradient, read)
+local function collect(p, fname, b, h, tile, matrix, masked, with_output, read)
   local whole = b == nil and h == nil
   if not whole then p:check_place(fname, b, h) end
   tile = core.options(fname, tile, tile_options)
@@ -63,7 +63,7 @@ local function collect(p, fname, b, h, tile, matrix, masked, with_gradient, read
   for batch = whole and 1 or b, whole and p.B or b do
     for head = whole and 1 or h, whole and p.H or h do
       for i = first_row, last_row do
-        local w = row.compute(p, batch, head, i, with_gradient)
+        local w = row.compute(p, batch, head, i, with_output)
         if matrix then scatter(to, w, read(w), first_key, last_key) else to[0] = read(w) end
         to = to + step
       end

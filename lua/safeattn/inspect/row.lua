@@ -56,7 +56,14 @@ local function weighted_rows(factor, rows, step, width, key, count)
     local f0, f1, f2, f3 = factor[n], factor[n + 1], factor[n + 2], factor[n + 3]
     local a, b = rows + key[n] * step, rows + key[n + 1] * step
     local c, e = rows + key[n + 2] * step, rows + key[n + 3] * step
-    for d = 0, width - 1 do sum[d] = sum[d] + ((f0 * a[d] + f1 * b[d]) + (f2 * c[d] + f3 * e[d])) end
+    for d = 0, width - 2, 2 do
+      sum[d] = sum[d] + ((f0 * a[d] + f1 * b[d]) + (f2 * c[d] + f3 * e[d]))
+      sum[d + 1] = sum[d + 1] + ((f0 * a[d + 1] + f1 * b[d + 1]) + (f2 * c[d + 1] + f3 * e[d + 1]))
+    end
+    if width % 2 == 1 then
+      local d = width - 1
+      sum[d] = sum[d] + ((f0 * a[d] + f1 * b[d]) + (f2 * c[d] + f3 * e[d]))
+    end
   end
   for n = count - count % 4, count - 1 do
     local at, f = key[n] * step, factor[n]
@@ -175,15 +182,15 @@ local function sum_of_values(p, w, count, head)
 end
 
 --- Computes a row into the lists of `w`, which the next row overwrites.
--- @param with_gradient also dp and ds, when there is a dout
--- @return w; count of visible keys, lse, entropy, sink_weight, and out (double[Ev])
-function M.compute(p, b, h, i, with_gradient)
+-- @param with_output also `out` (double[Ev]) and, when there is a dout, dp and ds
+-- @return w; count of visible keys, lse, entropy and sink_weight
+function M.compute(p, b, h, i, with_output)
   local w = scratch_of(p)
   local sink = Problem.element(p.options.sinks, h)
   local count = list_keys(p:plan(p.mask).c, b, h, i, p.S, w.key)
   w.count, w.sink_weight = count, 0
-  w.out = doubles(math.max(p.Ev, 1))
   if count == 0 then
+    w.out = doubles(math.max(p.Ev, 1))
     w.lse, w.entropy = sink or -INF, 0
     w.sink_weight = sink and sink ~= -INF and 1 or 0
     return w
@@ -194,9 +201,11 @@ function M.compute(p, b, h, i, with_gradient)
   q:free()
   w.lse, w.sink_weight = softmax(w, count, sink)
   w.entropy = entropy(w.p, count, w.sink_weight)
-  drop_out(p, b, h, i, w, count)
-  w.out = sum_of_values(p, w, count, head)
-  if with_gradient and p.dout then differentiate(p, b, h, i, w, count, w.out, head) end
+  if with_output then
+    drop_out(p, b, h, i, w, count)
+    w.out = sum_of_values(p, w, count, head)
+    if p.dout then differentiate(p, b, h, i, w, count, w.out, head) end
+  end
   return w
 end
 
