@@ -76,6 +76,12 @@ test: needs-test
 	@$(BUILD_ALL)
 	busted $(BUSTED_FLAGS)
 
+##> the page that reports are, in headless Chromium
+.PHONY: test-browser
+test-browser: needs-browser
+	@$(MAKE) --no-print-directory all
+	busted spec/browser/report_page.lua
+
 ##> the suite under the address and undefined-behaviour sanitizers
 .PHONY: test-asan
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined

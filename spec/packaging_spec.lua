@@ -148,7 +148,7 @@ describe("the Makefile", function()
 
   it("lists its targets", function()
     local output = must_run("make help")
-    for _, target in ipairs {"demo", "test", "test-asan", "bench", "lint", "docs", "install", "clean"} do
+    for _, target in ipairs {"demo", "test", "test-browser", "test-asan", "bench", "lint", "docs", "install", "clean"} do
       assert.matches("  make " .. target .. " ", output, 1, true)
     end
   end)
@@ -204,6 +204,6 @@ describe("what a target needs", function()
   it("is only known for targets that there are", function()
     local output, status = run(".ci/needs dmeo")
     assert.equal(2, status)
-    assert.equal("needs: no target called 'dmeo'; there are build, demo, test, lint and docs\n", output)
+    assert.equal("needs: no target called 'dmeo'; there are build, demo, test, browser, lint and docs\n", output)
   end)
 end)
