@@ -297,7 +297,7 @@ local cases = {
     {"eps", "0", "positive", function() sa.gradcheck(function(x) return x end, {t}, {eps = 0}) end},
     {"atol", "-1", "not negative", function() sa.gradcheck(function(x) return x end, {t}, {atol = -1}) end},
     {"rtol", '"x"', "finite", function() sa.gradcheck(function(x) return x end, {t}, {rtol = "x"}) end},
-    {"options", "unknown option tol", "atol, eps or rtol",
+    {"options", "unknown option tol", "samples or seed",
       function() sa.gradcheck(function(x) return x end, {t}, {tol = 1}) end},
   },
   seed = {

@@ -83,7 +83,7 @@ local function set_numbers(a, fname, options)
 end
 
 local function set_choices(a, fname, options)
-  local backend = options.backend
+  local backend = M.backend or options.backend
   if backend ~= nil then
     a.backend = backends[backend]
       or fail(fname, nil, "backend: got %s, wanted %s", describe(backend), core.alternatives(backends))
