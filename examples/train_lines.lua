@@ -10,7 +10,7 @@
 --   luajit examples/train_lines.lua [steps [a text file]]
 local sa = require "safeattn"
 
-local steps, batch_size, rate = tonumber(arg[1]) or 400, 8, 6e-3
+local steps, batch_size, rate = tonumber(arg[1]) or 600, 8, 6e-3
 local width, heads, layers, longest = 64, 4, 2, 96
 math.randomseed(1)
 
@@ -272,7 +272,7 @@ local function train()
     loss:backward()
     optimizer:step()
     sum, count = sum + loss:item(), count + 1
-    if step == 1 or step % 25 == 0 or step == steps then
+    if step == 1 or step % 50 == 0 or step == steps then
       print(("  step %4d   loss %.3f   %2d s"):format(step, sum / count, os.time() - start))
       io.flush()
       sum, count = 0, 0
