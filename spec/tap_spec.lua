@@ -177,3 +177,50 @@ describe("a tap", function()
     assert.matches("which: got 2, wanted", helper.message_of(tap.get, tap, 2), 1, true)
   end)
 end)
+
+describe("docs/debugging-nan.md", function()
+  -- What one line at the prompt shows: the values of an expression, or the message of an error.
+  local function shown(line, environment)
+    local chunk = loadstring("return " .. line, "=prompt") or assert(loadstring(line, "=prompt"))
+    local results = {pcall(setfenv(chunk, environment))}
+    if not results[1] then return (results[2]:gsub("^%S+:%d+: ", "")) end
+    for n = 1, #results do results[n] = tostring(results[n]) end
+    return table.concat(results, " ", 2)
+  end
+
+  -- The lines after prompts, each with the lines of output under it.
+  local function dialogue(block)
+    local list = {}
+    for line in block:gmatch "([^\n]*)\n" do
+      local asked = line:match "^> (.*)"
+      if asked then
+        list[#list + 1] = {asked = asked, output = ""}
+      else
+        list[#list].output = list[#list].output .. line .. "\n"
+      end
+    end
+    return list
+  end
+
+  it("shows what really happens", function()
+    local file = assert(io.open "docs/debugging-nan.md")
+    local text = file:read "*a"
+    file:close()
+    local environment = setmetatable({}, {__index = _G})
+    local prompts = 0
+    for language, block in text:gmatch "```(%w*)\n(.-)```" do
+      if language == "lua" then
+        setfenv(assert(loadstring(block, "@model.lua")), environment)()
+      else
+        for _, turn in ipairs(dialogue(block)) do
+          local got, want = shown(turn.asked, environment) .. "\n", turn.output
+          local whole = want:gsub("%.%.%.\n$", "")
+          if whole ~= want then got = got:sub(1, #whole) end
+          assert.equal(want == "" and "\n" or whole, got)
+          prompts = prompts + 1
+        end
+      end
+    end
+    assert.equal(8, prompts)
+  end)
+end)
