@@ -1,5 +1,4 @@
 // one step of AdamW on the CPU
-#pragma GCC optimize("no-trapping-math")  // see functions.h
 #include <math.h>
 
 #include "kernels/cpu/operations.h"

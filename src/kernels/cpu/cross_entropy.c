@@ -1,5 +1,4 @@
 // the loss of a row of logits whose right answer is an id, and its gradient, on the CPU
-#pragma GCC optimize("no-trapping-math")  // see functions.h
 #include <math.h>
 
 #include "kernels/cpu/functions.h"

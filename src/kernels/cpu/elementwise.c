@@ -1,5 +1,4 @@
 // the pointwise operations on the CPU: unary ones with their derivatives, binary ones, comparisons, choices
-#pragma GCC optimize("no-trapping-math")  // see functions.h
 #include "kernels/cpu/functions.h"
 #include "kernels/cpu/operations.h"
 #include "kernels/cpu/strided.h"

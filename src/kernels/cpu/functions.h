@@ -1,8 +1,6 @@
 // exp, log, tanh and the normal distribution in f32 for the loops of the tape, in C that vectorises
 //
-// A file that includes this begins with #pragma GCC optimize("no-trapping-math"): while the compiler keeps account of
-// the exception flags, which nobody reads, no choice of two values becomes a vector. Before the includes, because a
-// function is inlined only where the same holds.
+// The choices of two values in them become vectors only under -fno-trapping-math.
 #ifndef SAFEATTN_KERNELS_CPU_FUNCTIONS_H
 #define SAFEATTN_KERNELS_CPU_FUNCTIONS_H
 #include <math.h>

@@ -1,5 +1,4 @@
 // sums, means and extremes over dims on the CPU: floats in f64, integers in i64, always in the same order
-#pragma GCC optimize("no-trapping-math")  // see functions.h
 #include <math.h>
 #include <string.h>
 

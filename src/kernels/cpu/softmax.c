@@ -2,7 +2,6 @@
 //
 // A line is what one softmax runs along. Whether it is dead is asked of its entries (all are -inf), never of its
 // greatest one alone: a line of NaN and -inf has no greatest entry either, and must stay NaN.
-#pragma GCC optimize("no-trapping-math")  // see functions.h
 #include <math.h>
 
 #include "kernels/cpu/functions.h"
