@@ -166,7 +166,7 @@ describe("the page of a report", function()
 
   it("keeps its place in the address", function()
     local lines = chromium.run(page_of(plain(), "place"), [[
-      say(state.h, state.i, state.j, state.show, location.hash); press("ArrowDown"); say(location.hash);]],
+      say(state.h, state.i, state.j, state.show, address()); press("ArrowDown"); say(address());]],
       "h=3&i=7&j=4&show=scores")
     assert.equal("2\t6\t3\tscores\t#look=1&b=1&h=3&i=7&j=4&show=scores", lines[1])
     assert.equal("#look=1&b=1&h=3&i=8&j=4&show=scores", lines[2])

@@ -318,10 +318,15 @@ function explore(look, found) {
     element("th", { "aria-sort": name === state.sort ? "descending" : "none" },
       element("button", { onclick: () => go({ sort: name }) }, name + (name === state.sort ? " ▾" : "")))))),
   element("tbody", {}, ...order.map(([, n]) =>
-    element("tr", { "aria-selected": found.keys[n] === state.j, onclick: () => go({ j: found.keys[n] }) },
-      ...cells(n)))));
+    element("tr", { "data-key": found.keys[n], onclick: () => go({ j: found.keys[n] }) }, ...cells(n)))));
   const rest = found.keys.length - order.length;
   $("rest").textContent = rest > 0 ? `and ${rest} more keys` : "";
+}
+
+function markKey() {
+  for (const line of $("keys").querySelectorAll("[data-key]")) {
+    line.setAttribute("aria-selected", Number(line.dataset.key) === state.j);
+  }
 }
 
 function texts(look) {
@@ -335,6 +340,12 @@ function texts(look) {
 }
 
 function clamp(x, size) { return Math.max(0, Math.min(size - 1, Math.floor(x) || 0)); }
+
+// The address keeps the place; it is renewed when the pointer rests, because browsers are slow at it.
+let naming;
+function address() {
+  return "#" + ["look", "b", "h", "i", "j"].map((n) => `${n}=${state[n] + 1}`).join("&") + "&show=" + state.show;
+}
 
 // Changes what is shown, and draws what depends on it.
 function go(change, all) {
@@ -353,9 +364,10 @@ function go(change, all) {
   placeCursor(look);
   const found = row(look, state.b, state.h, state.i);
   $("readout").textContent = readout(found);
-  if (changed("look", "b", "h", "i", "j", "sort")) explore(look, found);
-  history.replaceState(null, "", "#" + ["look", "b", "h", "i", "j"].map((n) => `${n}=${state[n] + 1}`).join("&")
-    + "&show=" + state.show);
+  if (changed("look", "b", "h", "i", "sort")) explore(look, found);
+  markKey();
+  clearTimeout(naming);
+  naming = setTimeout(() => history.replaceState(null, "", address()), 250);
 }
 
 function point(event) {
