@@ -148,7 +148,7 @@ describe("the Makefile", function()
 
   it("lists its targets", function()
     local output = must_run("make help")
-    for _, target in ipairs {"demo", "test", "test-browser", "test-asan", "bench", "lint", "docs", "install", "clean"} do
+    for target in ("demo test test-browser test-asan bench lint docs install clean"):gmatch "%S+" do
       assert.matches("  make " .. target .. " ", output, 1, true)
     end
   end)
