@@ -17,7 +17,7 @@ local function scratch_of(p)
   if not p.scratch then
     local n = math.max(p.S, 1)
     p.scratch = {key = integers(n), s = doubles(n), slope = doubles(n), p = doubles(n), keep = doubles(n),
-      dp = doubles(n), ds = doubles(n)}
+      dp = doubles(n), ds = doubles(n), k_squares = doubles(n), v_squares = doubles(n)}
   end
   return p.scratch
 end
@@ -33,19 +33,22 @@ local function list_keys(plan, b, h, i, S, key)
   return n
 end
 
--- to[n] = x . rows[key[n]]. Four sums, so that an addition need not wait for the one before it.
-local function dots(x, rows, step, width, key, count, to)
+-- to[n] = x . rows[key[n]], and squares[n] = rows[key[n]] . rows[key[n]], for which the row need not be read again. Two
+-- sums each, so that an addition need not wait for the one before it.
+local function dots(x, rows, step, width, key, count, to, squares)
   for n = 0, count - 1 do
-    local at = key[n] * step
-    local s0, s1, s2, s3 = 0.0, 0.0, 0.0, 0.0
-    for d = 0, width - 4, 4 do
-      s0 = s0 + x[d] * rows[at + d]
-      s1 = s1 + x[d + 1] * rows[at + d + 1]
-      s2 = s2 + x[d + 2] * rows[at + d + 2]
-      s3 = s3 + x[d + 3] * rows[at + d + 3]
+    local row = rows + key[n] * step
+    local s0, s1, r0, r1 = 0.0, 0.0, 0.0, 0.0
+    for d = 0, width - 2, 2 do
+      local a, b = row[d], row[d + 1]
+      s0, r0 = s0 + x[d] * a, r0 + a * a
+      s1, r1 = s1 + x[d + 1] * b, r1 + b * b
     end
-    for d = width - width % 4, width - 1 do s0 = s0 + x[d] * rows[at + d] end
-    to[n] = (s0 + s2) + (s1 + s3)
+    if width % 2 == 1 then
+      local a = row[width - 1]
+      s0, r0 = s0 + x[width - 1] * a, r0 + a * a
+    end
+    to[n], squares[n] = s0 + s1, r0 + r1
   end
 end
 
@@ -74,12 +77,8 @@ end
 
 local function score(p, b, h, i, w, count, q, head)
   local s, slope = w.s, w.slope
-  if p.E == 0 then
-    for n = 0, count - 1 do s[n] = 0 end
-  else
-    dots(q, head.k, head.k_step, p.E, w.key, count, s)
-    for n = 0, count - 1 do s[n] = p.scale * s[n] end
-  end
+  dots(q, head.k, head.k_step, p.E, w.key, count, s, w.k_squares)
+  for n = 0, count - 1 do s[n] = p.scale * s[n] end
   for n = 0, count - 1 do slope[n] = 1 end
   if p.softcap > 0 then
     for n = 0, count - 1 do
@@ -160,7 +159,7 @@ local function differentiate(p, b, h, i, w, count, out, head)
   local dout = row:data()
   local delta = 0
   for d = 0, p.Ev - 1 do delta = delta + dout[d] * out[d] end
-  dots(dout, head.v, head.v_step, p.Ev, w.key, count, w.dp)
+  dots(dout, head.v, head.v_step, p.Ev, w.key, count, w.dp, w.v_squares)
   for n = 0, count - 1 do
     w.dp[n] = w.keep[n] == 0 and 0 or w.keep[n] * w.dp[n]
     w.ds[n] = w.p[n] * (w.dp[n] - delta)
@@ -214,17 +213,10 @@ end
 -- So many of the largest contributions are listed.
 local TOP = 8
 
-local function norms(rows, step, width, key, count, factor_of)
+-- How long the vectors are that factors make of rows with these squares.
+local function lengths(squares, count, factors)
   local size = doubles(math.max(count, 1))
-  for n = 0, count - 1 do
-    local at, s0, s1 = key[n] * step, 0.0, 0.0
-    for d = 0, width - 2, 2 do
-      s0 = s0 + rows[at + d] * rows[at + d]
-      s1 = s1 + rows[at + d + 1] * rows[at + d + 1]
-    end
-    if width % 2 == 1 then s0 = s0 + rows[at + width - 1] ^ 2 end
-    size[n] = math.abs(factor_of[n]) * math.sqrt(s0 + s1)
-  end
+  for n = 0, count - 1 do size[n] = math.abs(factors[n]) * math.sqrt(squares[n]) end
   return size
 end
 
@@ -322,7 +314,7 @@ local function add_gradient(row, p, w, head)
   row.dP, row.dS = list_of(w.dp, count), list_of(w.ds, count)
   for n = 0, count - 1 do dz[n] = p.scale * w.slope[n] * w.ds[n] end
   row.dq = list_of(weighted_rows(dz, head.k, head.k_step, p.E, w.key, count), p.E)
-  local size = norms(head.k, head.k_step, p.E, w.key, count, dz)
+  local size = lengths(w.k_squares, count, dz)
   row.to_dq, row.top_dq = list_of(size, count), contributions(w.key, size, count)
 end
 
@@ -347,7 +339,8 @@ function M.row(p, b, h, i)
   local head = p:head(b, h)
   local kept = doubles(count)
   for n = 0, count - 1 do kept[n] = w.keep[n] == 0 and 0 or w.keep[n] * w.p[n] end
-  local size = norms(head.v, head.v_step, p.Ev, w.key, count, kept)
+  if not p.dout then dots(doubles(p.Ev + 1), head.v, head.v_step, p.Ev, w.key, count, w.dp, w.v_squares) end
+  local size = lengths(w.v_squares, count, kept)
   row.to_out, row.top_out = list_of(size, count), contributions(w.key, size, count)
   add_gradient(row, p, w, head)
   return row
