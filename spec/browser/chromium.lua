@@ -95,8 +95,9 @@ function chromium.console(path)
 end
 
 --- Saves what a page looks like.
-function chromium.screenshot(path, hash, file, width, height)
-  command(string.format("--window-size=%d,%d --screenshot=%s", width, height, child.quoted(file)),
+-- @param flags more of the command line
+function chromium.screenshot(path, hash, file, width, height, flags)
+  command(string.format("--window-size=%d,%d %s --screenshot=%s", width, height, flags or "", child.quoted(file)),
     "file://" .. path .. "#" .. hash)
 end
 

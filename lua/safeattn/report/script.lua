@@ -166,6 +166,13 @@ function picture(look, b, h, show, most) {
 const mapOf = (p) => data.maps[p.signed ? "diverging" : "sequential"];
 const hex = (text, at) => parseInt(text.substr(at, 2), 16);
 
+// How far up its map a value stands, 0 to 1. By square roots: a few large weights would leave the rest one colour.
+function position(p, x) {
+  if (p.high === p.low) return p.signed ? 0.5 : 1;
+  if (p.signed) return 0.5 + Math.sign(x) * Math.sqrt(Math.abs(x) / p.high) / 2;
+  return Math.sqrt((x - p.low) / (p.high - p.low));
+}
+
 function paint(canvas, p) {
   canvas.width = p.columns; canvas.height = p.rows;
   const context = canvas.getContext("2d"), map = mapOf(p);
@@ -174,8 +181,7 @@ function paint(canvas, p) {
     const k = p.kind[cell];
     let text = data.special[kinds[k]], at = 0;
     if (k === NUMBER) {
-      const x = p.high === p.low ? (p.signed ? 0.5 : 1) : (p.value[cell] - p.low) / (p.high - p.low);
-      text = map; at = 6 * Math.round(255 * Math.min(1, Math.max(0, x)));
+      text = map; at = 6 * Math.round(255 * position(p, p.value[cell]));
     }
     for (let c = 0; c < 3; c++) image.data[4 * cell + c] = hex(text, at + 2 * c);
     image.data[4 * cell + 3] = 255;
@@ -214,20 +220,25 @@ function ticks(look) {
   $("ticks").replaceChildren(...list);
 }
 
+function swatch(name, meaning) {
+  return element("span", {}, element("i", { style: "background:#" + data.special[name] }), meaning);
+}
+
 function legend(p) {
   const parts = [];
   if (p.present.has(NUMBER) && state.show !== "mask") {
-    const canvas = element("canvas", { width: 256, height: 1 });
-    paint(canvas, { rows: 1, columns: 256, low: 0, high: 255, signed: p.signed, kind: new Uint8Array(256).fill(NUMBER),
-      value: Float64Array.from({ length: 256 }, (_, n) => n) });
-    parts.push(shown(p.low), canvas, shown(p.high));
+    const canvas = element("canvas"), steps = Array.from({ length: 256 }, (_, n) => n / 255);
+    const value = steps.map((x) => p.signed ? Math.sign(x - 0.5) * (2 * x - 1) ** 2 * p.high
+      : p.low + x ** 2 * (p.high - p.low));
+    paint(canvas, { ...p, rows: 1, columns: 256, value, kind: new Uint8Array(256).fill(NUMBER) });
+    parts.push(shown(p.low), canvas, shown(p.high) + " (square roots)");
   }
   kinds.forEach((name, k) => {
     if (k !== NUMBER && p.present.has(k)) {
-      parts.push(element("i", { style: "background:#" + data.special[name] }), data.names[name]);
+      parts.push(swatch(name, data.names[name]));
     }
   });
-  if (p.dead.length) parts.push(element("i", { style: "background:#" + data.special.dead }), "dead row");
+  if (p.dead.length) parts.push(swatch("dead", "dead row"));
   $("legend").replaceChildren(...parts);
 }
 

@@ -36,14 +36,15 @@ canvas { image-rendering: pixelated; display: block; }
 #across { left: 0; width: 100%; border-width: 1px 0; } #down { top: 0; height: 100%; border-width: 0 1px; }
 .dead { position: absolute; background: #eb2828; }
 output { display: block; min-height: 2.9em; margin-top: .6rem; }
-.legend { font-size: .8rem; } .legend i { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em; }
+.legend { font-size: .8rem; } .legend span { white-space: nowrap; }
+.legend i { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em; }
 .legend canvas { display: inline-block; width: 9rem; height: .8em; margin: 0 .5em; vertical-align: middle; }
 #strip { width: 100%; height: 56px; margin: .5rem 0; }
 .table { max-height: 24rem; overflow: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .82rem; }
-th, td { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; font-size: .78rem; }
+th, td { text-align: right; padding: .15rem .35rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { position: sticky; top: 0; background: var(--card); }
-th button { padding: .1rem .3rem; min-height: 0; border: 0; background: none; font-weight: 600; }
+th button { padding: .1rem 0; min-height: 0; border: 0; background: none; font-weight: 600; }
 td:first-child, th:first-child { text-align: left; }
 tr[aria-selected=true] { background: color-mix(in srgb, var(--accent) 18%, transparent); }
 @media (max-width: 760px) { main { grid-template-columns: minmax(0, 1fr); } body { padding: .6rem; font-size: 16px; } }
