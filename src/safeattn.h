@@ -27,10 +27,11 @@ extern "C" {
 
 typedef enum sa_status {
   SA_OK = 0,
-  SA_INVALID = 1,     // an argument is wrong
-  SA_NO_MEMORY = 2,   // an allocation was refused
-  SA_NO_DEVICE = 3,   // the device, or this build's support of it, is not there
-  SA_UNSUPPORTED = 4  // legal, but not on this device or back end
+  SA_INVALID = 1,      // an argument is wrong
+  SA_NO_MEMORY = 2,    // an allocation was refused
+  SA_NO_DEVICE = 3,    // the device, or this build's support of it, is not there
+  SA_UNSUPPORTED = 4,  // legal, but not on this device or back end
+  SA_INTERRUPTED = 5   // sa_interrupt() asked for it
 } sa_status;
 
 enum {
@@ -338,6 +339,12 @@ void sa_info(sa_host_info *out);
 int sa_threads(int threads);       // > 0 sets how many the calling thread's calls may use; returns the number in force
 int sa_set_isa(const char *name);  // "generic", "avx2", "avx512" or "auto"; for tests and measurements
 int sa_device_count(int kind);     // SA_CPU: 1; SA_CUDA: devices that can be used
+// For prompts. While the flag is on, sa_forward and sa_backward end with SA_INTERRUPTED, those at work too, in every
+// thread; what they created is released, an output that was given is left unfinished. Safe in a signal handler. Turn it
+// off when the calls have returned.
+void sa_interrupt(bool on);
+bool sa_interrupted(void);
+int sa_catch_interrupts(bool on);  // SIGINT (Ctrl-C) turns the flag on, or does again what it did before
 // For measurements: fused multiply-adds per second, in flops, of one core, for f32 or f64 on the ISA in force.
 double sa_measure_peak(int dtype);
 

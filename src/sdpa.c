@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "backend.h"
+#include "interrupt.h"
 #include "status.h"
 
 // Copies of operands whose rows are not contiguous, and outputs that are computed aside and copied into place.
@@ -316,6 +317,12 @@ static const sa_attention_kernels *choose_kernels(call *c) {
   return kernels;
 }
 
+static int run_kernel(call *c, int (*kernel)(const sa_problem *)) {
+  const int status = kernel(&c->p);
+  if (!status && sa_interrupt_pending()) return sa_fail(SA_INTERRUPTED, c->function, "interrupted");
+  return status;
+}
+
 static int close_call(call *c, int status) {
   for (int n = 0; n < c->asides; n++) {
     if (!status && c->aside[n].original) status = sa_copy(c->aside[n].original, &c->aside[n].own);
@@ -345,7 +352,7 @@ static int forward(call *c) {
   if (status) return status;
   shift_rows(&p->lse);
   shift_rows(&p->dead);
-  return kernels->forward(p);
+  return run_kernel(c, kernels->forward);
 }
 
 // What forward made, given back to backward.
@@ -396,7 +403,7 @@ static int backward(call *c) {
   // Gradients per head run along [H], which is the last dim of their tensors and the second of four.
   p->dsinks.stride[1] = p->dsinks.stride[3];
   p->dalibi.stride[1] = p->dalibi.stride[3];
-  return kernels->backward(p);
+  return run_kernel(c, kernels->backward);
 }
 
 void sa_attention_init(sa_attention *a) {

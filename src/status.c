@@ -33,6 +33,8 @@ const char *sa_status_name(int status) {
       return "no device";
     case SA_UNSUPPORTED:
       return "unsupported";
+    case SA_INTERRUPTED:
+      return "interrupted";
     default:
       return "unknown status";
   }

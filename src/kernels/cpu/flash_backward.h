@@ -333,7 +333,10 @@ static void NAME(add_dquery)(const NAME(backward_job) * job, const NAME(block) *
   const int32_t mine = turn_of[chunk], all = turn_of[job->chunks];
   atomic_int *turn = &job->turns[head * job->blocks + block->query / QUERIES];
   // Chunks are handed out in rising order, so the one waited for is done or at work.
-  while (atomic_load_explicit(turn, memory_order_acquire) != mine) sched_yield();
+  while (atomic_load_explicit(turn, memory_order_acquire) != mine) {
+    if (sa_interrupt_pending()) return;
+    sched_yield();
+  }
   for (int i = 0; i < block->count; i++, share += NAME(padded)(p->width)) {
     const int64_t query = block->query + i;
     REAL *sum =
@@ -410,7 +413,7 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
   }
   for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
     double dslope = 0;
-    for (int64_t index = 0; index < job->blocks; index++) {
+    for (int64_t index = 0; index < job->blocks && !sa_interrupt_pending(); index++) {
       const NAME(block) block = NAME(block_at)(p, batch, head, index);
       NAME(backward_block)(job, &block, chunk, wild_key, room, &dslope);
     }

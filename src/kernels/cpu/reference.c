@@ -2,6 +2,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "interrupt.h"
 #include "kernels/cpu/copy.h"
 #include "kernels/cpu/kernels.h"
 #include "memory.h"
@@ -319,7 +320,7 @@ static void run_item(void *argument, int64_t item, int worker) {
     clear(s.dv, p->keys * p->value_width);
   }
   for (int64_t head = key_head * group; head < (key_head + 1) * group; head++)
-    for (int64_t i = 0; i < p->queries; i++) {
+    for (int64_t i = 0; i < p->queries && !sa_interrupt_pending(); i++) {
       row r = {.batch = batch, .head = head, .query = i};
       attend_row(p, &r, &s);
       if (job->backward)

@@ -1,6 +1,7 @@
 // the visible part of a plan, as the stretches of keys that a block of queries has to look at
 #ifndef SAFEATTN_KERNELS_CPU_WALK_H
 #define SAFEATTN_KERNELS_CPU_WALK_H
+#include "interrupt.h"
 #include "plan.h"
 
 // A block of queries is half a tile: as many as one word of a pattern has bits.
@@ -48,9 +49,11 @@ static inline void sa_walk_classify(const sa_pattern *pattern, int from, int cou
   *all = both == queries;
 }
 
-// The next stretch; false at the end. PARTIAL tiles are looked at in halves of 64 keys, so that the empty half of a
-// diagonal tile is skipped and a tail of keys, which only shortens the stretch, does not make a block pay for a mask.
+// The next stretch; false at the end, and when attention is interrupted. PARTIAL tiles are looked at in halves of 64
+// keys, so that the empty half of a diagonal tile is skipped and a tail of keys, which only shortens the stretch, does
+// not make a block pay for a mask.
 static inline bool sa_walk_next(sa_walk *walk, sa_stretch *stretch) {
+  if (sa_interrupt_pending()) return false;
   for (; walk->run < walk->end; walk->run++, walk->tile = 0) {
     const sa_run *run = walk->run;
     if (run->first + walk->tile < walk->tile_first) walk->tile = walk->tile_first - run->first;
