@@ -100,6 +100,29 @@ documents * causal  L=5 S=5  24% visible  1 dead row
     end
   end)
 
+  it("has its counts from C, which checks every argument", function()
+    local core = require "safeattn.core"
+    local expression = require "safeattn.mask_expression"
+    local ffi, lib = core.ffi, core.lib
+    local cell, mask = ffi.new "const sa_plan *[1]", m.random(0.5, 1)
+    assert.equal(0, lib.sa_mask_plan(cell, expression.nodes(mask, "test", 2, 3, 4, 5), 0, -1, -1, 2, 3, 4, 5))
+    local plan, counts = cell[0], ffi.new "int64_t[20]"
+    local function message(...)
+      assert.equal(lib.SA_INVALID, ffi.cast("sa_status", lib.sa_plan_coverage(...)))
+      return ffi.string(lib.sa_last_error())
+    end
+    assert.equal("sa_plan_coverage: plan: is NULL, wanted a plan", message(nil, 0, 0, 1, 1, counts))
+    assert.equal("sa_plan_coverage: visible: is NULL, wanted a place for the counts", message(plan, 0, 0, 1, 1, nil))
+    for _, size in ipairs {{0, 1}, {5, 1}, {1, 0}, {1, 6}, {-1, 1}} do
+      assert.equal(string.format("sa_plan_coverage: rows, columns: are %d, %d, wanted 1 to 4 and 1 to 5", unpack(size)),
+        message(plan, 0, 0, size[1], size[2], counts))
+    end
+    assert.matches("batch: is %-1", message(plan, -1, 0, 1, 1, counts))
+    assert.matches("head: is %-1", message(plan, 0, -1, 1, 1, counts))
+    assert.equal(0, lib.sa_plan_coverage(plan, 1, 2, 4, 5, counts)) -- the mask is alike for all batches and heads
+    lib.sa_plan_release(plan)
+  end)
+
   it("never loses a dead row or a dead key in a reduction", function()
     local ids = {}
     for n = 1, 5000 do ids[n] = n == 1234 and -1 or 1 end

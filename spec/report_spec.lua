@@ -109,6 +109,10 @@ describe("look:report", function()
       helper.message_of(look.report, look, folder .. "/x", {title = 3}))
     assert.equal("safeattn.inspect():report: options: got unknown option tilte, wanted title (did you mean title?)",
       helper.message_of(look.report, look, folder .. "/x", {tilte = "x"}))
+    local long = sa.zeros {2 ^ 14, 1}
+    local large = sa.inspect(long, long, long, {causal = true})
+    assert.equal("safeattn.inspect():report: self: got an attention whose mask has 268435456 pairs, wanted at most"
+      .. " 134217728: inspect some of its heads or queries (q:narrow)", helper.message_of(large.report, large, "x"))
     assert.equal("safeattn.inspect():report: self: got 1, wanted what sa.inspect gave",
       helper.message_of(look.report, 1, "x"))
   end)

@@ -191,8 +191,16 @@ local function finite_number(x)
   return x == x and math.abs(x) < math.huge and x or 0
 end
 
-local function contents(look, p, name)
+-- Pairs that a page may hold, one bit each.
+local MOST_PAIRS = 2 ^ 27
+
+local function contents(fname, look, p, name)
   local plan = p:plan(p.mask)
+  local count = plan.batch * plan.heads * p.L * p.S
+  if count > MOST_PAIRS then
+    core.fail(fname, nil, "self: got an attention whose mask has %.0f pairs, wanted at most %.0f: inspect some of its"
+      .. " heads or queries (q:narrow)", count, MOST_PAIRS)
+  end
   local dead_rows = look:dead_rows()
   return {
     name = name, B = p.B, H = p.H, Hkv = p.Hkv, L = p.L, S = p.S, E = p.E, Ev = p.Ev,
@@ -248,7 +256,7 @@ local function write(fname, path, list, title)
   if title == nil then title = "Attention, looked into" end
   if type(title) ~= "string" then core.fail(fname, nil, "title: got %s, wanted a string", core.describe(title)) end
   local looks = {}
-  for n, entry in ipairs(list) do looks[n] = contents(entry.look, entry.problem, entry.name) end
+  for n, entry in ipairs(list) do looks[n] = contents(fname, entry.look, entry.problem, entry.name) end
   local text = page(title, looks)
   return replace(path, function(name)
     local file, problem = io.open(name, "wb")
