@@ -78,6 +78,12 @@ test: needs-test
 	@$(BUILD_ALL)
 	busted $(BUSTED_FLAGS)
 
+##> the prompt: Lua with `sa` and `m` at hand
+.PHONY: repl
+repl: needs-demo
+	@$(MAKE) --no-print-directory all
+	@$(IN_TREE) $(LUAJIT) bin/safeattn
+
 ##> the page that reports are, in headless Chromium
 .PHONY: test-browser
 test-browser: needs-browser
@@ -108,7 +114,7 @@ bench: needs-demo
 ##> luacheck and clang-format
 .PHONY: lint
 lint: needs-lint
-	luacheck --quiet --no-color lua spec examples bench safeattn-scm-1.rockspec
+	luacheck --quiet --no-color lua bin/safeattn spec examples bench safeattn-scm-1.rockspec
 	clang-format --dry-run -Werror $(wildcard src/*.[ch] src/kernels/cpu/*.[ch] examples/c/*.c)
 
 ##> the API pages, in build/docs
@@ -128,6 +134,7 @@ install: install-modules install-c
 	install -d "$(INST_LIBDIR)/safeattn"
 	# One file under two names: a host that links libsafeattn.so and runs Lua has one library, not two.
 	ln -srf "$(DESTDIR)$(LIBDIR)/$(notdir $(LIBRARY))" "$(INST_LIBDIR)/safeattn/core.so"
+	install -D -m 755 bin/safeattn "$(DESTDIR)$(PREFIX)/bin/safeattn"
 
 ##> the Lua side alone (INST_LIBDIR, INST_LUADIR), as LuaRocks wants it
 .PHONY: install-lua

@@ -19,6 +19,9 @@ build = {
    install_target = "install-lua",
    build_variables = { CC = "$(CC)", CFLAGS = "$(CFLAGS)" },
    install_variables = { CC = "$(CC)", CFLAGS = "$(CFLAGS)", INST_LIBDIR = "$(LIBDIR)", INST_LUADIR = "$(LUADIR)" },
+   install = { bin = { "bin/safeattn" } },
 }
+-- A wrapper would start the Lua that LuaRocks runs on; the command asks for luajit and finds its own tree.
+deploy = { wrap_bin_scripts = false }
 -- type = "busted" would have LuaRocks fetch busted again even where the system provides it.
 test = { type = "command", command = "busted" }

@@ -62,8 +62,8 @@ describe("LuaRocks, without a network,", function()
   lazy_setup(function()
     tree, source = folder .. "/rocks", folder .. "/source"
     -- A copy, because LuaRocks builds in the folder of the rockspec; with our objects, because they take minutes.
-    must_run(("mkdir %s && cp -a Makefile README.md LICENSE safeattn-scm-1.rockspec src lua build .busted spec %s && "
-      .. "rm -f %s/lua/safeattn/core.so %s/lua/safeattn/cdef.lua"):format(source, source, source, source))
+    must_run(("mkdir %s && cp -a Makefile README.md LICENSE safeattn-scm-1.rockspec src lua bin build .busted spec %s "
+      .. "&& rm -f %s/lua/safeattn/core.so %s/lua/safeattn/cdef.lua"):format(source, source, source, source))
     luarocks = ("cd %s && HOME=%s luarocks --lua-version=5.1 --tree=%s "):format(source, folder, tree)
     must_run(luarocks .. "make")
   end)
@@ -73,6 +73,11 @@ describe("LuaRocks, without a network,", function()
     assert.matches(version(), output, 1, true)
     assert.matches("@" .. tree .. "/share/lua/5.1/safeattn/", output, 1, true)
     assert.matches("\n" .. tree .. "/lib/lua/5.1/safeattn/core.so", output, 1, true)
+  end)
+
+  it("installs the command, which finds the modules of its tree", function()
+    assert.equal("@" .. tree .. "/bin/../share/lua/5.1/safeattn/sdpa.lua\n", must_run(("cd / && %s/bin/safeattn -e "
+      .. "'print(debug.getinfo(sa.sdpa, \"S\").source)'"):format(tree)))
   end)
 
   it("knows what was installed", function()
@@ -102,6 +107,10 @@ describe("make install", function()
     assert.matches(version(), output, 1, true)
     assert.matches("@" .. prefix .. "/share/lua/5.1/safeattn/", output, 1, true)
     assert.matches("\n" .. prefix .. "/lib/", output, 1, true)
+  end)
+
+  it("installs the command", function()
+    assert.equal(version() .. "\n", must_run(("cd / && %s/bin/safeattn -e 'print(sa.info().version)'"):format(prefix)))
   end)
 
   it("installs one library under its two names", function()
@@ -148,7 +157,7 @@ describe("the Makefile", function()
 
   it("lists its targets", function()
     local output = must_run("make help")
-    for target in ("demo test test-browser test-asan bench lint docs install clean"):gmatch "%S+" do
+    for target in ("demo repl test test-browser test-asan bench lint docs install clean"):gmatch "%S+" do
       assert.matches("  make " .. target .. " ", output, 1, true)
     end
   end)
@@ -175,7 +184,7 @@ describe("what a target needs", function()
     local output, status = needs({["apt-get"] = "echo asked", id = "echo 0"}, "--dry-run demo test")
     assert.equal(0, status, output)
     assert.equal("+ apt-get install -y --no-install-recommends gcc libc6-dev make luajit libopenblas-pthread-dev"
-      .. " lua-check clang-format lua-busted pkg-config libluajit-5.1-dev luarocks lua5.1\n", output)
+      .. " lua-check clang-format lua-busted libpng16-16 pkg-config libluajit-5.1-dev luarocks lua5.1\n", output)
   end)
 
   it("is installed through sudo by others", function()
