@@ -211,7 +211,7 @@ local masks = {
     return m.documents(documents(math.max(c.queries, c.keys), 4):narrow(1, 1, c.queries),
       documents(math.max(c.queries, c.keys), 4):narrow(1, 1, c.keys)) * m.causal()
   end,
-  prefix = function() return m.prefix(17) + m.causal() end,
+  prefix = function(c) return m.prefix(math.min(17, c.keys)) + m.causal() end,
   global = function() return m.global(2) + m.window(9, 9) end,
   blocks = function(c)
     return m.blocks(bools({c.heads, math.ceil(c.queries / 16), math.ceil(c.keys / 16)}, 5, 0.4), 16)
@@ -262,7 +262,7 @@ local defaults = {
 -- * `rank`: 4, 3 or 2; `mask`: one of cases.masks; `causal`, `window`, `scale`, `softcap`, `dropout`: as sa.sdpa's
 -- * `bias`: its dims, as in "b1ls" or "s"; `bias_values`: normal, inf, lowest, highest or offset
 -- * `extras_dtype`: of bias, sinks and slopes
--- * `sinks` ("huge": +-1e30), `alibi`, `dlse`, `weights`: true to have them
+-- * `sinks` ("huge": finite, but some hide all keys), `alibi`, `dlse`, `weights`: true to have them
 -- * `layout`: one of cases.layouts; `values`: one of cases.contents; `seed`
 -- * `backend`, `isa`, `threads`: the engine, when only one is meant
 function cases.complete(c)
@@ -417,24 +417,56 @@ cases.results = {"out", "lse", "weights", "dq", "dk", "dv", "dbias", "dsinks", "
 local half_ulp = {f32 = 2 ^ -24, f64 = 2 ^ -53, f16 = 2 ^ -11, bf16 = 2 ^ -8}
 local half_tiny = {f32 = 2 ^ -150, f64 = 0, f16 = 2 ^ -25, bf16 = 2 ^ -134}
 
--- How far a result may be off: relative to itself, relative to the largest of its tensor, and absolutely.
-local function tolerance(c, engine, name, dtype)
-  local exact = engine.backend == "reference" or c.dtype == "f64"
-  local forward = name == "out" or name == "weights" or name == "lse"
-  local spread = c.values == "spread" or c.values == "heavy"
-  local norm
-  if exact then
-    norm = 1e-12
-  elseif forward then
-    norm = spread and 2e-5 or 3e-6
-  else
-    norm = spread and 1e-4 or 5e-6
-    -- The gradients read `out` as the forward rounded it: their sum of dout * out is off by that.
-    if c.dtype ~= "f32" then norm = norm + half_ulp[c.dtype] * (spread and 16 or 2) end
+-- The largest size of a finite element, and of a row's finite elements together.
+local function sizes_of(t)
+  if not t then return 0, 0 end
+  local exact = t:to("f64"):contiguous()
+  local data, width, largest, largest_row = exact:data(), exact:size(-1), 0, 0
+  for first = 0, exact:numel() - 1, width do
+    local row = 0
+    for d = first, first + width - 1 do
+      local size = math.abs(data[d])
+      if size < math.huge then
+        largest, row = math.max(largest, size), row + size * size
+      end
+    end
+    largest_row = math.max(largest_row, row)
   end
-  -- Sums over a whole head, whose terms largely cancel.
-  if name == "dsinks" or name == "dalibi" then norm = norm * 16 end
-  return half_ulp[dtype] * 1.001, norm, half_tiny[dtype] * 2 + (name == "lse" and norm or 0)
+  return largest, math.sqrt(largest_row)
+end
+
+-- What the terms of each gradient come to, by their sizes: what a rounding error is relative to, when the terms cancel
+-- (a row with one key has a gradient of 0, and so has a bias that is the same for all keys).
+local function magnitudes(c, o)
+  local query, key, value = sizes_of(o.q), sizes_of(o.k), sizes_of(o.v)
+  local dout, dout_row = sizes_of(o.dout)
+  local dscore = dout_row * value / (1 - (c.dropout or 0)) + sizes_of(o.dlse)
+  local scale = math.abs(c.scale or 1 / math.sqrt(c.width))
+  local rows = math.sqrt(c.batch * c.heads * c.queries)  -- sums of so many errors of either sign
+  return {
+    out = 0, lse = 0, weights = 0, dq = scale * dscore * key, dk = scale * dscore * query * rows, dv = dout * rows,
+    dbias = dscore * rows * math.sqrt(c.keys), dsinks = dscore * rows,
+    dalibi = dscore * rows * math.max(c.queries, c.keys),
+  }
+end
+
+-- How far a result may be off: relative to itself, relative to the largest of its tensor, and absolutely.
+local function tolerance(c, engine, name, dtype, magnitude)
+  local exact = engine.backend == "reference" or c.dtype == "f64"
+  -- Scores beyond 100 have an ulp of 8e-6 in f32; ALiBi makes such of distances.
+  local spread = c.values == "spread" or c.values == "heavy" or c.alibi
+  local norm, rounding
+  if exact then
+    norm, rounding = 1e-12, 2 ^ -50
+  elseif name == "out" or name == "weights" or name == "lse" then
+    norm, rounding = spread and 2e-5 or 3e-6, 0
+  else
+    norm, rounding = spread and 1e-4 or 5e-6, 2 ^ -22
+    -- The gradients of the half types read `out` as the forward rounded it: the sum of dout * out is off by that.
+    if c.dtype ~= "f32" then rounding = 2 * half_ulp[c.dtype] end
+  end
+  return half_ulp[dtype] * 1.001, norm,
+    half_tiny[dtype] * 2 + rounding * magnitude + (name == "lse" and norm or 0)
 end
 
 --- What is wrong with `got` (any dtype) beside `want` (f64): nil, or a sentence.
@@ -478,13 +510,14 @@ function cases.difference(got, want, relative, norm_relative, absolute)
 end
 
 --- What is wrong with the results of a case: nil, or sentences.
-function cases.compare(c, engine, got, want)
-  local problems = {}
+function cases.compare(c, o, engine, got, want)
+  local problems, magnitude = {}, magnitudes(c, o)
   for _, name in ipairs(cases.results) do
     if (got[name] ~= nil) ~= (want[name] ~= nil) then
       problems[#problems + 1] = name .. (got[name] and ": not wanted" or ": missing")
     elseif got[name] then
-      local problem = cases.difference(got[name], want[name], tolerance(c, engine, name, got[name].dtype))
+      local problem = cases.difference(got[name], want[name], tolerance(c, engine, name, got[name].dtype,
+        magnitude[name]))
       if problem then problems[#problems + 1] = name .. ": " .. problem end
     end
   end
@@ -502,7 +535,7 @@ function cases.check(given, engines)
   for _, engine in ipairs(engines or cases.engines) do
     local ok, result = pcall(cases.run, c, o, engine)
     problems[#problems + 1] = not ok and result .. "\n  " .. cases.line(given, engine)
-      or cases.compare(c, engine, result, want)
+      or cases.compare(c, o, engine, result, want)
   end
   if #problems > 0 then error(table.concat(problems, "\n"), 0) end
 end

@@ -92,8 +92,8 @@ describe("attention:", function()
   it("two runs, and any number of threads, agree to the bit", function()
     each_engine(function(dtype, engine)
       for _, given in ipairs {
-        {queries = 300, keys = 260, width = 64, mask = "causal", bias = "1s", sinks = true, alibi = true},
-        {queries = 1, keys = 4096, width = 64, batch = 1, heads = 2},
+        {queries = 300, keys = 260, batch = 1, mask = "causal", bias = "1s", sinks = true, alibi = true},
+        {queries = 1, keys = 2100, width = 64, batch = 1, heads = 2},
         {queries = 200, keys = 200, heads = 3, key_heads = 1, batch = 1, dropout = 0.2, bias = "bhls"},
       } do
         local c = {dtype = dtype}
