@@ -229,6 +229,40 @@ describe("the prompt on a terminal", function()
     terminal:expect "\n2\n"
   end)
 
+  it("leaves the tape as it was", function()
+    start(true)
+    for _, code in ipairs {
+      "sa.no_grad(function() while true do end end)",
+      "while true do sa.no_grad(function() return sa.ones {2} + 1 end) end",
+      "x = sa.ones({3}, {requires_grad = true}) while true do (x * x):sum():backward() end",
+    } do
+      for _ = 1, 3 do
+        terminal:type("print('g' .. 'o') " .. code .. "\n")
+        terminal:expect "go\n"
+        terminal:type "\3"
+        terminal:expect "interrupted\n"
+        terminal:expect "> "
+        terminal:type "y = sa.ones({1}, {requires_grad = true}) print('records', (y * 2).requires_grad)\n"
+        terminal:expect "records\ttrue\n"
+        terminal:expect "> "
+      end
+    end
+    terminal:type "x.grad = nil (x * x):sum():backward() print(x.grad:sum():item())\n"
+    terminal:expect "\n6\n"
+  end)
+
+  it("completes a name at Tab", function()
+    if not pcall(require, "readline") then pending "lua-readline is not here" end
+    start(false)
+    terminal:type "print(sa.sdp\t == sa.sdpa)\n"
+    terminal:expect "\ntrue\n"
+    terminal:type "\16\n" -- the line before, again
+    terminal:expect "\ntrue\n"
+    terminal:type "\4"
+    assert.equal(0, terminal:wait())
+    assert.matches("sa.sdpa", files.read(folder .. "/.safeattn_history"), 1, true)
+  end)
+
   it("interrupts a kernel in the middle", function()
     -- 18 Tflop: minutes.
     start(true)
