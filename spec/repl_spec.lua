@@ -256,8 +256,10 @@ describe("the prompt on a terminal", function()
     start(false)
     terminal:type "print(sa.sdp\t == sa.sdpa)\n"
     terminal:expect "\ntrue\n"
+    terminal:expect "> "
     terminal:type "\16\n" -- the line before, again
     terminal:expect "\ntrue\n"
+    terminal:expect "> "
     terminal:type "\4"
     assert.equal(0, terminal:wait())
     assert.matches("sa.sdpa", files.read(folder .. "/.safeattn_history"), 1, true)
