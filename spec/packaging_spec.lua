@@ -184,7 +184,8 @@ describe("what a target needs", function()
     local output, status = needs({["apt-get"] = "echo asked", id = "echo 0"}, "--dry-run demo test")
     assert.equal(0, status, output)
     assert.equal("+ apt-get install -y --no-install-recommends gcc libc6-dev make luajit libopenblas-pthread-dev"
-      .. " lua-check clang-format lua-busted libpng16-16 pkg-config libluajit-5.1-dev luarocks lua5.1\n", output)
+      .. " lua-check clang-format lua-busted libpng16-16 pkg-config libluajit-5.1-dev luarocks lua5.1"
+      .. " lua-dkjson lua-readline python3-numpy\n", output)
   end)
 
   it("is installed through sudo by others", function()

@@ -66,7 +66,9 @@ function compare.difference(got, want, options)
     a:numel(), atol, rtol, place(worst, shape), double_at(x, worst), double_at(y, worst))
 end
 
---- The first element whose bits differ, as text, or nil. Two tensors of one dtype.
+--- The first element whose bits differ, as text, or nil.
+-- @param got a tensor
+-- @param want likewise
 -- @param skip function(n) of the element's number from 0: true where no agreement is asked for
 function compare.bit_difference(got, want, skip)
   if got.dtype ~= want.dtype or not compare.same_shape(got, want) then
