@@ -134,12 +134,13 @@ static void NAME(prepare)(void *argument, int64_t item, int worker) {
   for (int i = 0; i < block.count; i++) {
     const int64_t query = block.query + i, row = head * p->queries + query;
     const bool dead = NAME(row_dead)(&block, i);
-    NAME(row_scale) scale = {INFINITY, 1, sink};
+    // A row that sees only its sink gives it all its weight.
+    NAME(row_scale) scale = {INFINITY, 1, sink, 1};
     if (!dead && coarse) {
       scale = NAME(scale_row)(&block, room.again.peak[i], room.again.sum[i]);
     } else if (!dead) {
       const double lse = NAME(stored_lse)(&block, i);
-      scale = (NAME(row_scale)){block.plain ? lse * 1.4426950408889634 : lse, 1, lse};
+      scale = (NAME(row_scale)){block.plain ? lse * 1.4426950408889634 : lse, 1, lse, exp(sink - lse)};
     }
     job->base[row] = (REAL)scale.base;
     job->factor[row] = (REAL)scale.factor;
@@ -153,9 +154,8 @@ static void NAME(prepare)(void *argument, int64_t item, int worker) {
     delta -= dlse;
     job->delta[row] = dead ? 0 : (REAL)delta;
     if (!p->dsinks.data || sink == -(REAL)INFINITY) continue;
-    // A row that sees only its sink has p_sink = 1; its dO meets o = 0, which does not depend on the sink.
-    const double natural = block.plain ? 0.6931471805599453 : 1;
-    dsink += dead ? dlse : -delta * exp(sink - scale.base * natural) * scale.factor;
+    // The dO of a row that sees only its sink meets o = 0, which does not depend on the sink.
+    dsink += dead ? dlse : -delta * scale.sink;
   }
   if (p->dsinks.data) job->dsinks[(block.head * p->batch + block.batch) * job->blocks + item % job->blocks] = dsink;
 }

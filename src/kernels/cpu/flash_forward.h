@@ -175,22 +175,24 @@ static void NAME(join)(const NAME(block) * block, NAME(gathered) * into, const N
 typedef struct NAME(row_scale) {
   double base, factor;  // base in the block's unit
   double lse;           // natural
+  double sink;          // the sink's own weight
 } NAME(row_scale);
 
 static NAME(row_scale) NAME(scale_row)(const NAME(block) * block, double peak, double sum) {
   const sa_problem *p = block->p;
+  // In natural units, in which a sink near the dtype's largest number does not overflow.
   const double natural = block->plain ? 0.6931471805599453 : 1;
+  double top = peak * natural, own = 0;
   if (p->sinks.data) {
     REAL sink;
     NAME(read_row)(sa_at(&p->sinks, 0, block->head, 0, 0), p->sinks.dtype, 1, &sink);
-    const double wanted = sink / natural;
-    const double top = wanted > peak || wanted != wanted ? wanted : peak;
-    sum = sum * exp((peak - top) * natural) + exp((wanted - top) * natural);
-    peak = top;
+    if (sink > top || sink != sink) top = sink;
+    own = exp(sink - top);
+    sum = sum * exp(peak * natural - top) + own;
   }
   // Visible scores that are all -inf leave a sum of 0: 0/0 is the NaN that the definition gives.
-  if (!(sum > 0)) return (NAME(row_scale)){NAN, NAN, NAN};
-  return (NAME(row_scale)){peak, 1 / sum, peak * natural + log(sum)};
+  if (!(sum > 0)) return (NAME(row_scale)){NAN, NAN, NAN, NAN};
+  return (NAME(row_scale)){top == peak * natural ? peak : top / natural, 1 / sum, top + log(sum), own / sum};
 }
 
 // Writes out, LSE and dead rows of a block; leaves in gathered->peak and sum each row's base and factor.
@@ -204,7 +206,7 @@ static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered) {
     const int64_t query = block->query + i;
     REAL *o = gathered->o + (int64_t)i * padded;
     const bool dead = !(gathered->alive >> i & 1);
-    NAME(row_scale) row = {INFINITY, 0, sink};
+    NAME(row_scale) row = {INFINITY, 0, sink, 1};
     if (dead) {
       memset(o, 0, sizeof *o * width);
     } else {

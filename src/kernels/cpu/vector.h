@@ -8,9 +8,15 @@ typedef REAL NAME(vector) __attribute__((vector_size(VECTOR_BYTES)));
 typedef BITS NAME(bits) __attribute__((vector_size(VECTOR_BYTES)));
 typedef REAL NAME(loose) __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 
-static inline NAME(vector) NAME(load)(const REAL *from) { return *(const NAME(loose) *)from; }
-static inline void NAME(store)(REAL *to, NAME(vector) x) { *(NAME(loose) *)to = x; }
-static inline NAME(vector) NAME(set)(REAL x) { return x - (NAME(vector)){0}; }
+static inline NAME(vector) NAME(load)(const REAL *from) {
+  return *(const NAME(loose) *)from;
+}
+static inline void NAME(store)(REAL *to, NAME(vector) x) {
+  *(NAME(loose) *)to = x;
+}
+static inline NAME(vector) NAME(set)(REAL x) {
+  return x - (NAME(vector)){0};
+}
 
 static inline NAME(vector) NAME(choose)(NAME(bits) mask, NAME(vector) a, NAME(vector) b) {
   return (NAME(vector))((mask & (NAME(bits))a) | (~mask & (NAME(bits))b));
