@@ -282,6 +282,7 @@ local function carry_back(root, slot, gradient)
 end
 
 --- Carries the gradient of t back to every leaf that requires grad, adding to its `grad`.
+-- @param t a tensor that recorded operations made
 -- @param gradient like t; 1 when left out, which is allowed for one element only
 function tensor.methods.backward(t, gradient)
   local handle = pointer(t, "backward", "t")

@@ -78,7 +78,7 @@ function M.map(fname, name)
   return made[name]
 end
 
---- The colours of cells that hold no number worth a place on the map, and of the mark beside dead rows and keys.
+-- The colours of cells that hold no number worth a place on the map, and of the mark beside dead rows and keys.
 M.special = {
   masked = {38, 38, 42}, zero = {104, 104, 108}, ["nan"] = {255, 0, 255}, posinf = {0, 230, 90},
   neginf = {0, 190, 255}, dead = {235, 40, 40},
