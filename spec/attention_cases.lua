@@ -8,10 +8,12 @@ local ffi, lib, bit = core.ffi, core.lib, require "bit"
 
 local cases = {}
 
--- Fresh memory is filled with 0x7f, which is a huge number or a NaN in every float dtype: an element that a kernel
--- forgets to write then shows. (-6 is glibc's M_PERTURB; what it fills with is the complement.)
+-- While a case runs, fresh memory is filled with 0x7f, which is a huge number or a NaN in every float dtype: an element
+-- that a kernel forgets to write then shows. (-6 is glibc's M_PERTURB; it fills with the complement.)
 pcall(ffi.cdef, "int mallopt(int, int);")
-pcall(function() ffi.C.mallopt(-6, 0x80) end)
+local function poison_fresh_memory(on)
+  pcall(function() ffi.C.mallopt(-6, on and 0x80 or 0) end)
+end
 
 -- Engines
 
@@ -28,12 +30,14 @@ do
   end
 end
 
---- Runs f with an engine's instruction set and thread count in force.
+--- Runs f with an engine's instruction set and thread count in force, and fresh memory poisoned.
 function cases.with(engine, f)
   assert(lib.sa_set_isa(engine.isa or "auto") == 0, ffi.string(lib.sa_last_error()))
   local threads = sa.threads()
   if engine.threads then sa.threads(engine.threads) end
+  poison_fresh_memory(true)
   local ok, result = pcall(f)
+  poison_fresh_memory(false)
   sa.threads(threads)
   lib.sa_set_isa("auto")
   if not ok then error(result, 0) end
