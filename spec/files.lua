@@ -95,8 +95,9 @@ function files.torture(path, good, header)
   return refused
 end
 
---- Runs Python; the test is pending where Python or a module that it imports is missing.
-function files.python(modules, code)
+--- Runs Python; the test is pending where Python or a module that it imports is missing. `pending` is busted's, which
+-- only specs see.
+function files.python(pending, modules, code)
   if select(2, child.command("python3 -c 'import " .. modules .. "'")) ~= 0 then
     pending("python3 with " .. modules .. " is not here")
   end

@@ -169,7 +169,7 @@ print(sa.save("%s", {t = sa.zeros {1}}))
     local tensors = sample()
     assert(sa.save(path "stored.npz", tensors))
     assert(sa.save(path "deflated.npz", tensors, {compress = true}))
-    files.python("numpy", (([=[
+    files.python(pending, "numpy", (([=[
 import numpy as np
 for name in ('stored', 'deflated'):
   z = np.load('FOLDER/%s.npz' % name)
