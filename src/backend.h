@@ -20,7 +20,9 @@ typedef struct sa_problem {
   sa_operand q, k, v, bias, sinks, alibi;  // sinks and alibi: stride[1] runs over heads
   double scale, softcap, dropout;
   uint64_t seed;
-  int64_t diagonal;  // d of ALiBi: S - L for bottom-right causality, else 0
+  int32_t device;         // that every operand is on
+  int32_t deterministic;  // the same bits every time
+  int64_t diagonal;       // d of ALiBi: S - L for bottom-right causality, else 0
   // forward writes, backward reads
   sa_operand out, lse, dead;  // lse and dead [B,H,L] have stride[2] along rows, stride[3] unused; dead may be absent
   sa_operand weights;         // written by forward, or absent
@@ -74,8 +76,8 @@ typedef struct sa_operations {
 
 typedef struct sa_backend {
   const char *name;
-  void *(*allocate)(const char *function, int64_t bytes);
-  void (*release)(void *memory);
+  void *(*allocate)(const char *function, int device, int64_t bytes);
+  void (*release)(int device, void *memory);
   // `to` and `from` have one shape (broadcast dims have stride 0).
   int (*copy)(sa_tensor *to, const sa_tensor *from);
   int (*fill)(sa_tensor *t, double value);
@@ -84,6 +86,21 @@ typedef struct sa_backend {
   const sa_attention_kernels *(*fused)(const sa_problem *p);
   const sa_operations *operations;
 } sa_backend;
+
+// What the library of a device may ask of the core, which it does not link.
+typedef struct sa_host {
+  int (*fail)(int status, const char *function, const char *format, ...) __attribute__((format(printf, 3, 4)));
+  void *(*allocate)(const char *function, int64_t bytes);  // the core's own counted memory
+  void (*release)(void *memory);
+  bool (*interrupted)(void);  // whether sa_interrupt() asked the calls at work to end
+  // What a device keeps with a plan: the copy for `device` that was attached before (or NULL), and a new one, which
+  // `drop` releases when the plan goes. Attaching returns the copy to use: another thread's, when it was faster (the
+  // new one is then dropped), or NULL when memory is refused (nothing is dropped).
+  void *(*plan_copy)(const sa_plan *plan, int device);
+  void *(*attach_plan_copy)(const sa_plan *plan, int device, void *copy, void (*drop)(void *copy));
+} sa_host;
+
+extern const sa_backend sa_cpu_backend;
 
 // NULL, and an error that names `function` and says what is missing, when the device is not there.
 const sa_backend *sa_backend_of(const char *function, int device);

@@ -357,6 +357,7 @@ static int write_plan(compiler *c, sa_plan **out, int64_t batch, int64_t heads) 
   plan->pattern_count = c->pattern_count;
   plan->bytes = l.bytes;
   plan->holders = 1;
+  plan->copies = NULL;
   if (c->pattern_count)
     memcpy((sa_pattern *)plan->patterns, c->patterns, (size_t)c->pattern_count * sizeof *plan->patterns);
   write_rows(c, plan);

@@ -105,24 +105,21 @@ static const sa_attention_kernels *choose_fused(const sa_problem *p) {
   return &kernels_in_force()->fused[p->dtype];
 }
 
-static const sa_backend cpu = {
+static void *allocate(const char *function, int device, int64_t bytes) {
+  return sa_cpu_allocate(function, bytes);
+}
+
+static void release(int device, void *memory) {
+  sa_cpu_release(memory);
+}
+
+const sa_backend sa_cpu_backend = {
     .name = "cpu",
-    .allocate = sa_cpu_allocate,
-    .release = sa_cpu_release,
+    .allocate = allocate,
+    .release = release,
     .copy = sa_cpu_copy,
     .fill = sa_cpu_fill,
     .reference = sa_cpu_reference,
     .fused = choose_fused,
     .operations = &sa_cpu_operations,
 };
-
-int sa_device_count(int kind) {
-  return kind == SA_CPU;
-}
-
-const sa_backend *sa_backend_of(const char *function, int device) {
-  if (device == SA_CPU) return &cpu;
-  sa_fail(SA_NO_DEVICE, function, "device: got %s, but this build has no CUDA part; wanted cpu",
-          sa_device_name(device));
-  return NULL;
-}

@@ -234,7 +234,7 @@ int sa_block_new(const char *function, int device, int64_t bytes, sa_block **blo
   if (fails_on_request()) return refused(function, bytes);
   sa_block *made = malloc(sizeof *made);
   if (!made) return refused(function, sizeof *made);
-  void *memory = backend->allocate(function, bytes);
+  void *memory = backend->allocate(function, device, bytes);
   if (!memory) {
     free(made);
     return SA_NO_MEMORY;
@@ -258,6 +258,6 @@ void sa_block_release(sa_block *block) {
   // The last holder must see all that the others wrote before they let go.
   if (!block || atomic_fetch_sub_explicit(&block->holders, 1, memory_order_acq_rel) > 1) return;
   if (block->device == SA_CPU) count_block(-block->bytes, -1);
-  block->backend->release(block->data);
+  block->backend->release(block->device, block->data);
   free(block);
 }

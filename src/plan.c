@@ -45,8 +45,40 @@ static void retain(const sa_plan *plan) {
   __atomic_fetch_add(holders_of(plan), 1, __ATOMIC_RELAXED);
 }
 
+/*  What devices keep with a plan: a list that only grows, so that reading it takes no lock  */
+
+void *sa_plan_copy_on(const sa_plan *plan, int device) {
+  for (const sa_plan_copy *c = __atomic_load_n(&plan->copies, __ATOMIC_ACQUIRE); c; c = c->next)
+    if (c->device == device) return c->copy;
+  return NULL;
+}
+
+// A plan is const to all but this list and its count of holders.
+void *sa_plan_attach_copy(const sa_plan *plan, int device, void *copy, void (*drop)(void *copy)) {
+  sa_plan_copy *made = sa_allocate("sa_mask_plan", sizeof *made);
+  if (!made) return NULL;
+  *made = (sa_plan_copy){device, copy, drop, NULL};
+  take_lock();
+  void *earlier = sa_plan_copy_on(plan, device);
+  if (!earlier) {
+    made->next = plan->copies;
+    __atomic_store_n(&((sa_plan *)plan)->copies, made, __ATOMIC_RELEASE);
+  }
+  give_lock();
+  if (!earlier) return copy;
+  sa_release(made);
+  drop(copy);
+  return earlier;
+}
+
 void sa_plan_release(const sa_plan *plan) {
-  if (plan && __atomic_fetch_sub(holders_of(plan), 1, __ATOMIC_ACQ_REL) == 1) sa_release((void *)plan);
+  if (!plan || __atomic_fetch_sub(holders_of(plan), 1, __ATOMIC_ACQ_REL) > 1) return;
+  for (sa_plan_copy *c = plan->copies, *next; c; c = next) {
+    next = c->next;
+    c->drop(c->copy);
+    sa_release(c);
+  }
+  sa_release((void *)plan);
 }
 
 void sa_plans_drop(sa_kept_plan *plans, int count) {

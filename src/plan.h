@@ -18,6 +18,14 @@ typedef struct sa_pattern {
   uint64_t word[SA_TILE][SA_TILE / 64];
 } sa_pattern;
 
+// What a device keeps with a plan (backend.h); newest first.
+typedef struct sa_plan_copy {
+  int32_t device;
+  void *copy;
+  void (*drop)(void *copy);
+  struct sa_plan_copy *next;
+} sa_plan_copy;
+
 // A plane is one (batch, head); batch and heads are 1 when the mask does not depend on them.
 struct sa_plan {
   int64_t batch, heads, queries, keys;
@@ -36,8 +44,9 @@ struct sa_plan {
   const int64_t *row_visible;  // visible pairs per plane and row of tiles
   const int64_t *col_visible;  // visible pairs per plane and column of tiles
   int64_t visible, empty, partial, full;
-  int64_t bytes;    // that the plan holds
-  int64_t holders;  // atomic
+  int64_t bytes;         // that the plan holds
+  int64_t holders;       // atomic
+  sa_plan_copy *copies;  // atomic
 };
 
 static inline int64_t sa_plan_plane(const sa_plan *plan, int64_t batch, int64_t head) {
@@ -48,5 +57,9 @@ static inline bool sa_plan_row_dead(const sa_plan *plan, int64_t plane, int64_t 
   const uint64_t *bits = plan->dead_rows + plane * ((plan->queries + 63) / 64);
   return bits[query / 64] >> (query % 64) & 1;
 }
+
+// Of sa_host (backend.h).
+void *sa_plan_copy_on(const sa_plan *plan, int device);
+void *sa_plan_attach_copy(const sa_plan *plan, int device, void *copy, void (*drop)(void *copy));
 
 #endif

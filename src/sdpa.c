@@ -201,6 +201,8 @@ static int check_numbers(call *c) {
   p->softcap = a->softcap;
   p->dropout = a->dropout;
   p->seed = a->seed;
+  p->device = a->q->device;
+  p->deterministic = a->deterministic;
   p->diagonal = a->causal == SA_BOTTOM_RIGHT ? p->keys - p->queries : 0;
   return SA_OK;
 }

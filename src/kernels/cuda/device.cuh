@@ -1,0 +1,43 @@
+// what the files of the CUDA library share: the host's table, streams, scratch memory, launches, errors
+#ifndef SAFEATTN_KERNELS_CUDA_DEVICE_CUH
+#define SAFEATTN_KERNELS_CUDA_DEVICE_CUH
+#include <cuda_runtime.h>
+
+#include "backend.h"
+
+extern const sa_host *sa_cuda_host;  // set when the library is opened
+
+// SA_OK, or SA_NO_MEMORY for a refused allocation, or SA_NO_DEVICE; the host is told CUDA's own text, in the name of
+// `function`.
+int sa_cuda_check(const char *function, cudaError_t error);
+
+// Makes `device` (an sa_tensor's) current for the calling thread and gives the stream its work goes to.
+int sa_cuda_use(const char *function, int device, cudaStream_t *stream);
+
+typedef struct sa_cuda_properties {
+  int major, minor, processors;  // compute capability, multiprocessors
+  int64_t cache_bytes;           // second-level cache
+  int shared_bytes;              // that a block may have
+} sa_cuda_properties;
+const sa_cuda_properties *sa_cuda_properties_of(int device);
+
+// Memory that work already sent to the current stream may use until it is released; it comes from the same cache as
+// tensors and is aligned to 256 bytes. NULL when refused.
+void *sa_cuda_scratch(const char *function, int device, int64_t bytes);
+void sa_cuda_scratch_release(int device, void *memory);
+
+// kernel<<<grid, block, shared, stream>>>(arguments...), with its error; more than 48 KiB of shared memory are asked
+// for on the way.
+template <class... Parameters, class... Arguments>
+static int sa_cuda_launch(const char *function, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                          cudaStream_t stream, Arguments... arguments) {
+  if (shared > 48 << 10) {
+    const int status = sa_cuda_check(
+        function, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    if (status) return status;
+  }
+  kernel<<<grid, block, shared, stream>>>(arguments...);
+  return sa_cuda_check(function, cudaGetLastError());
+}
+
+#endif
