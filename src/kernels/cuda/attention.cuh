@@ -1,0 +1,20 @@
+// the attention kernels of the CUDA library, as cuda.cu chooses among them
+#ifndef SAFEATTN_KERNELS_CUDA_ATTENTION_CUH
+#define SAFEATTN_KERNELS_CUDA_ATTENTION_CUH
+#include "backend.h"
+
+// The definition in plain f64 loops: any dtype, any width, any option.
+int sa_cuda_reference_forward(const sa_problem *p);
+int sa_cuda_reference_backward(const sa_problem *p);
+
+// mma.sync, for sm_80 and newer: every dtype and option, widths of q and v up to 256.
+int sa_cuda_portable_forward(const sa_problem *p);
+int sa_cuda_portable_backward(const sa_problem *p);
+
+// TMA and wgmma, for sm_90a: what `covers` says, the fastest there.
+bool sa_cuda_hopper_forward_covers(const sa_problem *p);
+bool sa_cuda_hopper_backward_covers(const sa_problem *p);
+int sa_cuda_hopper_forward(const sa_problem *p);
+int sa_cuda_hopper_backward(const sa_problem *p);
+
+#endif
