@@ -8,10 +8,7 @@
 
 #include <type_traits>
 
-// Shared memory is addressed by 32 bits, as descriptors and mbarriers want it.
-static __device__ __forceinline__ uint32_t shared_address(const void *p) {
-  return (uint32_t)__cvta_generic_to_shared(p);
-}
+#include "kernels/cuda/ptx.cuh"
 
 // Mbarriers, eight bytes each. A phase ends when `count` threads have arrived and the expected bytes are there; phases
 // are told apart by parity: the first has 0.

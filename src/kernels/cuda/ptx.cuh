@@ -1,0 +1,90 @@
+// instructions of sm_80 and newer that C++ has no words for: matrix products, matrix loads, asynchronous copies, ex2
+#ifndef SAFEATTN_KERNELS_CUDA_PTX_CUH
+#define SAFEATTN_KERNELS_CUDA_PTX_CUH
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+// Shared memory is addressed by 32 bits, as matrix loads, descriptors and mbarriers want it.
+static __device__ __forceinline__ uint32_t shared_address(const void *p) {
+  return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+// Matrix products of a warp, d += a b. With g = lane / 4 and t = lane % 4 a lane holds
+//
+//   d (16 x 8):  d[0], d[1] = (g, 2t), (g, 2t + 1);  d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1)
+//   16-bit:  a (16 x 16) = (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..);  b (16 x 8) = (2t.., g), (2t +
+//            8.., g), two elements a register, the lower k in the lower half
+//   tf32:    a (16 x 8) = (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);  b (8 x 8) = (t, g), (t + 4, g); the bits of
+//            an f32 whose lowest 13 are not read
+//   f64:     d (8 x 8) = (g, 2t), (g, 2t + 1);  a (8 x 4) = (g, t);  b (4 x 8) = (t, g)
+
+static __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+static __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+static __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+static __device__ __forceinline__ void mma_f64(double (&d)[2], double a, double b) {
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+      : "+d"(d[0]), "+d"(d[1])
+      : "d"(a), "d"(b));
+}
+
+// Four matrices of 8 rows of 16 bytes; the address of row r of matrix m comes from lane 8 m + r. Register m of a lane
+// is the 4 bytes t = lane % 4 of row lane / 4 of matrix m; transposed, the 16-bit elements (2t, g) and (2t + 1, g).
+
+static __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+static __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Copies to shared memory that go on while the thread computes: 16 bytes, both ends aligned to 16, of which only
+// `bytes` are read and the rest becomes 0.
+static __device__ __forceinline__ void copy_async(uint32_t to, const void *from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// The thread's copies since the last commit become a group.
+static __device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Returns once all of the thread's groups but the last PENDING have arrived; others see them after a barrier.
+template <int PENDING>
+static __device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// 2^x to 2 ulp; results below the smallest normal number are 0.
+static __device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+#endif
