@@ -1,0 +1,620 @@
+// what the portable attention kernels share: products of a warp per dtype, tiles in shared memory, scores, dropout
+#ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_TILE_CUH
+#define SAFEATTN_KERNELS_CUDA_PORTABLE_TILE_CUH
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/plan.cuh"
+#include "kernels/cuda/ptx.cuh"
+#include "random.h"
+
+/*  Tiles
+ *
+ *  A tile is rows of an operand in shared memory, ROW bytes each (a multiple of 128): the elements beyond the operand's
+ *  width, and the rows beyond its end, are 0. The 16-byte chunks of a row are swizzled, so that eight rows of one
+ * chunk, and what the loads below read at once, lie in different banks.
+ */
+
+template <int ROW>
+static __device__ __forceinline__ int tile_offset(int row, int chunk) {
+  return row * ROW + ((chunk ^ (row & 7)) << 4);
+}
+
+// The rows of one (batch, head) of an operand.
+typedef struct tile_source {
+  const char *data;  // row 0
+  int64_t stride;    // of rows, in bytes
+  int64_t rows;
+  int bytes;     // of a row
+  bool aligned;  // every row, to 16 bytes
+} tile_source;
+
+// Whether every row starts at a multiple of 16 bytes.
+static __host__ inline bool rows_aligned(const sa_operand &x, int element_bytes) {
+  return ((uintptr_t)x.data | (uintptr_t)(x.stride[0] * element_bytes) | (uintptr_t)(x.stride[1] * element_bytes) |
+          (uintptr_t)(x.stride[2] * element_bytes)) %
+             16 ==
+         0;
+}
+
+static __device__ __forceinline__ tile_source tile_source_of(const sa_operand &x, int element_bytes, int64_t batch,
+                                                             int64_t head, int64_t rows, int64_t width, bool aligned) {
+  tile_source source;
+  source.data = (const char *)x.data + (batch * x.stride[0] + head * x.stride[1]) * element_bytes;
+  source.stride = x.stride[2] * element_bytes;
+  source.rows = rows;
+  source.bytes = (int)width * element_bytes;
+  source.aligned = aligned;
+  return source;
+}
+
+// 16 bytes from an address that is only aligned to its elements, 0 from `bytes` on.
+template <class Element>
+static __device__ __forceinline__ uint4 read_unaligned(const char *from, int bytes) {
+  union {
+    uint4 all;
+    uint16_t half[8];
+    uint32_t word[4];
+    uint64_t pair[2];
+  } chunk;
+  chunk.all = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int k = 0; k < 16 / (int)sizeof(Element); k++) {
+    if ((k + 1) * (int)sizeof(Element) > bytes) continue;
+    if (sizeof(Element) == 2) chunk.half[k] = ((const uint16_t *)from)[k];
+    if (sizeof(Element) == 4) chunk.word[k & 3] = ((const uint32_t *)from)[k];
+    if (sizeof(Element) == 8) chunk.pair[k & 1] = ((const uint64_t *)from)[k];
+  }
+  return chunk.all;
+}
+
+// Starts copying ROWS rows from `first` on into a tile; all THREADS threads call it. They are there after the threads'
+// copy_async_commit, copy_async_wait and a barrier.
+template <class Element, int ROW, int ROWS, int THREADS>
+static __device__ __forceinline__ void load_tile(char *tile, const tile_source &source, int64_t first, int thread) {
+  enum { CHUNKS = ROW / 16, ALL = ROWS * CHUNKS };
+  const int64_t left = source.rows - first;
+  const int rows = left < ROWS ? (int)left : ROWS;
+  const char *from = source.data + first * source.stride;
+#pragma unroll 4
+  for (int k = thread; k < ALL; k += THREADS) {
+    const int row = k / CHUNKS, chunk = k % CHUNKS, rest = source.bytes - chunk * 16;
+    const int bytes = row >= rows || rest < 0 ? 0 : rest < 16 ? rest : 16;
+    const char *place = bytes ? from + row * source.stride + chunk * 16 : source.data;
+    char *to = tile + tile_offset<ROW>(row, chunk);
+    if (source.aligned)
+      copy_async(shared_address(to), place, bytes);
+    else
+      *(uint4 *)to = read_unaligned<Element>(place, bytes);
+  }
+}
+
+static __device__ __forceinline__ bool is_finite(float x) {
+  return x * 0 == 0;
+}
+
+static __device__ __forceinline__ bool is_finite(double x) {
+  return x * 0 == 0;
+}
+
+static __device__ __forceinline__ float real_of(float x) {
+  return x;
+}
+
+static __device__ __forceinline__ double real_of(double x) {
+  return x;
+}
+
+static __device__ __forceinline__ float real_of(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+
+static __device__ __forceinline__ float real_of(__half x) {
+  return __half2float(x);
+}
+
+static __device__ __forceinline__ void put_real(float *to, float x) {
+  *to = x;
+}
+
+static __device__ __forceinline__ void put_real(double *to, double x) {
+  *to = x;
+}
+
+static __device__ __forceinline__ void put_real(__nv_bfloat16 *to, float x) {
+  *to = __float2bfloat16_rn(x);
+}
+
+static __device__ __forceinline__ void put_real(__half *to, float x) {
+  *to = __float2half_rn(x);
+}
+
+// Puts 0 in place of what is not finite in a tile, and sets row % 32 of bad[row / 32] for the rows that had it; the
+// caller clears `bad` before, and puts a barrier before and behind.
+template <class Element, int ROW, int ROWS, int THREADS>
+static __device__ __forceinline__ void make_finite(char *tile, uint32_t *bad, int thread) {
+  enum { CHUNKS = ROW / 16, ALL = ROWS * CHUNKS, EACH = 16 / sizeof(Element) };
+  for (int k = thread; k < ALL; k += THREADS) {
+    const int row = k / CHUNKS;
+    Element *x = (Element *)(tile + tile_offset<ROW>(row, k % CHUNKS));
+    bool found = false;
+    for (int n = 0; n < EACH; n++) {
+      if (is_finite(real_of(x[n]))) continue;
+      x[n] = Element(0.f);
+      found = true;
+    }
+    if (found) atomicOr(&bad[row / 32], 1u << (row % 32));
+  }
+}
+
+/*  Products
+ *
+ *  A dtype's products give a warp c += a b, where the accumulator c is blocks of 16 x 8: with g = lane / 4, t = lane %
+ * 4 a lane holds c[0], c[1] = (g, 2t), (g, 2t + 1) and c[2], c[3] = (g + 8, 2t), (g + 8, 2t + 1), whatever the dtype.
+ * One step is DEPTH deep.
+ *
+ *      left      a, 16 rows x DEPTH         right     b, DEPTH x 8 columns
+ *
+ *      left_rows<ROW>       a = 16 rows of a tile, from `row` on, and its columns DEPTH * step ..
+ *      left_of              a = accumulator blocks (DEPTH / 8 of them, side by side) rounded to the dtype
+ *      right_rows<ROW>      b[0], b[1] = the transposes of 16 rows of a tile, from `row` on, columns DEPTH * step ..
+ *      right_columns<ROW>   b[0], b[1] = DEPTH rows of a tile, from `row` on, and its columns `column` .. + 15
+ *      multiply             sum += a b
+ *      sum                  a block while it is summed; value(n) is its c[n]. FRESH: sums over more than a tile are
+ *                           better made of fresh ones per tile, added in f32
+ *
+ *  left_of is for right_columns (their order of the contraction is their own), left_rows is for right_rows. CAREFUL is
+ *  for operands that may hold NaN, Inf or numbers that a rounding takes to Inf: f32 alone needs it (products_f32);
+ *  without it such operands give NaN, never a number.
+ */
+
+template <int ROW>
+static __device__ __forceinline__ uint32_t left_rows_address(const char *tile, int row, int step) {
+  const int lane = threadIdx.x & 31;
+  return shared_address(tile + tile_offset<ROW>(row + (lane & 15), 2 * step + (lane >> 4)));
+}
+
+template <int ROW>
+static __device__ __forceinline__ uint32_t right_rows_address(const char *tile, int row, int step) {
+  const int lane = threadIdx.x & 31;
+  return shared_address(tile + tile_offset<ROW>(row + (lane & 7) + (lane >> 4 << 3), 2 * step + (lane >> 3 & 1)));
+}
+
+template <int ROW>
+static __device__ __forceinline__ uint32_t right_columns_address(const char *tile, int row, int column) {
+  const int lane = threadIdx.x & 31;
+  return shared_address(tile + tile_offset<ROW>(row + (lane & 15), column / 8 + (lane >> 4)));
+}
+
+// What bf16 and f16 have in common.
+struct products_16 {
+  typedef float real;
+  enum { DEPTH = 16, FRESH = 0 };
+
+  struct left {
+    uint32_t r[4];
+  };
+  struct right {
+    uint32_t r[2];
+  };
+  struct sum {
+    float d[4];
+    __device__ __forceinline__ float value(int n) const { return d[n]; }
+  };
+
+  template <int ROW, bool CAREFUL>
+  static __device__ __forceinline__ void left_rows(left &a, const char *tile, int row, int step) {
+    load_matrices(a.r, left_rows_address<ROW>(tile, row, step));
+  }
+
+  template <int ROW, bool CAREFUL>
+  static __device__ __forceinline__ void right_rows(right (&b)[2], const char *tile, int row, int step) {
+    uint32_t r[4];
+    load_matrices(r, right_rows_address<ROW>(tile, row, step));
+    b[0].r[0] = r[0], b[0].r[1] = r[1], b[1].r[0] = r[2], b[1].r[1] = r[3];
+  }
+
+  template <int ROW, bool CAREFUL>
+  static __device__ __forceinline__ void right_columns(right (&b)[2], const char *tile, int row, int column) {
+    uint32_t r[4];
+    load_matrices_transposed(r, right_columns_address<ROW>(tile, row, column));
+    b[0].r[0] = r[0], b[0].r[1] = r[1], b[1].r[0] = r[2], b[1].r[1] = r[3];
+  }
+};
+
+struct products_bf16 : products_16 {
+  typedef __nv_bfloat16 element;
+  enum { DTYPE = SA_BF16 };
+
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    union {
+      __nv_bfloat162 pair;
+      uint32_t bits;
+    } x;
+    x.pair = __floats2bfloat162_rn(low, high);
+    return x.bits;
+  }
+
+  static __device__ __forceinline__ void left_of(left &a, const float (*c)[4]) {
+    a.r[0] = pack(c[0][0], c[0][1]), a.r[1] = pack(c[0][2], c[0][3]);
+    a.r[2] = pack(c[1][0], c[1][1]), a.r[3] = pack(c[1][2], c[1][3]);
+  }
+
+  static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) { mma_bf16(c.d, a.r, b.r); }
+};
+
+struct products_f16 : products_16 {
+  typedef __half element;
+  enum { DTYPE = SA_F16 };
+
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    union {
+      __half2 pair;
+      uint32_t bits;
+    } x;
+    x.pair = __floats2half2_rn(low, high);
+    return x.bits;
+  }
+
+  static __device__ __forceinline__ void left_of(left &a, const float (*c)[4]) {
+    a.r[0] = pack(c[0][0], c[0][1]), a.r[1] = pack(c[0][2], c[0][3]);
+    a.r[2] = pack(c[1][0], c[1][1]), a.r[3] = pack(c[1][2], c[1][3]);
+  }
+
+  static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) { mma_f16(c.d, a.r, b.r); }
+};
+
+// f32 as a sum of two tf32: x = big + small to 2^-22 of x, and three of the four products. The hardware cuts off what a
+// sum has beyond 24 bits, always towards 0: so the small products have a sum of their own, and long sums are made of
+// fresh ones.
+struct products_f32 {
+  typedef float element;
+  typedef float real;
+  enum { DTYPE = SA_F32, DEPTH = 8, FRESH = 1 };
+
+  struct left {
+    uint32_t big[4], small[4];
+  };
+  struct right {
+    uint32_t big[2], small[2];
+  };
+  struct sum {
+    float big[4], small[4];
+    __device__ __forceinline__ float value(int n) const { return big[n] + small[n]; }
+  };
+
+  // Rounded to nearest: cut off, the dropped products would all have one sign. Inf - Inf makes small NaN, which only
+  // CAREFUL avoids: for every f32 it would cost two more instructions.
+  template <bool CAREFUL>
+  static __device__ __forceinline__ void split(uint32_t bits, uint32_t &big, uint32_t &small) {
+    big = (bits + 0x1000) & 0xffffe000;
+    if (CAREFUL && (bits & 0x7f800000) == 0x7f800000) {
+      big = bits & 0x007fffff ? 0x7fffffff : bits;
+      small = 0;
+      return;
+    }
+    if (CAREFUL && (big & 0x7f800000) == 0x7f800000) big = bits & 0xffffe000;
+    small = __float_as_uint(__uint_as_float(bits) - __uint_as_float(big));
+  }
+
+  template <int ROW, bool CAREFUL>
+  static __device__ __forceinline__ void left_rows(left &a, const char *tile, int row, int step) {
+    uint32_t r[4];
+    load_matrices(r, left_rows_address<ROW>(tile, row, step));
+#pragma unroll
+    for (int n = 0; n < 4; n++) split<CAREFUL>(r[n], a.big[n], a.small[n]);
+  }
+
+  template <int ROW, bool CAREFUL>
+  static __device__ __forceinline__ void right_rows(right (&b)[2], const char *tile, int row, int step) {
+    uint32_t r[4];
+    load_matrices(r, right_rows_address<ROW>(tile, row, step));
+#pragma unroll
+    for (int n = 0; n < 4; n++) split<CAREFUL>(r[n], b[n / 2].big[n % 2], b[n / 2].small[n % 2]);
+  }
+
+  // Column t of a is key 2t and column t + 4 key 2t + 1, as the accumulators have them.
+  template <int ROW, bool CAREFUL>
+  static __device__ __forceinline__ void right_columns(right (&b)[2], const char *tile, int row, int column) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const int to = column + n / 2 * 8 + g;
+      const uint32_t bits = *(const uint32_t *)(tile + tile_offset<ROW>(row + 2 * t + n % 2, to / 4) + to % 4 * 4);
+      split<CAREFUL>(bits, b[n / 2].big[n % 2], b[n / 2].small[n % 2]);
+    }
+  }
+
+  static __device__ __forceinline__ void left_of(left &a, const float (*c)[4]) {
+    split<false>(__float_as_uint(c[0][0]), a.big[0], a.small[0]);
+    split<false>(__float_as_uint(c[0][2]), a.big[1], a.small[1]);
+    split<false>(__float_as_uint(c[0][1]), a.big[2], a.small[2]);
+    split<false>(__float_as_uint(c[0][3]), a.big[3], a.small[3]);
+  }
+
+  static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) {
+    mma_tf32(c.small, a.small, b.big);
+    mma_tf32(c.small, a.big, b.small);
+    mma_tf32(c.big, a.big, b.big);
+  }
+};
+
+// Of the eight elements of a step a lane has the neighbours 2t and 2t + 1, one for each of two products.
+struct products_f64 {
+  typedef double element;
+  typedef double real;
+  enum { DTYPE = SA_F64, DEPTH = 8, FRESH = 0 };
+
+  struct left {
+    double r[4];
+  };
+  struct right {
+    double r[2];
+  };
+  struct sum {
+    double d[4];
+    __device__ __forceinline__ double value(int n) const { return d[n]; }
+  };
+
+  template <int ROW, bool CAREFUL>
+  static __device__ __forceinline__ void left_rows(left &a, const char *tile, int row, int step) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+    const double2 top = *(const double2 *)(tile + tile_offset<ROW>(row + g, 4 * step + t));
+    const double2 bottom = *(const double2 *)(tile + tile_offset<ROW>(row + g + 8, 4 * step + t));
+    a.r[0] = top.x, a.r[1] = top.y, a.r[2] = bottom.x, a.r[3] = bottom.y;
+  }
+
+  template <int ROW, bool CAREFUL>
+  static __device__ __forceinline__ void right_rows(right (&b)[2], const char *tile, int row, int step) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      const double2 pair = *(const double2 *)(tile + tile_offset<ROW>(row + 8 * n + g, 4 * step + t));
+      b[n].r[0] = pair.x, b[n].r[1] = pair.y;
+    }
+  }
+
+  template <int ROW, bool CAREFUL>
+  static __device__ __forceinline__ void right_columns(right (&b)[2], const char *tile, int row, int column) {
+    const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const int to = column + n / 2 * 8 + g;
+      b[n / 2].r[n % 2] = *(const double *)(tile + tile_offset<ROW>(row + 2 * t + n % 2, to / 2) + to % 2 * 8);
+    }
+  }
+
+  static __device__ __forceinline__ void left_of(left &a, const double (*c)[4]) {
+#pragma unroll
+    for (int n = 0; n < 4; n++) a.r[n] = c[0][n];
+  }
+
+  static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) {
+    double top[2] = {c.d[0], c.d[1]}, bottom[2] = {c.d[2], c.d[3]};
+    mma_f64(top, a.r[0], b.r[0]);
+    mma_f64(bottom, a.r[2], b.r[0]);
+    mma_f64(top, a.r[1], b.r[1]);
+    mma_f64(bottom, a.r[3], b.r[1]);
+    c.d[0] = top[0], c.d[1] = top[1], c.d[2] = bottom[0], c.d[3] = bottom[1];
+  }
+};
+
+template <class Sum>
+static __device__ __forceinline__ void clear_sum(Sum &c) {
+  memset(&c, 0, sizeof c);
+}
+
+/*  Tiles of the plan  */
+
+// The tiles of one row (or column) of tiles of the plan, in the order of its list: number `first` to `first` + `count`.
+typedef struct tile_walk {
+  const sa_run *next;  // run
+  int tile, pattern;   // of what comes now
+  int in_run;          // tiles of the run still to come, that one included
+  int64_t left;        // the same of all
+} tile_walk;
+
+static __device__ __forceinline__ void walk_take_run(tile_walk &walk) {
+  const sa_run run = *walk.next++;
+  walk.tile = run.first;
+  walk.pattern = run.pattern;
+  walk.in_run = run.count;
+}
+
+static __device__ __forceinline__ int64_t count_tiles(const sa_run *runs, int64_t count) {
+  int64_t tiles = 0;
+  for (int64_t k = 0; k < count; k++) tiles += runs[k].count;
+  return tiles;
+}
+
+static __device__ __forceinline__ tile_walk walk_start(const sa_run *runs, int64_t first, int64_t count) {
+  tile_walk walk = {runs, 0, 0, 0, count};
+  if (!count) return walk;
+  walk_take_run(walk);
+  while (first >= walk.in_run) {
+    first -= walk.in_run;
+    walk_take_run(walk);
+  }
+  walk.tile += (int)first;
+  walk.in_run -= (int)first;
+  return walk;
+}
+
+// Only while walk.left > 0.
+static __device__ __forceinline__ void walk_advance(tile_walk &walk) {
+  if (--walk.left == 0) return;
+  if (--walk.in_run)
+    walk.tile++;
+  else
+    walk_take_run(walk);
+}
+
+/*  Scores  */
+
+static __device__ __forceinline__ float exp2_of(float x) {
+  return exp2_fast(x);
+}
+
+static __device__ __forceinline__ double exp2_of(double x) {
+  return exp2(x);
+}
+
+static __device__ __forceinline__ double read_operand(const sa_operand &x, int64_t offset) {
+  switch (x.dtype) {
+    case SA_F32:
+      return ((const float *)x.data)[offset];
+    case SA_F16:
+      return __half2float(((const __half *)x.data)[offset]);
+    case SA_BF16:
+      return __bfloat162float(((const __nv_bfloat16 *)x.data)[offset]);
+    default:
+      return ((const double *)x.data)[offset];
+  }
+}
+
+// How the products q.k of one head become scores: in base 2 when scale is all there is (`plain`), so that 2^x gives
+// weights; in natural units with softcap, bias or ALiBi, where base 2 would make -inf of a bias of the dtype's minimum.
+// A difference of scores times `unit` is an exponent of 2.
+template <class Real>
+struct score_rule {
+  Real factor, unit, softcap, slope;
+  const void *bias;  // NULL: none; of the real's dtype, or of a 16-bit one
+  int bias_dtype;
+  int64_t bias_row, bias_column;  // strides, of queries and keys
+  int64_t diagonal;
+};
+
+static __host__ __device__ inline bool plain_scores(const sa_problem &p) {
+  return !p.bias.data && !p.alibi.data && !(p.softcap > 0);
+}
+
+template <class Real>
+static __device__ __forceinline__ score_rule<Real> score_rule_of(const sa_problem &p, int64_t batch, int64_t head) {
+  const double log2e = 1.4426950408889634;
+  const bool plain = plain_scores(p);
+  score_rule<Real> rule;
+  // Without a width a product is an empty sum, whatever 1/sqrt(0) makes of the scale.
+  rule.factor = p.width ? (Real)(plain ? p.scale * log2e : p.scale) : 0;
+  rule.unit = plain ? 1 : (Real)log2e;
+  rule.softcap = (Real)p.softcap;
+  rule.slope = p.alibi.data ? (Real)read_operand(p.alibi, head * p.alibi.stride[1]) : 0;
+  rule.bias = NULL;
+  rule.bias_dtype = p.bias.dtype;
+  rule.bias_row = p.bias.stride[2];
+  rule.bias_column = p.bias.stride[3];
+  rule.diagonal = p.diagonal;
+  if (p.bias.data) {
+    const int bytes = p.bias.dtype == SA_F64 ? 8 : p.bias.dtype == SA_F32 ? 4 : 2;
+    rule.bias = (const char *)p.bias.data + (batch * p.bias.stride[0] + head * p.bias.stride[1]) * bytes;
+  }
+  return rule;
+}
+
+template <class Real>
+static __device__ __forceinline__ Real bias_at(const score_rule<Real> &rule, int64_t query, int64_t key) {
+  const int64_t offset = query * rule.bias_row + key * rule.bias_column;
+  switch (rule.bias_dtype) {
+    case SA_F16:
+      return (Real)__half2float(((const __half *)rule.bias)[offset]);
+    case SA_BF16:
+      return (Real)__bfloat162float(((const __nv_bfloat16 *)rule.bias)[offset]);
+    case SA_F32:
+      return (Real)((const float *)rule.bias)[offset];
+    default:
+      return (Real)((const double *)rule.bias)[offset];
+  }
+}
+
+// |key - query - d|, as ALiBi multiplies it.
+template <class Real>
+static __device__ __forceinline__ Real alibi_distance(const score_rule<Real> &rule, int64_t query, int64_t key) {
+  const int64_t distance = key - query - rule.diagonal;
+  return (Real)(distance < 0 ? -distance : distance);
+}
+
+// The products of one block of an accumulator in place become scores, -inf where masked. Bit n of `visible` is c[n]'s;
+// those whose bias is -inf are cleared. The block's element c[0] is (query, key), or, with TRANSPOSED scores, whose
+// rows are keys, (key, query). `capped`, unless NULL: tanh(s / softcap), 0 without.
+template <bool TRANSPOSED, class Real>
+static __device__ __forceinline__ void score_block(const score_rule<Real> &rule, Real (&c)[4], int64_t query,
+                                                   int64_t key, uint32_t &visible, Real *capped) {
+#pragma unroll
+  for (int n = 0; n < 4; n++) {
+    c[n] *= rule.factor;
+    if (capped) capped[n] = 0;
+  }
+  if (rule.softcap > 0) {
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const Real inside = tanh(c[n] / rule.softcap);
+      if (capped) capped[n] = inside;
+      c[n] = rule.softcap * inside;
+    }
+  }
+  if (rule.bias) {
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      if (!(visible >> n & 1)) continue;
+      const int down = n / 2 * 8, right = n % 2;
+      const Real bias = bias_at(rule, query + (TRANSPOSED ? right : down), key + (TRANSPOSED ? down : right));
+      if (bias == -(Real)INFINITY) visible &= ~(1u << n);
+      c[n] += bias;
+    }
+  }
+  if (rule.slope != 0) {
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      const int down = n / 2 * 8, right = n % 2;
+      c[n] -= rule.slope * alibi_distance(rule, query + (TRANSPOSED ? right : down), key + (TRANSPOSED ? down : right));
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 4; n++)
+    if (!(visible >> n & 1)) c[n] = -(Real)INFINITY;
+}
+
+// The same when there is nothing but the scale.
+template <class Real>
+static __device__ __forceinline__ void scale_block(const score_rule<Real> &rule, Real (&c)[4], uint32_t visible) {
+#pragma unroll
+  for (int n = 0; n < 4; n++) c[n] = visible >> n & 1 ? c[n] * rule.factor : -(Real)INFINITY;
+}
+
+/*  Dropout  */
+
+typedef struct dropout_rule {
+  uint64_t seed, first;  // index of the head's pair (0, 0)
+  int64_t keys;
+  uint32_t threshold;  // 0: off
+} dropout_rule;
+
+static __device__ __forceinline__ dropout_rule dropout_rule_of(const sa_problem &p, int64_t batch, int64_t head) {
+  dropout_rule rule;
+  rule.seed = p.seed;
+  rule.first = (uint64_t)(batch * p.heads + head) * (uint64_t)p.queries * (uint64_t)p.keys;
+  rule.keys = p.keys;
+  rule.threshold = sa_dropout_threshold(p.dropout);
+  return rule;
+}
+
+// Which elements of a block are kept: bit n is c[n]'s, the block as score_block has it.
+template <bool TRANSPOSED>
+static __device__ __forceinline__ uint32_t kept_block(const dropout_rule &rule, int64_t query, int64_t key) {
+  uint32_t kept = 0;
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    const int64_t i = query + (TRANSPOSED ? 0 : 8 * row), j = key + (TRANSPOSED ? 8 * row : 0);
+    const uint64_t index = rule.first + (uint64_t)i * (uint64_t)rule.keys + (uint64_t)j;
+    uint32_t word[2];
+    if (!TRANSPOSED && index % 2 == 0) {
+      const sa_words words = sa_random_block(rule.seed, index / 4);
+      word[0] = index & 2 ? words.word[2] : words.word[0];
+      word[1] = index & 2 ? words.word[3] : words.word[1];
+    } else {
+      word[0] = sa_random_word(rule.seed, index);
+      word[1] = sa_random_word(rule.seed, index + (TRANSPOSED ? (uint64_t)rule.keys : 1));
+    }
+    kept |= (uint32_t)(word[0] >= rule.threshold) << (2 * row) | (uint32_t)(word[1] >= rule.threshold) << (2 * row + 1);
+  }
+  return kept;
+}
+
+#endif
