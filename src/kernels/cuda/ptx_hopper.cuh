@@ -64,10 +64,53 @@ static __device__ __forceinline__ void registers_take() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// Where dynamic shared memory starts in a kernel that has no other: a constant, so that addresses are immediates. The
+// kernel compares it with shared_address(start) once.
+static constexpr __device__ __forceinline__ uint32_t dynamic_shared_address(const void *start) {
+  return 1024;
+}
+
+// Shared memory by address.
+
+static __device__ __forceinline__ uint32_t shared_load(uint32_t from) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from));
+  return value;
+}
+
+static __device__ __forceinline__ float4 shared_load_4(uint32_t from) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(from));
+  return value;
+}
+
+static __device__ __forceinline__ int4 shared_load_4i(uint32_t from) {
+  int4 value;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(from));
+  return value;
+}
+
+static __device__ __forceinline__ void shared_store_4(uint32_t to, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+
+static __device__ __forceinline__ void shared_store_4i(uint32_t to, int x, int y, int z, int w) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+
 // What the threads of a block wrote into shared memory is seen by TMA, bulk copies and wgmma after this fence (by the
 // writers) and a barrier.
 static __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Orders the thread's ordinary accesses of global memory with its bulk copies there.
+static __device__ __forceinline__ void async_proxy_fence_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // How long the second-level cache should keep what a copy reads.
@@ -92,6 +135,15 @@ static __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
       "l"(map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+static __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap *map, int column, int row, int head,
+                                                int batch, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier)
       : "memory");
 }
 
@@ -138,6 +190,29 @@ static __device__ __forceinline__ void bulk_wait_read() {
 template <int PENDING>
 static __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Two floats rounded to halves, the first in the low bits.
+template <class T>
+static __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+  uint32_t pair;
+  if constexpr (std::is_same<T, __half>::value) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+// pair * 0 + seen: once a half of a pair is not finite, its half of `seen` is NaN for good; before, it is 0.
+template <class T>
+static __device__ __forceinline__ uint32_t note_nonfinite(uint32_t seen, uint32_t pair) {
+  if constexpr (std::is_same<T, __half>::value) {
+    asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(seen) : "r"(pair), "r"(0));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(seen) : "r"(pair), "r"(0));
+  }
+  return seen;
 }
 
 // Four 8x8 matrices of halves into shared memory. Matrix i is in registers r[i] as mma.sync lays out accumulators (lane
