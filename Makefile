@@ -1,4 +1,4 @@
-# builds lua/safeattn/core.so and lua/safeattn/cdef.lua, and runs what the README names; `make help` lists it
+# builds lua/safeattn/core.so, cdef.lua and (with nvcc) cuda.so, and runs what the README names; `make help` lists it
 
 ifeq ($(origin CC),default)
 CC = gcc
@@ -32,9 +32,29 @@ $(BUILD)/kernels/cpu/avx2.o: ISA_CFLAGS = -march=x86-64-v3
 $(BUILD)/kernels/cpu/avx512.o: ISA_CFLAGS = -march=x86-64-v4 -mprefer-vector-width=512
 endif
 
-##> build the library for LuaJIT (lua/safeattn/core.so) and for C (build/libsafeattn.so)
+# The CUDA part is a library of its own, which the other opens when a CUDA device is first asked for. Without nvcc, or
+# with CUDA=0, it is left out. CUDA_ARCHS: what it has machine code for; PTX of the first is for newer devices.
+NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+CUDA ?= $(if $(NVCC),1,0)
+CUDA_ARCHS ?= 80 90a
+NVCCFLAGS ?= -O3
+CUDA_LIBRARY ?= lua/safeattn/cuda.so
+
+# TMA and wgmma are there for sm_90a alone.
+HOPPER_SOURCES = $(wildcard src/kernels/cuda/hopper_*.cu)
+CUDA_SOURCES = src/cuda.cu $(filter-out $(HOPPER_SOURCES),$(wildcard src/kernels/cuda/*.cu)) \
+	$(if $(filter 90a,$(CUDA_ARCHS)),$(HOPPER_SOURCES))
+CUDA_OBJECTS = $(CUDA_SOURCES:src/%=$(BUILD)/%.o)
+FIRST_ARCH = $(firstword $(CUDA_ARCHS))
+GENCODE = $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+	-gencode arch=compute_$(FIRST_ARCH),code=compute_$(FIRST_ARCH)
+$(HOPPER_SOURCES:src/%=$(BUILD)/%.o): GENCODE = -gencode arch=compute_90a,code=sm_90a
+OWN_NVCCFLAGS = -std=c++17 -Isrc -cudart static --threads 2 -MMD -MP \
+	-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter,-Wno-missing-field-initializers
+
+##> build the library for LuaJIT (lua/safeattn/core.so) and for C (build/libsafeattn.so), and for CUDA when nvcc is there
 .PHONY: all
-all: $(CORE) $(CDEF) $(BUILD)/libsafeattn.so
+all: $(CORE) $(CDEF) $(BUILD)/libsafeattn.so $(if $(filter 0,$(CUDA)),,$(CUDA_LIBRARY) $(BUILD)/cuda.so)
 
 # The same objects twice: Lua opens core.so by its path; a C program records libsafeattn.so's name with its ABI number.
 LIBRARY = $(BUILD)/libsafeattn.so.$(ABI)
@@ -44,6 +64,19 @@ $(CORE) $(LIBRARY): $(OBJECTS)
 
 $(BUILD)/libsafeattn.so: $(LIBRARY)
 	ln -sf $(<F) $@
+
+$(CUDA_LIBRARY): $(CUDA_OBJECTS)
+	$(NVCC) -shared -cudart static -Xlinker -z,nodelete,-z,defs,--exclude-libs,ALL -o $@.new $^ && mv $@.new $@
+
+# A C program's libsafeattn.so looks beside itself.
+$(BUILD)/cuda.so: $(CUDA_LIBRARY)
+	ln -srf $< $@
+
+$(BUILD)/%.cu.o: src/%.cu Makefile
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) $(OWN_NVCCFLAGS) $(GENCODE) -c -o $@ $<
+
+-include $(CUDA_OBJECTS:.o=.d)
 
 $(BUILD)/%.o: src/%.c Makefile
 	@mkdir -p $(@D)
@@ -115,7 +148,8 @@ bench: needs-demo
 .PHONY: lint
 lint: needs-lint
 	luacheck --quiet --no-color lua bin/safeattn spec examples bench safeattn-scm-1.rockspec
-	clang-format --dry-run -Werror $(wildcard src/*.[ch] src/kernels/cpu/*.[ch] examples/c/*.c)
+	clang-format --dry-run -Werror $(wildcard src/*.[ch] src/*.cu src/kernels/*/*.[ch] src/kernels/*/*.cu \
+		src/kernels/*/*.cuh examples/c/*.c)
 
 ##> the API pages, in build/docs
 .PHONY: docs
@@ -127,6 +161,7 @@ LIBDIR = $(PREFIX)/lib
 INCLUDEDIR = $(PREFIX)/include
 INST_LIBDIR ?= $(DESTDIR)$(LIBDIR)/lua/5.1
 INST_LUADIR ?= $(DESTDIR)$(PREFIX)/share/lua/5.1
+INSTALLED_CUDA = $(if $(filter 0,$(CUDA)),,$(CUDA_LIBRARY))
 
 ##> Lua modules, C library, header and pkg-config file (PREFIX=/usr/local, DESTDIR=)
 .PHONY: install
@@ -134,23 +169,26 @@ install: install-modules install-c
 	install -d "$(INST_LIBDIR)/safeattn"
 	# One file under two names: a host that links libsafeattn.so and runs Lua has one library, not two.
 	ln -srf "$(DESTDIR)$(LIBDIR)/$(notdir $(LIBRARY))" "$(INST_LIBDIR)/safeattn/core.so"
+	$(if $(INSTALLED_CUDA),ln -srf "$(DESTDIR)$(LIBDIR)/safeattn/cuda.so" "$(INST_LIBDIR)/safeattn/cuda.so")
 	install -D -m 755 bin/safeattn "$(DESTDIR)$(PREFIX)/bin/safeattn"
 
 ##> the Lua side alone (INST_LIBDIR, INST_LUADIR), as LuaRocks wants it
 .PHONY: install-lua
-install-lua: install-modules $(CORE)
+install-lua: install-modules $(CORE) $(INSTALLED_CUDA)
 	install -d "$(INST_LIBDIR)/safeattn"
 	install -m 755 $(CORE) "$(INST_LIBDIR)/safeattn/core.so"
+	$(if $(INSTALLED_CUDA),install -m 755 $(CUDA_LIBRARY) "$(INST_LIBDIR)/safeattn/cuda.so")
 
 .PHONY: install-modules
 install-modules: $(CDEF)
 	cd lua && find safeattn -name '*.lua' -exec install -D -m 644 {} "$(abspath $(INST_LUADIR))/{}" \;
 
 .PHONY: install-c
-install-c: $(LIBRARY)
+install-c: $(LIBRARY) $(INSTALLED_CUDA)
 	install -d "$(DESTDIR)$(LIBDIR)/pkgconfig" "$(DESTDIR)$(INCLUDEDIR)"
 	install -m 755 $(LIBRARY) "$(DESTDIR)$(LIBDIR)"
 	ln -sf $(notdir $(LIBRARY)) "$(DESTDIR)$(LIBDIR)/libsafeattn.so"
+	$(if $(INSTALLED_CUDA),install -D -m 755 $(CUDA_LIBRARY) "$(DESTDIR)$(LIBDIR)/safeattn/cuda.so")
 	install -m 644 src/safeattn.h "$(DESTDIR)$(INCLUDEDIR)"
 	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@INCLUDEDIR@|$(INCLUDEDIR)|' \
 		-e 's|@VERSION@|$(VERSION)|' safeattn.pc.in > "$(DESTDIR)$(LIBDIR)/pkgconfig/safeattn.pc"
@@ -158,7 +196,7 @@ install-c: $(LIBRARY)
 ##> remove what was built
 .PHONY: clean
 clean:
-	rm -rf build lua/safeattn/core.so lua/safeattn/cdef.lua
+	rm -rf build lua/safeattn/core.so lua/safeattn/cuda.so lua/safeattn/cdef.lua
 
 ##> this list
 .PHONY: help

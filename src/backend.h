@@ -74,21 +74,38 @@ typedef struct sa_operations {
                const sa_tensor *moment2, const sa_adamw_options *options);
 } sa_operations;
 
+// What is only asked of a device with streams and a memory of its own. `device` is an sa_tensor's.
+typedef struct sa_device_control {
+  int (*synchronize)(const char *function, int device);
+  int (*memory)(const char *function, int device, sa_device_memory *out);
+  int (*empty_cache)(const char *function, int device);
+  int (*stream_new)(const char *function, int device, void **stream);
+  int (*stream_release)(const char *function, int device, void *stream);
+  int (*stream_use)(const char *function, int device, void *stream);
+  void *(*stream_current)(int device);
+  int (*stream_synchronize)(const char *function, int device, void *stream);
+} sa_device_control;
+
 typedef struct sa_backend {
   const char *name;
+  int32_t count;     // of its devices
+  const char *text;  // what it says of them
   void *(*allocate)(const char *function, int device, int64_t bytes);
   void (*release)(int device, void *memory);
-  // `to` and `from` have one shape (broadcast dims have stride 0).
+  // `to` and `from` have one shape (broadcast dims have stride 0). One of them may be on the CPU, and is contiguous
+  // then.
   int (*copy)(sa_tensor *to, const sa_tensor *from);
   int (*fill)(sa_tensor *t, double value);
   // The attention kernels for a problem: plain f64 loops, and the fast ones (NULL when they do not cover it).
   const sa_attention_kernels *(*reference)(const sa_problem *p);
-  const sa_attention_kernels *(*fused)(const sa_problem *p);
+  const sa_attention_kernels *(*fused)(const sa_problem *p, bool backward);
   const sa_operations *operations;
+  const sa_device_control *control;  // NULL: there is nothing to control
 } sa_backend;
 
 // What the library of a device may ask of the core, which it does not link.
 typedef struct sa_host {
+  int64_t layout;  // SA_LAYOUT of the core: a library built from other sources is not to be used
   int (*fail)(int status, const char *function, const char *format, ...) __attribute__((format(printf, 3, 4)));
   void *(*allocate)(const char *function, int64_t bytes);  // the core's own counted memory
   void (*release)(void *memory);
@@ -100,7 +117,15 @@ typedef struct sa_host {
   void *(*attach_plan_copy)(const sa_plan *plan, int device, void *copy, void (*drop)(void *copy));
 } sa_host;
 
+enum { SA_LAYOUT = sizeof(sa_problem) + 1021 * sizeof(sa_backend) + 65521 * sizeof(sa_host) };
+
+// What the library of the CUDA devices exports. NULL, and why in `message`, when there are no devices.
+typedef const sa_backend *(*sa_cuda_opener)(const sa_host *host, char *message, int64_t size);
+
 extern const sa_backend sa_cpu_backend;
+
+// What sa_info() says of CUDA.
+void sa_describe_cuda(char *text, int64_t size);
 
 // NULL, and an error that names `function` and says what is missing, when the device is not there.
 const sa_backend *sa_backend_of(const char *function, int device);

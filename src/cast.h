@@ -5,22 +5,24 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "everywhere.h"
+
 // All of these are branch-free where it matters, so that loops over them vectorise, and the same bits on every machine.
 // A NaN stays a NaN, becomes quiet and keeps the sign and as much of its payload as fits.
 
-static inline uint32_t sa_bits_of_f32(float x) {
+SA_EVERYWHERE uint32_t sa_bits_of_f32(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
-static inline float sa_f32_of_bits(uint32_t bits) {
+SA_EVERYWHERE float sa_f32_of_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
 
-static inline float sa_f16_to_f32(uint16_t half) {
+SA_EVERYWHERE float sa_f16_to_f32(uint16_t half) {
   const int32_t magnitude = half & 0x7fff;
   const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
   const float subnormal = (float)magnitude * 0x1p-24f;
@@ -30,7 +32,7 @@ static inline float sa_f16_to_f32(uint16_t half) {
   return sa_f32_of_bits(sign | (magnitude < 0x7c00 ? finite : special));
 }
 
-static inline uint16_t sa_f32_to_f16(float x) {
+SA_EVERYWHERE uint16_t sa_f32_to_f16(float x) {
   const uint32_t bits = sa_bits_of_f32(x);
   const int32_t magnitude = bits & 0x7fffffff;
   // Half of what is cut off is added, less one when the last kept bit is even: ties then go to even.
@@ -42,12 +44,12 @@ static inline uint16_t sa_f32_to_f16(float x) {
   return (uint16_t)(bits >> 16 & 0x8000) | (magnitude < 0x477ff000 ? finite : special);  // 65520 rounds to infinity
 }
 
-static inline float sa_bf16_to_f32(uint16_t brain) {
+SA_EVERYWHERE float sa_bf16_to_f32(uint16_t brain) {
   const uint32_t quiet = (brain & 0x7fff) > 0x7f80 ? 0x400000 : 0;
   return sa_f32_of_bits((uint32_t)brain << 16 | quiet);
 }
 
-static inline uint16_t sa_f32_to_bf16(float x) {
+SA_EVERYWHERE uint16_t sa_f32_to_bf16(float x) {
   const uint32_t bits = sa_bits_of_f32(x);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   return (uint16_t)((int32_t)(bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
@@ -55,7 +57,7 @@ static inline uint16_t sa_f32_to_bf16(float x) {
 
 // f64 to a 16-bit float of so many bits of fraction. Through f32 it would round twice: 1 + 2^-11 + 2^-40 is more than
 // half way between two f16 values, but f32 keeps only the half.
-static inline uint16_t sa_f64_to_16_bits(double x, int fraction_bits) {
+SA_EVERYWHERE uint16_t sa_f64_to_16_bits(double x, int fraction_bits) {
   const int bias = (1 << (14 - fraction_bits)) - 1;
   const int infinity = 0x7fff & -(1 << fraction_bits);
   uint64_t bits;
@@ -78,37 +80,37 @@ static inline uint16_t sa_f64_to_16_bits(double x, int fraction_bits) {
   return (uint16_t)(sign | (result < infinity ? (int)result : infinity));
 }
 
-static inline uint16_t sa_f64_to_f16(double x) {
+SA_EVERYWHERE uint16_t sa_f64_to_f16(double x) {
   return sa_f64_to_16_bits(x, 10);
 }
-static inline uint16_t sa_f64_to_bf16(double x) {
+SA_EVERYWHERE uint16_t sa_f64_to_bf16(double x) {
   return sa_f64_to_16_bits(x, 7);
 }
 
 // Integers that f16 can hold are exact in f32; larger ones are infinite in both.
-static inline uint16_t sa_i64_to_f16(int64_t x) {
+SA_EVERYWHERE uint16_t sa_i64_to_f16(int64_t x) {
   return sa_f32_to_f16((float)x);
 }
 
 // The 11 bits that f64 may lack become one that only says whether any was set, so that nothing is rounded twice.
-static inline uint16_t sa_i64_to_bf16(int64_t x) {
+SA_EVERYWHERE uint16_t sa_i64_to_bf16(int64_t x) {
   const bool large = x > INT64_C(1) << 52 || x < -(INT64_C(1) << 52);
   return sa_f64_to_bf16((double)(large && (x & 0x7ff) ? (x & ~INT64_C(0x7ff)) | 0x400 : x));
 }
 
-static inline int64_t sa_f64_to_i64(double x) {
+SA_EVERYWHERE int64_t sa_f64_to_i64(double x) {
   if (x >= 0x1p63) return INT64_MAX;
   if (x >= -0x1p63) return (int64_t)x;
   return x != x ? 0 : INT64_MIN;
 }
 
-static inline int32_t sa_f64_to_i32(double x) {
+SA_EVERYWHERE int32_t sa_f64_to_i32(double x) {
   const double below = x < 2147483647.0 ? x : 2147483647.0;
   const double inside = below > -2147483648.0 ? below : -2147483648.0;
   return x != x ? 0 : (int32_t)inside;
 }
 
-static inline int32_t sa_i64_to_i32(int64_t x) {
+SA_EVERYWHERE int32_t sa_i64_to_i32(int64_t x) {
   return (int32_t)(x > INT32_MAX ? INT32_MAX : x < INT32_MIN ? INT32_MIN : x);
 }
 

@@ -8,10 +8,27 @@
 
 /*  Copies  */
 
+// The host's part of a copy to or from a device by way of a contiguous copy on the host.
+static int copy_by_host(const char *function, const sa_backend *backend, sa_tensor *to, const sa_tensor *from) {
+  const bool down = to->device == SA_CPU;
+  const sa_tensor *strided = down ? to : from;
+  sa_tensor packed;
+  int status = sa_tensor_new(&packed, strided->dtype, SA_CPU, strided->ndim, strided->shape);
+  if (status) return status;
+  if (!down) status = sa_cpu_copy(&packed, from);
+  if (!status) status = down ? backend->copy(&packed, from) : backend->copy(to, &packed);
+  if (!status && down) status = sa_cpu_copy(to, &packed);
+  sa_tensor_release(&packed);
+  return status;
+}
+
 // A device knows how to copy to, from and within itself.
 static int copy_apart(const char *function, sa_tensor *to, const sa_tensor *from) {
   const sa_backend *backend = sa_backend_of(function, to->device == SA_CPU ? from->device : to->device);
-  return backend ? backend->copy(to, from) : SA_NO_DEVICE;
+  if (!backend) return SA_NO_DEVICE;
+  if (to->device != from->device && !sa_tensor_contiguous(to->device == SA_CPU ? to : from))
+    return copy_by_host(function, backend, to, from);
+  return backend->copy(to, from);
 }
 
 static int copy_by_way_of(const char *function, sa_tensor *to, const sa_tensor *from) {

@@ -93,14 +93,14 @@ void sa_info(sa_host_info *out) {
     snprintf(out->isas + used, sizeof out->isas - used, "%s%s", used ? " " : "", tiers[tier].name);
   }
   snprintf(out->blas, sizeof out->blas, "%s", sa_blas_name());
-  snprintf(out->cuda, sizeof out->cuda, "none: this build has no CUDA part");
+  sa_describe_cuda(out->cuda, sizeof out->cuda);
 }
 
 double sa_measure_peak(int dtype) {
   return kernels_in_force()->measure_peak(dtype);
 }
 
-static const sa_attention_kernels *choose_fused(const sa_problem *p) {
+static const sa_attention_kernels *choose_fused(const sa_problem *p, bool backward) {
   if (p->width > SA_FUSED_WIDTH || p->value_width > SA_FUSED_WIDTH) return NULL;
   return &kernels_in_force()->fused[p->dtype];
 }
@@ -115,6 +115,7 @@ static void release(int device, void *memory) {
 
 const sa_backend sa_cpu_backend = {
     .name = "cpu",
+    .count = 1,
     .allocate = allocate,
     .release = release,
     .copy = sa_cpu_copy,

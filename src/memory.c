@@ -165,7 +165,7 @@ void sa_cpu_release(void *memory) {
 
 /*  Counts, and failures on request  */
 
-static _Atomic int64_t block_bytes, block_count, peak_bytes, internal_bytes;
+static _Atomic int64_t block_bytes, block_count, peak_bytes, internal_bytes, device_bytes;
 static _Thread_local int64_t allocations_made, fail_after;  // fail_after 0: never
 
 static bool fails_on_request(void) {
@@ -194,6 +194,17 @@ static void count_block(int64_t bytes, int64_t blocks) {
   atomic_fetch_add(&block_count, blocks);
   int64_t peak = atomic_load(&peak_bytes);
   while (now > peak && !atomic_compare_exchange_weak(&peak_bytes, &peak, now)) continue;
+}
+
+static void count(int device, int64_t bytes, int64_t blocks) {
+  if (device == SA_CPU)
+    count_block(bytes, blocks);
+  else
+    atomic_fetch_add(&device_bytes, bytes);
+}
+
+int64_t sa_device_bytes(void) {
+  return atomic_load(&device_bytes);
 }
 
 void *sa_allocate(const char *function, int64_t bytes) {
@@ -244,7 +255,7 @@ int sa_block_new(const char *function, int device, int64_t bytes, sa_block **blo
   made->data = memory;
   made->backend = backend;
   made->device = device;
-  if (device == SA_CPU) count_block(bytes, 1);
+  count(device, bytes, 1);
   *block = made;
   *data = memory;
   return SA_OK;
@@ -257,7 +268,7 @@ void sa_block_retain(sa_block *block) {
 void sa_block_release(sa_block *block) {
   // The last holder must see all that the others wrote before they let go.
   if (!block || atomic_fetch_sub_explicit(&block->holders, 1, memory_order_acq_rel) > 1) return;
-  if (block->device == SA_CPU) count_block(-block->bytes, -1);
+  count(block->device, -block->bytes, -1);
   block->backend->release(block->device, block->data);
   free(block);
 }

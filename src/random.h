@@ -4,11 +4,7 @@
 #define SAFEATTN_RANDOM_H
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define SA_EVERYWHERE static __host__ __device__ inline
-#else
-#define SA_EVERYWHERE static inline
-#endif
+#include "everywhere.h"
 
 /*  The stream of a seed is one 32-bit word for every 64-bit index. Philox turns a counter of four words, under a key of
  *  two, into four random words; word `index` is output index % 4 of

@@ -348,6 +348,41 @@ int sa_catch_interrupts(bool on);  // SIGINT (Ctrl-C) turns the flag on, or does
 // For measurements: fused multiply-adds per second, in flops, of one core, for f32 or f64 on the ISA in force.
 double sa_measure_peak(int dtype);
 
+/*  7. Devices
+ *
+ *  CUDA devices are served by a library of their own, cuda.so, which is looked for beside this one (SAFEATTN_CUDA_LIB
+ *  names another) when a device is first asked for. Where it, a driver or a device is missing, the rest works, and
+ *  sa_info() says what is missing.
+ *
+ *  What is asked of a device is put into a stream and done in its order; functions that give numbers to the host wait
+ *  for them. Every thread has a current stream for each device; at first that is CUDA's own default stream, which other
+ *  libraries use as well, so that their work and this library's follow each other unasked. A tensor may be used on any
+ *  stream, but the program sees to it that what it reads has been written.
+ *
+ *  Memory of a device that is released is kept for the next tensor, up to half of what the device has.
+ */
+
+// Waits until the device has done all that was asked of it. SA_CPU: nothing to wait for.
+int sa_synchronize(int device);
+
+typedef struct sa_device_memory {
+  int64_t bytes, blocks, peak_bytes;  // held by tensors and by calls at work
+  int64_t cached_bytes;               // released, kept for the next
+  int64_t free_bytes, total_bytes;    // what the device says of itself
+} sa_device_memory;
+int sa_cuda_memory(int device, sa_device_memory *out);
+int sa_cuda_empty_cache(int device);  // gives what is kept back to the device
+int64_t sa_device_bytes(void);        // that blocks hold on all devices but the CPU
+
+// A stream is a cudaStream_t; NULL is CUDA's default stream. A new one does not wait for the default stream. Any stream
+// of the process may be used, also one that another library made: it must stay alive until it is told to be released
+// here, which destroys those that sa_cuda_stream_new made and forgets the others. At most 32 at a time on a device.
+int sa_cuda_stream_new(int device, void **stream);
+int sa_cuda_stream_use(int device, void *stream);  // for the calling thread, from now on
+int sa_cuda_stream(int device, void **stream);     // the calling thread's current one
+int sa_cuda_stream_synchronize(int device, void *stream);
+int sa_cuda_stream_release(int device, void *stream);
+
 // cdef: end
 #pragma GCC visibility pop
 #ifdef __cplusplus

@@ -301,10 +301,10 @@ static void row_shape(const call *c, int64_t last, int64_t *shape) {
   memcpy(shape, full + 4 - c->rank, sizeof *shape * c->rank);
 }
 
-static const sa_attention_kernels *choose_kernels(call *c) {
+static const sa_attention_kernels *choose_kernels(call *c, bool backward) {
   const sa_backend *backend = sa_backend_of(c->function, c->a->q->device);
   if (!backend) return NULL;
-  const sa_attention_kernels *fused = c->a->backend == SA_REFERENCE ? NULL : backend->fused(&c->p);
+  const sa_attention_kernels *fused = c->a->backend == SA_REFERENCE ? NULL : backend->fused(&c->p, backward);
   if (!fused && c->a->backend == SA_FUSED) {
     sa_fail(SA_UNSUPPORTED, c->function,
             "backend: the fused kernels take widths of q and v up to 256, got %lld and %lld; wanted SA_AUTO or "
@@ -313,6 +313,11 @@ static const sa_attention_kernels *choose_kernels(call *c) {
     return NULL;
   }
   const sa_attention_kernels *kernels = fused ? fused : backend->reference(&c->p);
+  if (!kernels) {
+    sa_fail(SA_UNSUPPORTED, c->function, "backend: the reference is not in this build's part for %s",
+            sa_device_name(c->p.device));
+    return NULL;
+  }
   c->a->used = fused ? SA_FUSED : SA_REFERENCE;
   memset(c->a->kernel, 0, sizeof c->a->kernel);
   strncpy(c->a->kernel, kernels->name, sizeof c->a->kernel - 1);
@@ -343,8 +348,8 @@ static int forward(call *c) {
   int status = check_inputs(c);
   if (!status) status = use_inputs(c);
   if (status) return status;
-  const sa_attention_kernels *kernels = choose_kernels(c);
-  if (!kernels) return a->backend == SA_FUSED ? SA_UNSUPPORTED : SA_NO_DEVICE;
+  const sa_attention_kernels *kernels = choose_kernels(c, false);
+  if (!kernels) return SA_UNSUPPORTED;
   row_shape(c, p->value_width, shape);
   row_shape(c, p->keys, weights_shape);
   status = use_output(c, "out", a->out, p->dtype, c->rank, shape, &p->out);
@@ -383,8 +388,8 @@ static int backward(call *c) {
   int status = check_inputs(c);
   if (!status) status = use_inputs(c);
   if (status) return status;
-  const sa_attention_kernels *kernels = choose_kernels(c);
-  if (!kernels) return a->backend == SA_FUSED ? SA_UNSUPPORTED : SA_NO_DEVICE;
+  const sa_attention_kernels *kernels = choose_kernels(c, true);
+  if (!kernels) return SA_UNSUPPORTED;
   row_shape(c, p->value_width, shape);
   const int real = lse_dtype(p->dtype);
   status = check_saved(c, "out", a->out, true, p->dtype, c->rank, shape, true, &p->out);

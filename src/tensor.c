@@ -6,15 +6,13 @@
 #include "backend.h"
 #include "memory.h"
 #include "status.h"
+#include "strided_walk.h"
 
 /*  Dtypes  */
 
-static const struct {
-  const char *name;
-  int64_t size;
-} dtypes[] = {
-    [SA_F32] = {"f32", 4},   [SA_F64] = {"f64", 8}, [SA_F16] = {"f16", 2}, [SA_BF16] = {"bf16", 2},
-    [SA_BOOL] = {"bool", 1}, [SA_I32] = {"i32", 4}, [SA_I64] = {"i64", 8},
+static const char *const dtype_names[] = {
+    [SA_F32] = "f32",   [SA_F64] = "f64", [SA_F16] = "f16", [SA_BF16] = "bf16",
+    [SA_BOOL] = "bool", [SA_I32] = "i32", [SA_I64] = "i64",
 };
 
 static bool known_dtype(int dtype) {
@@ -22,11 +20,11 @@ static bool known_dtype(int dtype) {
 }
 
 int64_t sa_dtype_size(int dtype) {
-  return known_dtype(dtype) ? dtypes[dtype].size : 0;
+  return known_dtype(dtype) ? sa_element_size(dtype) : 0;
 }
 
 const char *sa_dtype_name(int dtype) {
-  return known_dtype(dtype) ? dtypes[dtype].name : "unknown";
+  return known_dtype(dtype) ? dtype_names[dtype] : "unknown";
 }
 
 /*  Shapes  */

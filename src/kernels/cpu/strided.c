@@ -5,54 +5,6 @@
 
 #include "threads.h"
 
-static void swap_dims(sa_strided *walk, int a, int b) {
-  const int64_t size = walk->shape[a];
-  walk->shape[a] = walk->shape[b];
-  walk->shape[b] = size;
-  for (int i = 0; i < walk->tensors; i++) {
-    const int64_t step = walk->step[i][a];
-    walk->step[i][a] = walk->step[i][b];
-    walk->step[i][b] = step;
-  }
-}
-
-static bool joins(const sa_strided *walk, int outer, int inner) {
-  for (int i = 0; i < walk->tensors; i++)
-    if (walk->step[i][outer] != walk->step[i][inner] * walk->shape[inner]) return false;
-  return true;
-}
-
-sa_strided sa_strided_of(int tensors, const sa_tensor *const *t, uint32_t without, bool any_order) {
-  sa_strided walk = {.tensors = tensors, .numel = 1};
-  for (int i = 0; i < tensors; i++) {
-    walk.data[i] = t[i]->data;
-    walk.size[i] = sa_dtype_size(t[i]->dtype);
-  }
-  for (int dim = 0; dim < t[0]->ndim; dim++) {
-    if (without >> dim & 1 || t[0]->shape[dim] == 1) continue;
-    walk.numel *= t[0]->shape[dim];
-    walk.shape[walk.ndim] = t[0]->shape[dim];
-    for (int i = 0; i < tensors; i++) walk.step[i][walk.ndim] = t[i]->stride[dim];
-    for (int k = walk.ndim++; any_order && k > 0 && walk.step[0][k] > walk.step[0][k - 1]; k--)
-      swap_dims(&walk, k, k - 1);
-  }
-  if (walk.ndim == 0) {  // one element
-    walk.ndim = 1;
-    walk.shape[0] = 1;
-    for (int i = 0; i < tensors; i++) walk.step[i][0] = 1;
-  }
-  int last = 0;
-  for (int dim = 1; dim < walk.ndim; dim++) {
-    const bool joined = joins(&walk, last, dim);
-    const int64_t outer = joined ? walk.shape[last] : 1;
-    if (!joined) last++;
-    walk.shape[last] = outer * walk.shape[dim];
-    for (int i = 0; i < tensors; i++) walk.step[i][last] = walk.step[i][dim];
-  }
-  walk.ndim = last + 1;
-  return walk;
-}
-
 void sa_strided_run(const sa_strided *walk, int64_t first, int64_t last, sa_piece_task task, void *argument) {
   if (first >= last) return;
   const int row = walk->ndim - 1;

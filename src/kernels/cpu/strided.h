@@ -2,27 +2,9 @@
 #ifndef SAFEATTN_KERNELS_CPU_STRIDED_H
 #define SAFEATTN_KERNELS_CPU_STRIDED_H
 #include "kernels/cpu/copy.h"
-#include "safeattn.h"
+#include "strided_walk.h"
 
-enum {
-  SA_STRIDED_TENSORS = 4,
-  SA_PIECE = 256  // elements at most in a piece: the f64 buffers for four tensors leave half of L1
-};
-
-// Dims are joined where all tensors allow it, so contiguous tensors are one long row.
-typedef struct sa_strided {
-  int tensors, ndim;  // ndim >= 1; the last dim runs along the row
-  int64_t numel;
-  int64_t shape[SA_MAX_DIMS];
-  char *data[SA_STRIDED_TENSORS];
-  int64_t size[SA_STRIDED_TENSORS];               // bytes of an element
-  int64_t step[SA_STRIDED_TENSORS][SA_MAX_DIMS];  // in elements
-} sa_strided;
-
-// The walk is over the dims of the first tensor, but for those whose bit is set in `without`: along them, and along
-// dims that others have beyond, it stays at the first element. It is in row-major order; with `any_order` it follows
-// the memory of the first tensor, so give the output first.
-sa_strided sa_strided_of(int tensors, const sa_tensor *const *t, uint32_t without, bool any_order);
+enum { SA_PIECE = 256 };  // elements at most in a piece: the f64 buffers for four tensors leave half of L1
 
 // `count` <= SA_PIECE elements of every tensor from data[i] on, step[i] elements apart.
 typedef void (*sa_piece_task)(void *argument, char *const *data, const int64_t *step, int64_t count);

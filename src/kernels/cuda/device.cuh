@@ -1,4 +1,4 @@
-// what the files of the CUDA library share: the host's table, streams, scratch memory, launches, errors
+// what the files of the CUDA library share: the host's table, streams, memory, launches, errors
 #ifndef SAFEATTN_KERNELS_CUDA_DEVICE_CUH
 #define SAFEATTN_KERNELS_CUDA_DEVICE_CUH
 #include <cuda_runtime.h>
@@ -6,6 +6,7 @@
 #include "backend.h"
 
 extern const sa_host *sa_cuda_host;  // set when the library is opened
+enum { SA_CUDA_DEVICES = 64 };       // at most so many devices are used
 
 // SA_OK, or SA_NO_MEMORY for a refused allocation, or SA_NO_DEVICE; the host is told CUDA's own text, in the name of
 // `function`.
@@ -38,6 +39,12 @@ static int sa_cuda_launch(const char *function, void (*kernel)(Parameters...), d
   }
   kernel<<<grid, block, shared, stream>>>(arguments...);
   return sa_cuda_check(function, cudaGetLastError());
+}
+
+// A grid of blocks of 256 threads for loops that step by the whole grid: 32 blocks a multiprocessor are enough.
+static inline int sa_cuda_blocks(int device, int64_t threads) {
+  const int64_t wanted = (threads + 255) / 256, most = (int64_t)sa_cuda_properties_of(device)->processors * 32;
+  return (int)(wanted < most ? wanted : most);
 }
 
 #endif
