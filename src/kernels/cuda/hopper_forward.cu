@@ -1,0 +1,189 @@
+// what the forward kernels of Hopper cover, and how a call of attention becomes a launch of them
+#include "kernels/cuda/hopper_forward.cuh"
+
+#include <float.h>
+
+#include <mutex>
+
+#include "kernels/cuda/attention.cuh"
+
+enum { COUNTERS = 256 };
+
+static __device__ int32_t counters[COUNTERS][2];
+
+// The counters of a stream, whose launches follow each other; NULL when more streams than COUNTERS are in use.
+static int stream_counter(const char *function, int device, cudaStream_t stream, int32_t **counter) {
+  static std::mutex mutex;
+  static struct {
+    int device;
+    cudaStream_t stream;
+  } owner[COUNTERS];
+  static int owners;
+  *counter = NULL;
+  int at = 0;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    while (at < owners && (owner[at].device != device || owner[at].stream != stream)) at++;
+    if (at == COUNTERS) return SA_OK;
+    if (at == owners) {
+      owner[at].device = device;
+      owner[at].stream = stream;
+      owners++;
+    }
+  }
+  void *base;
+  const int status = sa_cuda_check(function, cudaGetSymbolAddress(&base, counters));
+  if (!status) *counter = (int32_t *)base + 2 * at;
+  return status;
+}
+
+// A kernel's widths: those of q and v are rounded up to them with zeros, which TMA adds.
+typedef struct shape_entry {
+  int width, value_width;
+  int (*bf16)(const char *, const forward_call &, int, cudaStream_t);
+  int (*f16)(const char *, const forward_call &, int, cudaStream_t);
+} shape_entry;
+
+#define SHAPE(w, v)                                                  \
+  {                                                                  \
+    w, v, hopper_forward_launch<forward_shape<__nv_bfloat16, w, v>>, \
+        hopper_forward_launch<forward_shape<__half, w, v>>           \
+  }
+#define DECLARE(w, v)                                                                                               \
+  extern template int hopper_forward_launch<forward_shape<__nv_bfloat16, w, v>>(const char *, const forward_call &, \
+                                                                                int, cudaStream_t);                 \
+  extern template int hopper_forward_launch<forward_shape<__half, w, v>>(const char *, const forward_call &, int,   \
+                                                                         cudaStream_t);
+DECLARE(64, 64)
+DECLARE(96, 96)
+DECLARE(128, 128)
+DECLARE(192, 128)
+DECLARE(192, 192)
+DECLARE(256, 256)
+
+static const shape_entry shapes[] = {SHAPE(64, 64),   SHAPE(96, 96),   SHAPE(128, 128),
+                                     SHAPE(192, 128), SHAPE(192, 192), SHAPE(256, 256)};
+
+static const shape_entry *shape_of(int64_t width, int64_t value_width) {
+  for (const shape_entry &shape : shapes)
+    if (width <= shape.width && value_width <= shape.value_width) return &shape;
+  return NULL;
+}
+
+static int64_t row_tiles(const sa_problem *p) {
+  return (p->queries + SA_TILE - 1) / SA_TILE;
+}
+
+// Whether 16 bytes of a row can be written at once.
+static bool writes_pieces(const sa_operand *x) {
+  return (uintptr_t)x->data % 16 == 0 && x->stride[0] % 8 == 0 && x->stride[1] % 8 == 0 && x->stride[2] % 8 == 0;
+}
+
+bool sa_cuda_hopper_forward_covers(const sa_problem *p) {
+  if (p->dtype != SA_BF16 && p->dtype != SA_F16) return false;
+  if (sa_cuda_properties_of(p->device)->major != 9) return false;
+  if (!p->batch || !p->heads || !p->queries || !p->keys || !p->width || !p->value_width) return false;
+  if (!shape_of(p->width, p->value_width) || p->value_width % 8) return false;
+  if (p->bias.data || p->alibi.data || p->weights.data || p->softcap > 0 || p->dropout > 0) return false;
+  const double scale_log2 = p->scale * 1.4426950408889634;
+  if (!(scale_log2 >= FLT_MIN && scale_log2 <= FLT_MAX)) return false;
+  if (p->queries > INT32_MAX - SA_TILE || p->keys > INT32_MAX - SA_TILE) return false;
+  if (p->batch * p->heads > INT32_MAX / 2 / row_tiles(p)) return false;
+  const int64_t q[4] = {p->batch, p->heads, p->queries, p->width}, k[4] = {p->batch, p->key_heads, p->keys, p->width};
+  const int64_t v[4] = {p->batch, p->key_heads, p->keys, p->value_width};
+  if (!sa_cuda_tensor_map_fits(&p->q, q) || !sa_cuda_tensor_map_fits(&p->k, k) || !sa_cuda_tensor_map_fits(&p->v, v)) {
+    return false;
+  }
+  // Where the output is not there yet, it will be new memory.
+  if (p->out.data && !writes_pieces(&p->out)) return false;
+  // Few rows of tiles with many keys each leave most of the device idle: the portable kernels split the keys.
+  const int64_t items = p->batch * p->heads * row_tiles(p);
+  return items * 2 >= sa_cuda_properties_of(p->device)->processors || p->keys <= 8 * SA_TILE;
+}
+
+// Heads that share a plane of the plan, and whose K and V fit the second-level cache together, are worked on together:
+// the longest rows of tiles first, so that the blocks end at the same time.
+static void group_heads(const sa_problem *p, forward_call *c) {
+  const int64_t flat = p->batch * p->heads;
+  const int64_t alike = p->plan->heads > 1 ? 1 : p->plan->batch > 1 ? p->heads : flat;
+  const int64_t bytes = p->keys * (p->width + p->value_width) * 2 / (p->heads / p->key_heads) + 1;
+  int64_t heads = (32 << 20) / bytes;
+  if (heads > alike) heads = alike;
+  if (heads < 1) heads = 1;
+  while (alike % heads) heads--;
+  c->group_heads = (int32_t)heads;
+  c->group_items = (int32_t)(heads * row_tiles(p));
+  const int64_t groups = flat / heads, planes = p->plan->batch * p->plan->heads;
+  c->ordered = planes > 1 && groups <= FORWARD_GROUPS;
+  if (!c->ordered) return;
+  // Groups with most to do first. A group is of one plane, so a plane's visible pairs tell.
+  int64_t cost[FORWARD_GROUPS];
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t plane = sa_plan_plane(p->plan, g * heads / p->heads, g * heads % p->heads);
+    cost[g] = 0;
+    for (int64_t row = 0; row < p->plan->row_tiles; row++)
+      cost[g] += p->plan->row_visible[plane * p->plan->row_tiles + row];
+    int64_t at = g;
+    for (; at > 0 && cost[c->group_order[at - 1]] < cost[g]; at--) c->group_order[at] = c->group_order[at - 1];
+    c->group_order[at] = (uint16_t)g;
+  }
+}
+
+static int tensor_maps(const char *function, const sa_problem *p, const shape_entry *shape, forward_call *c) {
+  const int64_t q[4] = {p->batch, p->heads, p->queries, p->width}, k[4] = {p->batch, p->key_heads, p->keys, p->width};
+  const int64_t v[4] = {p->batch, p->key_heads, p->keys, p->value_width};
+  const int keys = shape->width <= 128 ? 128 : 64;
+  int status = sa_cuda_tensor_map(function, &c->q, &p->q, q, SA_TILE);
+  if (!status) status = sa_cuda_tensor_map(function, &c->k, &p->k, k, keys);
+  if (!status) status = sa_cuda_tensor_map(function, &c->v, &p->v, v, keys);
+  c->q_batch_step = sa_cuda_tensor_map_step(&p->q, q, 0);
+  c->q_head_step = sa_cuda_tensor_map_step(&p->q, q, 1);
+  c->k_batch_step = sa_cuda_tensor_map_step(&p->k, k, 0);
+  c->k_head_step = sa_cuda_tensor_map_step(&p->k, k, 1);
+  c->v_batch_step = sa_cuda_tensor_map_step(&p->v, v, 0);
+  c->v_head_step = sa_cuda_tensor_map_step(&p->v, v, 1);
+  return status;
+}
+
+int sa_cuda_hopper_forward(const sa_problem *p) {
+  static const char function[] = "sa_forward";
+  cudaStream_t stream;
+  int status = sa_cuda_use(function, p->device, &stream);
+  if (status) return status;
+  const sa_device_plan *plan = sa_cuda_plan(function, p->plan, p->device);
+  if (!plan) return SA_NO_MEMORY;
+  const shape_entry *shape = shape_of(p->width, p->value_width);
+  forward_call c = {};
+  c.plan = *plan;
+  c.values = p->v;
+  c.out = p->out;
+  c.lse = p->lse;
+  c.dead = p->dead;
+  c.sinks = p->sinks;
+  c.heads = (int32_t)p->heads;
+  c.key_heads = (int32_t)p->key_heads;
+  c.queries = (int32_t)p->queries;
+  c.keys = (int32_t)p->keys;
+  c.value_width = (int32_t)p->value_width;
+  c.scale_log2 = (float)(p->scale * 1.4426950408889634);
+  c.items = (int32_t)(p->batch * p->heads * row_tiles(p));
+  group_heads(p, &c);
+  status = tensor_maps(function, p, shape, &c);
+  if (!status) status = stream_counter(function, p->device, stream, &c.counter);
+  if (status) return status;
+  const int64_t list_bytes = (int64_t)c.items * sizeof(int32_t);
+  void *scratch = sa_cuda_scratch(function, p->device, list_bytes + 2 * sizeof(int32_t));
+  if (!scratch) return SA_NO_MEMORY;
+  c.flagged_next = (int32_t *)scratch;
+  if (!c.counter) {
+    c.counter = c.flagged_next + c.items;
+    status = sa_cuda_check(function, cudaMemsetAsync(c.counter, 0, 2 * sizeof(int32_t), stream));
+  }
+  const int processors = sa_cuda_properties_of(p->device)->processors;
+  const int blocks = c.items < processors ? c.items : processors;
+  if (!status) {
+    status = (p->dtype == SA_BF16 ? shape->bf16 : shape->f16)(function, c, blocks, stream);
+  }
+  sa_cuda_scratch_release(p->device, scratch);
+  return status;
+}
