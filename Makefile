@@ -138,6 +138,28 @@ test-asan: needs-test
 	SAFEATTN_QUICK=1 SAFEATTN_LIB=$(CURDIR)/$(ASAN)/core.so ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" busted $(BUSTED_FLAGS)
 
+##> the CUDA part for a machine without a GPU, for tests (build/emulated/cuda.so; spec/emulator/README.md)
+.PHONY: emulated
+EMULATED = $(BUILD)/emulated
+EMULATED_OBJECTS = $(patsubst %,$(EMULATED)/%.o,$(wildcard src/cuda.cu src/kernels/cuda/*.cu spec/emulator/*.cpp))
+EMULATED_CFLAGS = -std=c++17 -O2 -g1 -march=x86-64-v3 -ffp-contract=off -fPIC -fvisibility=hidden -pthread \
+	-Ispec/emulator -Isrc $(patsubst spec/emulator/%,-include %,$(wildcard spec/emulator/kernels/cuda/*.cuh)) -MMD -MP \
+	-Wall -Wextra -Wno-unused-parameter -Wno-unused-function -Wno-unknown-pragmas -Wno-missing-field-initializers
+emulated: $(EMULATED)/cuda.so
+
+$(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
+	$(CXX) -shared -pthread -Wl,-z,nodelete -o $@ $^
+
+# Instructions against their definitions; the same file, built by nvcc, does that on a GPU.
+$(EMULATED)/instructions: $(EMULATED)/spec/cuda/instructions.cu.o $(filter $(EMULATED)/spec/%,$(EMULATED_OBJECTS))
+	$(CXX) -pthread -o $@ $^
+
+$(EMULATED)/%.o: % Makefile
+	@mkdir -p $(@D)
+	$(CXX) -x c++ $(EMULATED_CFLAGS) -c -o $@ $<
+
+-include $(EMULATED_OBJECTS:.o=.d)
+
 ##> speed: a table, saved as build/bench.json too (BENCH=quick for a glance)
 .PHONY: bench
 bench: needs-demo

@@ -4,13 +4,10 @@
 #include <cuda_runtime.h>
 
 #include "backend.h"
+#include "kernels/cuda/launch.cuh"
 
 extern const sa_host *sa_cuda_host;  // set when the library is opened
 enum { SA_CUDA_DEVICES = 64 };       // at most so many devices are used
-
-// SA_OK, or SA_NO_MEMORY for a refused allocation, or SA_NO_DEVICE; the host is told CUDA's own text, in the name of
-// `function`.
-int sa_cuda_check(const char *function, cudaError_t error);
 
 // Makes `device` (an sa_tensor's) current for the calling thread and gives the stream its work goes to.
 int sa_cuda_use(const char *function, int device, cudaStream_t *stream);
@@ -26,20 +23,6 @@ const sa_cuda_properties *sa_cuda_properties_of(int device);
 // tensors and is aligned to 256 bytes. NULL when refused.
 void *sa_cuda_scratch(const char *function, int device, int64_t bytes);
 void sa_cuda_scratch_release(int device, void *memory);
-
-// kernel<<<grid, block, shared, stream>>>(arguments...), with its error; more than 48 KiB of shared memory are asked
-// for on the way.
-template <class... Parameters, class... Arguments>
-static int sa_cuda_launch(const char *function, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                          cudaStream_t stream, Arguments... arguments) {
-  if (shared > 48 << 10) {
-    const int status = sa_cuda_check(
-        function, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    if (status) return status;
-  }
-  kernel<<<grid, block, shared, stream>>>(arguments...);
-  return sa_cuda_check(function, cudaGetLastError());
-}
 
 // A grid of blocks of 256 threads for loops that step by the whole grid: 32 blocks a multiprocessor are enough.
 static inline int sa_cuda_blocks(int device, int64_t threads) {
