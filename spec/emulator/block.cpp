@@ -263,8 +263,7 @@ static void end_thread(thread *t) {
   block *b = t->home;
   t->copies.commit();
   t->copies.finish(0, do_copy);
-  t->stores.commit();
-  t->stores.finish(0, [](const bulk_copy &copy) { copy(); });
+  if (!t->stores.empty()) fail("ends without waiting for its bulk copies, which may still read shared memory");
   if (!t->products.empty()) fail("ends without waiting for its wgmma");
   t->done = true;
   b->live--;

@@ -32,7 +32,7 @@ struct groups {
   // Calls act(work) for what is in all groups but the newest `pending`, oldest first.
   template <class Act>
   void finish(int pending, Act act) {
-    while (first < items.size() && items[first].group < committed - pending) act(items[first++].work);
+    for (; first < items.size() && items[first].group < committed - pending; first++) act(items[first].work);
     if (first == items.size()) {
       items.clear();
       first = 0;

@@ -858,8 +858,7 @@ struct forward_consumer {
 
 template <class SHAPE>
 __global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(const __grid_constant__ forward_call c) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  forward_shared<SHAPE> &shared = *(forward_shared<SHAPE> *)memory;
+  forward_shared<SHAPE> &shared = *dynamic_shared<forward_shared<SHAPE>>();
   if (threadIdx.x == 0) {
     for (int i = 0; i < SHAPE::q_slots; i++) {
       mbarrier_init(shared_address(&shared.q_full[i]), 1);
