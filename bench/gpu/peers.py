@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import warnings
 
 try:
     import torch
@@ -115,6 +116,7 @@ def time_case(case, sustained, flex):
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
         blocks = create_block_mask(visible, case["batch"] if case["mask"] == "padding" else None, None, case["queries"],
                                    case["keys"], device="cuda")
+        torch._dynamo.reset()  # each case is compiled for itself; past a few, it would run uncompiled
         compiled = torch.compile(flex_attention, dynamic=False)
         runs["flex"] = (lambda: compiled(q, k, v, block_mask=blocks, enable_gqa=options["enable_gqa"]), None)
     results = {}
@@ -145,6 +147,7 @@ def time_run(run, q, k, v, dout, truth, rows, sustained, case):
 
 def main(path, flex):
     torch.backends.cuda.matmul.allow_tf32 = False
+    warnings.simplefilter("ignore")  # a back end that declines a case says so once per reason
     with open(path) as file:
         bench = json.load(file)
     print(f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, {torch.cuda.get_device_name()}")
