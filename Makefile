@@ -72,9 +72,11 @@ $(CUDA_LIBRARY): $(CUDA_OBJECTS)
 $(BUILD)/cuda.so: $(CUDA_LIBRARY)
 	ln -srf $< $@
 
+# What ptxas says of registers, spills and wgmma is kept for spec/cuda_build_spec.lua.
 $(BUILD)/%.cu.o: src/%.cu Makefile
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCCFLAGS) $(OWN_NVCCFLAGS) $(GENCODE) -c -o $@ $<
+	$(NVCC) $(NVCCFLAGS) $(OWN_NVCCFLAGS) $(GENCODE) -Xptxas -v -c -o $@ $< >$@.log 2>&1 || { cat $@.log; exit 1; }
+	@grep -E 'warning|[^.]error' -A 3 $@.log || true
 
 -include $(CUDA_OBJECTS:.o=.d)
 
