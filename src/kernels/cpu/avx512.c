@@ -2,13 +2,15 @@
 #if defined(__AVX512F__)
 #include <immintrin.h>
 
-#include "kernels/cpu/flash_needs.h"
-
 #define TIER avx512
+#define VECTOR_BYTES 64
+
+#include "kernels/cpu/flash_needs.h"
 
 #include "kernels/cpu/real_f32.h"
 #define LANES 16
 #define TILE_VECTORS 4
+#define STRETCH KEYS
 typedef __m512 vector_f32;
 static inline __m512 load_f32(const float *from) {
   return _mm512_loadu_ps(from);
@@ -48,6 +50,7 @@ static inline __m512 exp2_f32(__m512 x) {
 #include "kernels/cpu/real_f64.h"
 #define LANES 8
 #define TILE_VECTORS 4
+#define STRETCH SEGMENT
 typedef __m512d vector_f64;
 static inline __m512d load_f64(const double *from) {
   return _mm512_loadu_pd(from);

@@ -28,13 +28,13 @@ typedef struct NAME(backward_job) {
 } NAME(backward_job);
 
 typedef struct NAME(backward_room) {
-  REAL *packed_query;            // [width][QUERIES], for S
-  REAL *packed_dout;             // [value width][QUERIES], for dP
+  REAL *packed_query;            // [width][ROW], for S
+  REAL *packed_dout;             // [value width][ROW], for dP
   REAL *query;                   // [QUERIES][width, padded], times scale, for dK
   REAL *dout;                    // [QUERIES][value width, padded], for dV
   REAL *base, *factor, *delta;   // [QUERIES]
   NAME(gathered) again;          // peaks and sums of rows whose LSE is too coarse
-  REAL *dscores;                 // [KEYS][QUERIES]: dP^T, then dS^T
+  REAL *dscores;                 // [KEYS][ROW]: dP^T, then dS^T
   REAL *key_rows;                // [KEYS][width, padded]
   REAL *value_rows;              // [KEYS][value width, padded]
   REAL *finite_key;              // [KEYS][width, padded]
@@ -47,23 +47,19 @@ typedef struct NAME(backward_room) {
 
 enum { NAME(UNSEEN) = -1 };
 
-static int64_t NAME(padded)(int64_t width) {
-  return (width + LANES - 1) / LANES * LANES;
-}
-
 static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backward_job) * job) {
   const sa_problem *p = job->p;
   const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
   return (NAME(backward_room)){
-      .packed_query = NAME(take)(room, p->width * QUERIES),
-      .packed_dout = NAME(take)(room, p->value_width * QUERIES),
+      .packed_query = NAME(take)(room, p->width * NAME(ROW)),
+      .packed_dout = NAME(take)(room, p->value_width * NAME(ROW)),
       .query = NAME(take)(room, QUERIES * width),
       .dout = NAME(take)(room, QUERIES * value_width),
       .base = NAME(take)(room, QUERIES),
       .factor = NAME(take)(room, QUERIES),
       .again = {.peak = NAME(take)(room, QUERIES), .sum = NAME(take)(room, QUERIES)},
       .delta = NAME(take)(room, QUERIES),
-      .dscores = NAME(take)(room, KEYS * QUERIES),
+      .dscores = NAME(take)(room, KEYS * NAME(ROW)),
       .key_rows = NAME(take)(room, KEYS * width),
       .value_rows = NAME(take)(room, KEYS * value_width),
       .finite_key = NAME(take)(room, KEYS * width),
@@ -100,15 +96,14 @@ static void NAME(gather_again)(const NAME(block) * block, const NAME(backward_ro
     again.peak[i] = -(REAL)INFINITY;
     again.sum[i] = 0;
   }
-  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles);
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
     const REAL *key =
         NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, false, room->key_rows, &stride);
-    NAME(vector) peak[QUERIES / LANES];
-    for (int j = 0; j < block->vectors; j++) peak[j] = NAME(load)(again.peak + j * LANES);
-    NAME(score)(block, &stretch, key, stride, room->packed_query, &room->stretch, peak);
-    NAME(soften)(block, stretch.count, room->stretch.scores, peak, &again, room->delta);
+    memcpy(room->factor, again.peak, sizeof *room->factor * block->vectors * LANES);
+    NAME(score)(block, &stretch, key, stride, room->packed_query, &room->stretch, room->factor);
+    NAME(soften)(block, stretch.count, room->stretch.scores, room->factor, &again, room->delta, NULL);
   }
 }
 
@@ -172,9 +167,9 @@ static bool NAME(copy_rows)(const sa_operand *x, const NAME(block) * block, int 
     NAME(read_row)(sa_at(x, block->batch, block->head, block->query + i, 0), x->dtype, width, row);
     for (int d = 0; d < width; d++) row[d] *= factor;
   }
-  if (!NAME(has_nonfinite)(rows, padded, block->count, (int)padded)) return false;
+  if (!NAME(has_nonfinite)(rows, padded, block->count, width)) return false;
   memcpy(wild, rows, sizeof *rows * block->count * padded);
-  NAME(finite_part)(wild, padded, block->count, (int)padded, rows);
+  NAME(finite_part)(wild, padded, block->count, width, rows);
   return true;
 }
 
@@ -186,7 +181,7 @@ static void NAME(give_to_keys)(const NAME(block) * block, int keys, const uint64
       const REAL x = rows[i * padded + d];
       if (x * 0 == 0) continue;
       for (int r = 0; r < keys; r++) {
-        if (!visible || visible[r] >> i & 1) to[r * padded + d] += pairs[r * QUERIES + i] * x;
+        if (!visible || visible[r] >> i & 1) to[r * padded + d] += pairs[r * NAME(ROW) + i] * x;
       }
     }
   }
@@ -199,7 +194,7 @@ static void NAME(differentiate)(const NAME(block) * block, int keys, const uint6
   for (int j = 0; j < block->vectors; j++) {
     const NAME(vector) base = NAME(load)(delta + j * LANES);
     for (int r = 0; r < keys; r++) {
-      REAL *w = weights + r * QUERIES + j * LANES, *ds = dscores + r * QUERIES + j * LANES;
+      REAL *w = weights + r * NAME(ROW) + j * LANES, *ds = dscores + r * NAME(ROW) + j * LANES;
       const NAME(vector) weight = NAME(load)(w);
       NAME(vector) dweight = NAME(load)(ds);
       if (kept) {
@@ -229,10 +224,10 @@ static void NAME(add_dbias)(const NAME(backward_job) * job, const NAME(block) * 
     REAL *row = NAME(dbias_row)(job, block->batch, block->head, block->query + i);
     if (job->p->bias_shape[3] == 1) {
       REAL sum = 0;
-      for (int r = 0; r < stretch->count; r++) sum += dscores[r * QUERIES + i];
+      for (int r = 0; r < stretch->count; r++) sum += dscores[r * NAME(ROW) + i];
       row[chunk * job->dbias_count] += sum;
     } else {
-      for (int r = 0; r < stretch->count; r++) row[stretch->first + r] += dscores[r * QUERIES + i];
+      for (int r = 0; r < stretch->count; r++) row[stretch->first + r] += dscores[r * NAME(ROW) + i];
     }
   }
 }
@@ -245,7 +240,7 @@ static double NAME(slope_gradient)(const NAME(block) * block, const sa_stretch *
     for (int i = 0; i < block->count; i++) {
       const int64_t distance = origin > i ? origin - i : i - origin;
       // A masked pair's dS is 0, and so is its share.
-      sum -= (double)distance * dscores[r * QUERIES + i];
+      sum -= (double)distance * dscores[r * NAME(ROW) + i];
     }
   }
   return sum;
@@ -268,21 +263,17 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   REAL *weights = room->stretch.scores, *dscores = room->dscores;
   NAME(weigh)(block, keys, visible, room->base, factor ? room->factor : NULL, weights);
   NAME(product)
-  (value, value_stride, 1, room->packed_dout, QUERIES, dscores, QUERIES, keys, columns, value_width, SA_FROM_ZERO,
-   NULL);
-  const uint64_t *kept = NULL;
-  if (p->dropout > 0) {
-    NAME(keep)(block, stretch, room->stretch.kept);
-    kept = room->stretch.kept;
-  }
+  (value, value_stride, 1, room->packed_dout, NAME(ROW), dscores, NAME(ROW), keys, columns, value_width, SA_FROM_ZERO,
+   NULL, NULL);
+  const uint64_t *kept = NAME(keep)(block, stretch, &room->stretch);
   NAME(differentiate)(block, keys, visible, kept, room->delta, weights, dscores);
 
   const int64_t offset = stretch->first - chunk * job->chunk;
   if (p->dv.data) {
     REAL *to = room->dvalue + offset * value_padded;
     NAME(product)
-    (weights, QUERIES, 1, room->dout, value_padded, to, value_padded, keys, (int)value_padded, block->count,
-     SA_FROM_SELF, NULL);
+    (weights, NAME(ROW), 1, room->dout, value_padded, to, value_padded, keys, NAME(columns)(value_width), block->count,
+     SA_FROM_SELF, NULL, NULL);
     if (wild_dout) NAME(give_to_keys)(block, keys, visible, weights, room->wild_dout, value_padded, to);
   }
   if (p->dbias.data) NAME(add_dbias)(job, block, stretch, chunk, dscores);
@@ -291,8 +282,8 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
     // d/ds of cap tanh(s / cap) is 1 - tanh^2; a masked pair may hold NaN there.
     for (int r = 0; r < keys; r++) {
       for (int j = 0; j < block->vectors; j++) {
-        const NAME(vector) t = NAME(load)(room->stretch.capped + r * QUERIES + j * LANES);
-        REAL *ds = dscores + r * QUERIES + j * LANES;
+        const NAME(vector) t = NAME(load)(room->stretch.capped + r * NAME(ROW) + j * LANES);
+        REAL *ds = dscores + r * NAME(ROW) + j * LANES;
         const NAME(vector) inner = NAME(load)(ds) * (NAME(set)(1) - t * t);
         NAME(store)(ds, visible ? NAME(select)(visible[r] >> (j * LANES), inner, NAME(set)(0)) : inner);
       }
@@ -301,7 +292,7 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   if (p->dk.data) {
     REAL *to = room->dkey + offset * padded;
     NAME(product)
-    (dscores, QUERIES, 1, room->query, padded, to, padded, keys, (int)padded, block->count, SA_FROM_SELF, NULL);
+    (dscores, NAME(ROW), 1, room->query, padded, to, padded, keys, NAME(columns)(width), block->count, SA_FROM_SELF, NULL, NULL);
     if (wild_query) NAME(give_to_keys)(block, keys, visible, dscores, room->wild_query, padded, to);
   }
   if (!p->dq.data) return;
@@ -309,11 +300,11 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   if (wild_key && visible && NAME(has_nonfinite)(key, key_stride, keys, width)) {
     NAME(finite_part)(key, key_stride, keys, width, room->finite_key);
     NAME(product)
-    (dscores, 1, QUERIES, room->finite_key, padded, room->dquery, padded, block->count, (int)padded, keys, start, NULL);
-    NAME(add_nonfinite)(block, keys, visible, dscores, key, key_stride, width, (int)padded, room->dquery);
+    (dscores, 1, NAME(ROW), room->finite_key, padded, room->dquery, padded, block->count, NAME(columns)(width), keys, start, NULL, NULL);
+    NAME(add_nonfinite)(block, keys, visible, dscores, key, key_stride, width, padded, room->dquery);
   } else {
     NAME(product)
-    (dscores, 1, QUERIES, key, key_stride, room->dquery, padded, block->count, (int)padded, keys, start, NULL);
+    (dscores, 1, NAME(ROW), key, key_stride, room->dquery, padded, block->count, NAME(columns)(width), keys, start, NULL, NULL);
   }
 }
 
@@ -372,7 +363,8 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
       NAME(copy_rows)(&p->q, block, (int)p->width, (REAL)p->scale, dead, room->query, room->wild_query);
   const bool wild_dout = NAME(copy_rows)(&p->dout, block, (int)p->value_width, 1, dead, room->dout, room->wild_dout);
   bool first = true;
-  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, chunk * tiles, (chunk + 1) * tiles);
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, chunk * tiles, (chunk + 1) * tiles,
+                               STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch); first = false) {
     NAME(backward_stretch)(job, block, &stretch, chunk, factor, wild_query, wild_dout, wild_key, first, room, dslope);
   }
@@ -510,7 +502,7 @@ static int64_t NAME(choose_chunk)(const sa_problem *p, int64_t items) {
   int64_t chunk = 8 * SA_TILE;
   if (chunk > p->keys) chunk = (p->keys + SA_TILE - 1) / SA_TILE * SA_TILE;
   if (chunk < SA_TILE) return SA_TILE;
-  while (chunk * row > 1 << 20 && chunk > 2 * SA_TILE) chunk = (chunk / SA_TILE + 1) / 2 * SA_TILE;
+  while (chunk * row > 5 << 17 && chunk > 2 * SA_TILE) chunk = (chunk / SA_TILE + 1) / 2 * SA_TILE;
   while (items * ((p->keys + chunk - 1) / chunk) < 16 && chunk > 2 * SA_TILE) {
     chunk = (chunk / SA_TILE + 1) / 2 * SA_TILE;
   }

@@ -9,22 +9,26 @@ typedef struct NAME(gathered) {
 } NAME(gathered);
 
 typedef struct NAME(forward_room) {
-  REAL *query;   // [width][QUERIES], packed
+  REAL *query;   // [width][ROW], packed
   REAL *rows;    // [KEYS][the larger width, padded]: K or V, converted
   REAL *finite;  // [KEYS][value width, padded]: V for the careful path
   REAL *factor;  // [QUERIES]
+  REAL *peak;    // [QUERIES]: with the stretch in hand
   NAME(gathered) own;
   NAME(stretch_room) stretch;
 } NAME(forward_room);
 
-// P^T in place of S^T, with the running peak, sum and the factor that the old peak costs.
-static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, const NAME(vector) * peak,
-                         NAME(gathered) * gathered, REAL *factor) {
-  const NAME(vector) unit = NAME(set)(block->unit), lowest = NAME(set)(-(REAL)INFINITY);
+// P^T in place of S^T, with the running peak, sum and the factor that the old peak costs. Weights that dropout does not
+// keep (`kept` NULL: it keeps all) count in the sum and are then 0, whatever they were, NaN too.
+static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(block) * block, int keys, REAL *scores,
+                                                                  const REAL *peak, NAME(gathered) * gathered,
+                                                                  REAL *factor, bool plain, const uint64_t *kept) {
+  const NAME(vector) unit = NAME(set)(block->unit), lowest = NAME(set)(-(REAL)INFINITY), zero = NAME(set)(0);
   for (int j = 0; j < block->vectors; j++) {
     const NAME(vector) old = NAME(load)(gathered->peak + j * LANES);
+    const NAME(vector) top = NAME(load)(peak + j * LANES);
     // A row that has seen nothing yet, or nothing but -inf, must not compute -inf - -inf.
-    const NAME(vector) base = NAME(select)(NAME(below_or_equal)(peak[j], lowest), NAME(set)(0), peak[j]);
+    const NAME(vector) base = NAME(select)(NAME(below_or_equal)(top, lowest), NAME(set)(0), top);
     const NAME(vector) decay = NAME(exp2)((old - base) * unit);
     NAME(vector) sum[4] = {NAME(set)(0), NAME(set)(0), NAME(set)(0), NAME(set)(0)};
     REAL *column = scores + j * LANES;
@@ -32,44 +36,45 @@ static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, cons
     for (; r + 4 <= keys; r += 4) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) {
-        NAME(vector) x = NAME(load)(column + (r + k) * QUERIES) - base;
-        if (!block->plain) x = x * unit;
+        NAME(vector) x = NAME(load)(column + (r + k) * NAME(ROW)) - base;
+        if (!plain) x = x * unit;
         const NAME(vector) w = NAME(exp2)(x);
-        NAME(store)(column + (r + k) * QUERIES, w);
+        NAME(store)(column + (r + k) * NAME(ROW), kept ? NAME(select)(kept[r + k] >> (j * LANES), w, zero) : w);
         sum[k] = sum[k] + w;
       }
     }
     for (; r < keys; r++) {
-      const NAME(vector) w = NAME(exp2)((NAME(load)(column + r * QUERIES) - base) * unit);
-      NAME(store)(column + r * QUERIES, w);
+      const NAME(vector) w = NAME(exp2)((NAME(load)(column + r * NAME(ROW)) - base) * unit);
+      NAME(store)(column + r * NAME(ROW), kept ? NAME(select)(kept[r] >> (j * LANES), w, zero) : w);
       sum[0] = sum[0] + w;
     }
     const NAME(vector) total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     NAME(store)(gathered->sum + j * LANES, NAME(fma)(NAME(load)(gathered->sum + j * LANES), decay, total));
-    NAME(store)(gathered->peak + j * LANES, peak[j]);
+    NAME(store)(gathered->peak + j * LANES, top);
     NAME(store)(factor + j * LANES, decay);
   }
 }
 
-// A dropped weight is 0 whatever it was, NaN too.
-static void NAME(drop)(const NAME(block) * block, int keys, const uint64_t *kept, REAL *weights) {
-  for (int r = 0; r < keys; r++) {
-    for (int j = 0; j < block->vectors; j++) {
-      REAL *w = weights + r * QUERIES + j * LANES;
-      NAME(store)(w, NAME(select)(kept[r] >> (j * LANES), NAME(load)(w), NAME(set)(0)));
-    }
-  }
+// One loop for each of its uses: with the questions inside, it took a third longer.
+static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, const REAL *peak,
+                         NAME(gathered) * gathered, REAL *factor, const uint64_t *kept) {
+  if (kept)
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, kept);
+  else if (block->plain)
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, NULL);
+  else
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, NULL);
 }
 
 // The contributions of non-finite values to the rows that see them: o += w v where v is NaN or Inf.
 static void NAME(add_nonfinite)(const NAME(block) * block, int keys, const uint64_t *visible, const REAL *weights,
-                                const REAL *value, int64_t value_stride, int width, int padded, REAL *o) {
+                                const REAL *value, int64_t value_stride, int width, int64_t padded, REAL *o) {
   for (int r = 0; r < keys; r++) {
     for (int d = 0; d < width; d++) {
       const REAL v = value[r * value_stride + d];
       if (v * 0 == 0) continue;
       for (int i = 0; i < block->count; i++) {
-        if (visible[r] >> i & 1) o[(int64_t)i * padded + d] += weights[r * QUERIES + i] * v;
+        if (visible[r] >> i & 1) o[i * padded + d] += weights[r * NAME(ROW) + i] * v;
       }
     }
   }
@@ -82,7 +87,8 @@ static void NAME(add_nonfinite)(const NAME(block) * block, int keys, const uint6
 static bool NAME(gather)(const NAME(block) * block, int64_t tile_first, int64_t tile_end, bool careful,
                          const NAME(forward_room) * room, NAME(gathered) * gathered) {
   const sa_problem *p = block->p;
-  const int width = (int)p->value_width, padded = (width + LANES - 1) / LANES * LANES;
+  const int width = (int)p->value_width, columns = NAME(columns)(width);
+  const int64_t padded = NAME(padded)(width);
   bool started = false, masked = false;
   gathered->alive = 0;
   for (int i = 0; i < QUERIES; i++) {
@@ -91,17 +97,16 @@ static bool NAME(gather)(const NAME(block) * block, int64_t tile_first, int64_t 
   }
   REAL *leaked = NULL;
   if (careful) {
-    leaked = room->finite + (int64_t)KEYS * padded;
+    leaked = room->finite + KEYS * padded;
     memset(leaked, 0, sizeof *leaked * QUERIES * padded);
   }
-  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, tile_first, tile_end);
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, tile_first, tile_end, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
     const REAL *key =
         NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, false, room->rows, &stride);
-    NAME(vector) peak[QUERIES / LANES];
-    for (int j = 0; j < block->vectors; j++) peak[j] = NAME(load)(gathered->peak + j * LANES);
-    const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, peak);
+    memcpy(room->peak, gathered->peak, sizeof *room->peak * block->vectors * LANES);
+    const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, room->peak);
     if (visible) {
       masked = true;
       for (int r = 0; r < stretch.count; r++) gathered->alive |= visible[r];
@@ -109,51 +114,49 @@ static bool NAME(gather)(const NAME(block) * block, int64_t tile_first, int64_t 
       gathered->alive = ~UINT64_C(0);
     }
     REAL *weights = room->stretch.scores;
-    NAME(soften)(block, stretch.count, weights, peak, gathered, room->factor);
-    if (p->dropout > 0) {
-      NAME(keep)(block, &stretch, room->stretch.kept);
-      NAME(drop)(block, stretch.count, room->stretch.kept, weights);
-    }
+    const uint64_t *kept = NAME(keep)(block, &stretch, &room->stretch);
+    NAME(soften)(block, stretch.count, weights, room->peak, gathered, room->factor, kept);
     const REAL *value = NAME(rows_of)(&p->v, block, stretch.first, stretch.count, width, true, room->rows, &stride);
     const sa_product_start start = started ? SA_FROM_SCALED : SA_FROM_ZERO;
     if (careful && visible && NAME(has_nonfinite)(value, stride, stretch.count, width)) {
       NAME(finite_part)(value, stride, stretch.count, width, room->finite);
       NAME(product)
-      (weights, 1, QUERIES, room->finite, padded, gathered->o, padded, block->count, padded, stretch.count, start,
-       room->factor);
+      (weights, 1, NAME(ROW), room->finite, padded, gathered->o, padded, block->count, columns, stretch.count, start,
+       room->factor, NULL);
       NAME(add_nonfinite)(block, stretch.count, visible, weights, value, stride, width, padded, leaked);
     } else {
       NAME(product)
-      (weights, 1, QUERIES, value, stride, gathered->o, padded, block->count, padded, stretch.count, start,
-       room->factor);
+      (weights, 1, NAME(ROW), value, stride, gathered->o, padded, block->count, columns, stretch.count, start,
+       room->factor, NULL);
     }
     started = true;
   }
   if (!started) memset(gathered->o, 0, sizeof(REAL) * block->count * padded);
   if (careful) {
-    for (int64_t d = 0; d < (int64_t)block->count * padded; d++) gathered->o[d] += leaked[d];
+    for (int64_t d = 0; d < block->count * padded; d++) gathered->o[d] += leaked[d];
   }
   return masked;
 }
 
 static void NAME(gather_safely)(const NAME(block) * block, int64_t tile_first, int64_t tile_end,
                                 const NAME(forward_room) * room, NAME(gathered) * gathered) {
-  const int width = (int)block->p->value_width, padded = (width + LANES - 1) / LANES * LANES;
+  const int width = (int)block->p->value_width;
   if (NAME(gather)(block, tile_first, tile_end, false, room, gathered) &&
-      NAME(has_nonfinite)(gathered->o, padded, block->count, width)) {
+      NAME(has_nonfinite)(gathered->o, NAME(padded)(width), block->count, width)) {
     NAME(gather)(block, tile_first, tile_end, true, room, gathered);
   }
 }
 
 // Joins what two parts of the keys gathered.
 static void NAME(join)(const NAME(block) * block, NAME(gathered) * into, const NAME(gathered) * from) {
-  const int padded = ((int)block->p->value_width + LANES - 1) / LANES * LANES;
+  const int width = (int)block->p->value_width;
+  const int64_t padded = NAME(padded)(width);
   for (int i = 0; i < block->count; i++) {
     if (!(from->alive >> i & 1)) continue;
-    REAL *o = into->o + (int64_t)i * padded;
-    const REAL *other = from->o + (int64_t)i * padded;
+    REAL *o = into->o + i * padded;
+    const REAL *other = from->o + i * padded;
     if (!(into->alive >> i & 1)) {
-      memcpy(o, other, sizeof *o * padded);
+      memcpy(o, other, sizeof *o * width);
       into->peak[i] = from->peak[i];
       into->sum[i] = from->sum[i];
       continue;
@@ -163,7 +166,7 @@ static void NAME(join)(const NAME(block) * block, NAME(gathered) * into, const N
     const double unit = block->plain ? 1 : 1.4426950408889634;
     const REAL a = (REAL)exp2((double)(into->peak[i] - base) * unit);
     const REAL b = (REAL)exp2((double)(from->peak[i] - base) * unit);
-    for (int d = 0; d < padded; d++) o[d] = o[d] * a + other[d] * b;
+    for (int d = 0; d < width; d++) o[d] = o[d] * a + other[d] * b;
     into->sum[i] = into->sum[i] * a + from->sum[i] * b;
     into->peak[i] = top;
   }
@@ -198,13 +201,14 @@ static NAME(row_scale) NAME(scale_row)(const NAME(block) * block, double peak, d
 // Writes out, LSE and dead rows of a block; leaves in gathered->peak and sum each row's base and factor.
 static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered) {
   const sa_problem *p = block->p;
-  const int width = (int)p->value_width, padded = (width + LANES - 1) / LANES * LANES;
+  const int width = (int)p->value_width;
+  const int64_t padded = NAME(padded)(width);
   REAL sink = -(REAL)INFINITY;
   if (p->sinks.data) NAME(read_row)(sa_at(&p->sinks, 0, block->head, 0, 0), p->sinks.dtype, 1, &sink);
   const double kept = 1 / (1 - p->dropout);
   for (int i = 0; i < block->count; i++) {
     const int64_t query = block->query + i;
-    REAL *o = gathered->o + (int64_t)i * padded;
+    REAL *o = gathered->o + i * padded;
     const bool dead = !(gathered->alive >> i & 1);
     NAME(row_scale) row = {INFINITY, 0, sink, 1};
     if (dead) {
@@ -237,7 +241,7 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_ro
       (sa_at(&p->weights, block->batch, block->head, block->query + i, key), p->weights.dtype, count, row);
     }
   }
-  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles);
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
     const REAL *key =
@@ -245,7 +249,7 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_ro
     const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, NULL);
     NAME(weigh)(block, stretch.count, visible, gathered->peak, gathered->sum, room->stretch.scores);
     for (int i = 0; i < block->count; i++) {
-      for (int r = 0; r < stretch.count; r++) row[r] = room->stretch.scores[r * QUERIES + i];
+      for (int r = 0; r < stretch.count; r++) row[r] = room->stretch.scores[r * NAME(ROW) + i];
       NAME(write_row)
       (sa_at(&p->weights, block->batch, block->head, block->query + i, stretch.first), p->weights.dtype, stretch.count,
        row);
@@ -263,19 +267,20 @@ typedef struct NAME(forward_job) {
 } NAME(forward_job);
 
 static NAME(gathered) NAME(take_gathered)(sa_room *room, const sa_problem *p) {
-  const int64_t padded = (p->value_width + LANES - 1) / LANES * LANES;
+  const int64_t padded = NAME(padded)(p->value_width);
   return (NAME(gathered)){
       .o = NAME(take)(room, QUERIES * padded), .peak = NAME(take)(room, QUERIES), .sum = NAME(take)(room, QUERIES)};
 }
 
 static NAME(forward_room) NAME(take_forward)(sa_room *room, const sa_problem *p) {
-  const int64_t width = (p->width + LANES - 1) / LANES * LANES;
-  const int64_t value_width = (p->value_width + LANES - 1) / LANES * LANES;
+  const int64_t width = NAME(padded)(p->width);
+  const int64_t value_width = NAME(padded)(p->value_width);
   return (NAME(forward_room)){
-      .query = NAME(take)(room, p->width * QUERIES),
+      .query = NAME(take)(room, p->width * NAME(ROW)),
       .rows = NAME(take)(room, KEYS * (width > value_width ? width : value_width)),
       .finite = NAME(take)(room, (KEYS + QUERIES) * value_width),
       .factor = NAME(take)(room, QUERIES),
+      .peak = NAME(take)(room, QUERIES),
       .own = NAME(take_gathered)(room, p),
       .stretch = NAME(take_stretch)(room, p, false),
   };

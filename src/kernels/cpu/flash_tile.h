@@ -1,91 +1,153 @@
 // register tiles, packing and score tiles, for one REAL; part of flash.h
 
+// Rows of 64 queries lie this far apart: a cache line more than they need, because the lines of a column of tiles, a
+// power of two apart, would all fall into a few sets of the first cache.
+enum { NAME(ROW) = QUERIES + 64 / sizeof(REAL) };
+
+// The columns that a row of so many elements takes in whole vectors, and how far apart such rows lie in a worker's own
+// memory: likewise a line more where they would be a multiple of four lines apart.
+static inline int NAME(columns)(int64_t width) {
+  return (int)((width + LANES - 1) / LANES * LANES);
+}
+static inline int64_t NAME(padded)(int64_t width) {
+  const int64_t columns = NAME(columns)(width), line = 64 / sizeof(REAL);
+  return columns % (4 * line) ? columns : columns + line;
+}
+
 // How a product starts: from 0, from what c holds, or from that times a factor per row.
 #ifndef SAFEATTN_PRODUCT_START
 #define SAFEATTN_PRODUCT_START
 typedef enum sa_product_start { SA_FROM_ZERO, SA_FROM_SELF, SA_FROM_SCALED } sa_product_start;
 #endif
 
-// c[rows][vectors * LANES] = start + a b, a's element (i, k) at a[i * a_row + k * a_step]. Every accumulator is one
-// chain of fused multiply-adds over k in rising order, so an element's bits do not depend on the tile that computed it:
-// backward gets the very scores of the forward.
-static inline __attribute__((always_inline)) void NAME(tile)(int rows, int vectors, const REAL *restrict a,
-                                                             int64_t a_row, int64_t a_step, const REAL *restrict b,
-                                                             int64_t b_row, REAL *restrict c, int64_t c_row, int depth,
-                                                             sa_product_start start, const REAL *factor) {
-  NAME(vector) sum[6][4];
-#pragma GCC unroll 6
-  for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < vectors; j++) {
-      sum[i][j] = NAME(set)(0);
-      if (start != SA_FROM_ZERO) sum[i][j] = NAME(load)(c + i * c_row + j * LANES);
-      if (start == SA_FROM_SCALED) sum[i][j] = sum[i][j] * NAME(set)(factor[i]);
-    }
-  }
-  for (int k = 0; k < depth; k++) {
-    NAME(vector) right[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < vectors; j++) right[j] = NAME(load)(b + k * b_row + j * LANES);
+// A strip of register tiles, one below the other: each is c[rows][vectors * LANES] = start + a b, where a's element
+// (i, k) is a[i * a_stride + k], or a[i + k * a_stride] when a is `turned`. Every accumulator is one chain of fused
+// multiply-adds over k in rising order, so an element's bits do not depend on the tile that computed it: backward gets
+// the very scores of the forward. `peak` (may be NULL) is raised to the largest of each column on the way out, while
+// the sums are still in registers.
+static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int rows, int vectors, int tiles,
+                                                              const REAL *restrict a, int64_t a_stride,
+                                                              const REAL *restrict b, int64_t b_row, REAL *restrict c,
+                                                              int64_t c_row, int depth, sa_product_start start,
+                                                              const REAL *restrict factor, REAL *restrict peak) {
+  for (int tile = 0; tile < tiles; tile++) {
+    NAME(vector) sum[6][4];
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++) {
-      const NAME(vector) left = NAME(set)(a[i * a_row + k * a_step]);
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; j++) sum[i][j] = NAME(fma)(left, right[j], sum[i][j]);
+      for (int j = 0; j < vectors; j++) {
+        sum[i][j] = NAME(set)(0);
+        if (start != SA_FROM_ZERO) sum[i][j] = NAME(load)(c + i * c_row + j * LANES);
+        if (turned && start == SA_FROM_SCALED) sum[i][j] = sum[i][j] * NAME(set)(factor[i]);
+      }
     }
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < rows; i++) {
+    const REAL *left = a, *right = b;
+    for (int k = 0; k < depth; k++) {
+      NAME(vector) row[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; j++) NAME(store)(c + i * c_row + j * LANES, sum[i][j]);
+      for (int j = 0; j < vectors; j++) row[j] = NAME(load)(right + j * LANES);
+#pragma GCC unroll 6
+      for (int i = 0; i < rows; i++) {
+        const NAME(vector) x = NAME(set)(turned ? left[i] : left[i * a_stride]);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) sum[i][j] = NAME(fma)(x, row[j], sum[i][j]);
+      }
+      left += turned ? a_stride : 1;
+      right += b_row;
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) NAME(store)(c + i * c_row + j * LANES, sum[i][j]);
+    }
+    if (!turned && peak) {
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) {
+        NAME(vector) top = NAME(load)(peak + j * LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) top = NAME(max)(sum[i][j], top);
+        NAME(store)(peak + j * LANES, top);
+      }
+    }
+    a += turned ? rows : rows * a_stride;
+    c += rows * c_row;
+    if (turned && start == SA_FROM_SCALED) factor += rows;
   }
 }
 
-// One function a shape: inlined into a larger one, the 6 x 4 tile spilled 3 of its 24 accumulators.
-#define SA_TILE_SHAPE(R, V)                                                                                           \
-  static __attribute__((noinline)) void NAME(tile_##R##x##V)(                                                         \
-      const REAL *restrict a, int64_t a_row, int64_t a_step, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
-      int64_t c_row, int depth, sa_product_start start, const REAL *factor) {                                         \
-    NAME(tile)(R, V, a, a_row, a_step, b, b_row, c, c_row, depth, start, factor);                                     \
+// One function a shape: inlined into a larger one, the 6 x 4 tile spilled 3 of its 24 accumulators. The strip's loop is
+// inside, because a tile of 64 steps takes no longer than some 400 cycles, of which a call cost 30.
+#define SA_STRIP(R, V)                                                                                                \
+  static __attribute__((noinline)) void NAME(strip_##R##x##V)(                                                        \
+      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c,   \
+      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak) {                             \
+    NAME(strip)(false, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak);                     \
+  }                                                                                                                   \
+  static __attribute__((noinline)) void NAME(turned_##R##x##V)(                                                       \
+      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c,   \
+      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak) {                             \
+    NAME(strip)(true, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak);                      \
   }
-#define SA_TILE_SHAPES(V) \
-  SA_TILE_SHAPE(1, V)     \
-  SA_TILE_SHAPE(2, V) SA_TILE_SHAPE(3, V) SA_TILE_SHAPE(4, V) SA_TILE_SHAPE(5, V) SA_TILE_SHAPE(6, V)
-SA_TILE_SHAPES(1)
-SA_TILE_SHAPES(2)
+#define SA_STRIPS(V) SA_STRIP(1, V) SA_STRIP(2, V) SA_STRIP(3, V) SA_STRIP(4, V) SA_STRIP(5, V) SA_STRIP(6, V)
+SA_STRIPS(1)
+SA_STRIPS(2)
 #if TILE_VECTORS == 4
-SA_TILE_SHAPES(4)
+SA_STRIPS(4)
 #endif
-#undef SA_TILE_SHAPES
-#undef SA_TILE_SHAPE
+#undef SA_STRIPS
+#undef SA_STRIP
 
-typedef void (*NAME(tile_function))(const REAL *, int64_t, int64_t, const REAL *, int64_t, REAL *, int64_t, int,
-                                    sa_product_start, const REAL *);
-#define SA_TILE_ROW(V) \
-  { NULL, NAME(tile_1x##V), NAME(tile_2x##V), NAME(tile_3x##V), NAME(tile_4x##V), NAME(tile_5x##V), NAME(tile_6x##V) }
-static const NAME(tile_function) NAME(tiles)[][7] = {
-    SA_TILE_ROW(1),
-    SA_TILE_ROW(2),
+typedef void (*NAME(strip_function))(int, const REAL *, int64_t, const REAL *, int64_t, REAL *, int64_t, int,
+                                     sa_product_start, const REAL *, REAL *);
+#define SA_STRIP_ROW(WAY, V)                                                                           \
+  {                                                                                                    \
+    NULL, NAME(WAY##_1x##V), NAME(WAY##_2x##V), NAME(WAY##_3x##V), NAME(WAY##_4x##V), NAME(WAY##_5x##V), \
+        NAME(WAY##_6x##V)                                                                              \
+  }
+static const NAME(strip_function) NAME(strips)[2][TILE_VECTORS == 4 ? 3 : 2][7] = {
+    {SA_STRIP_ROW(strip, 1), SA_STRIP_ROW(strip, 2),
 #if TILE_VECTORS == 4
-    SA_TILE_ROW(4),
+     SA_STRIP_ROW(strip, 4)
 #endif
+    },
+    {SA_STRIP_ROW(turned, 1), SA_STRIP_ROW(turned, 2),
+#if TILE_VECTORS == 4
+     SA_STRIP_ROW(turned, 4)
+#endif
+    },
 };
-#undef SA_TILE_ROW
+#undef SA_STRIP_ROW
 
-// c[rows][columns] = start + a b, columns a multiple of LANES.
+// c[rows][columns] = start + a b, columns a multiple of LANES; a's element (i, k) at a[i * a_row + k * a_step], one of
+// the two being 1. `peak` is for an a with a_step 1. Every column of tiles reads all of a block of a's rows, which
+// therefore is to stay in the first cache beside a column of b: with all rows at once AVX2 lost 8 % in double.
 static void NAME(product)(const REAL *a, int64_t a_row, int64_t a_step, const REAL *b, int64_t b_row, REAL *c,
-                          int64_t c_row, int rows, int columns, int depth, sa_product_start start, const REAL *factor) {
-  for (int column = 0; column < columns;) {
-    int shape = TILE_VECTORS == 4 ? 2 : 1;
-    while ((LANES << shape) > columns - column) shape--;
-    for (int row = 0; row < rows;) {
-      const int count = rows - row < 6 ? rows - row : 6;
-      NAME(tiles)
-      [shape][count](a + row * a_row, a_row, a_step, b + column, b_row, c + row * c_row + column, c_row, depth, start,
-                     factor ? factor + row : NULL);
-      row += count;
+                          int64_t c_row, int rows, int columns, int depth, sa_product_start start, const REAL *factor,
+                          REAL *peak) {
+  enum { CACHED = 18 << 10 };
+  const bool turned = a_step != 1;
+  const int64_t a_stride = turned ? a_step : a_row;
+  const int fitting = depth ? CACHED / (int)sizeof(REAL) / depth : rows;
+  const int block = fitting >= rows ? rows : fitting < 12 ? 12 : fitting / 6 * 6;
+  for (int row = 0; row < rows; row += block) {
+    const int count = rows - row < block ? rows - row : block;
+    const int whole = count / 6, rest = count % 6;
+    for (int column = 0; column < columns;) {
+      int shape = TILE_VECTORS == 4 ? 2 : 1;
+      while ((LANES << shape) > columns - column) shape--;
+      const NAME(strip_function) *strips = NAME(strips)[turned][shape];
+      REAL *top = peak ? peak + column : NULL;
+      if (whole) {
+        strips[6](whole, a + row * a_row, a_stride, b + column, b_row, c + row * c_row + column, c_row, depth, start,
+                  factor ? factor + row : NULL, top);
+      }
+      if (rest) {
+        const int last = row + whole * 6;
+        strips[rest](1, a + last * a_row, a_stride, b + column, b_row, c + last * c_row + column, c_row, depth, start,
+                     factor ? factor + last : NULL, top);
+      }
+      column += LANES << shape;
     }
-    column += LANES << shape;
   }
 }
 
@@ -125,25 +187,76 @@ static NAME(block) NAME(block_at)(const sa_problem *p, int64_t batch, int64_t he
   return block;
 }
 
-// to[dim][QUERIES] = factor * rows of x, transposed, 0 beyond the block and in the rows whose bit is set in `skip`.
+// to = from, a square of LANES x LANES, transposed, times factor. Interleaving every row with the one half the square
+// below it, log2(LANES) times over, is a transposition.
+typedef BITS NAME(order) __attribute__((vector_size(LANES * sizeof(REAL))));
+#if LANES == 2
+#define SA_LOW 0, 2
+#define SA_HIGH 1, 3
+#elif LANES == 4
+#define SA_LOW 0, 4, 1, 5
+#define SA_HIGH 2, 6, 3, 7
+#elif LANES == 8
+#define SA_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define SA_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define SA_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define SA_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#endif
+static inline void NAME(transpose)(const REAL *from, int64_t from_row, REAL factor, REAL *to, int64_t to_row) {
+  const NAME(order) low = {SA_LOW}, high = {SA_HIGH};
+  NAME(vector) row[LANES], next[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) row[i] = NAME(load)(from + i * from_row) * NAME(set)(factor);
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++) {
+      next[2 * i] = __builtin_shuffle(row[i], row[i + LANES / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(row[i], row[i + LANES / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) row[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) NAME(store)(to + i * to_row, row[i]);
+}
+#undef SA_LOW
+#undef SA_HIGH
+
+// to[column][ROW] = factor * rows, transposed: a vector's worth of rows, `from_row` apart.
+static void NAME(turn)(const REAL *rows, int64_t from_row, int width, REAL factor, REAL *to) {
+  int d = 0;
+  for (; d + LANES <= width; d += LANES) NAME(transpose)(rows + d, from_row, factor, to + d * NAME(ROW), NAME(ROW));
+  for (; d < width; d++) {
+    for (int i = 0; i < LANES; i++) to[d * NAME(ROW) + i] = rows[i * from_row + d] * factor;
+  }
+}
+
+// to[dim][ROW] = factor * rows of x, transposed, 0 beyond the block and in the rows whose bit is set in `skip`.
 static void NAME(pack)(const sa_operand *x, const NAME(block) * block, int width, REAL factor, uint64_t skip,
                        REAL *to) {
-  REAL row[SA_FUSED_WIDTH];
-  for (int i = 0; i < block->vectors * LANES; i++) {
-    const bool absent = i >= block->count || skip >> i & 1;
-    if (absent)
-      memset(row, 0, sizeof *row * width);
-    else
-      NAME(read_row)(sa_at(x, block->batch, block->head, block->query + i, 0), x->dtype, width, row);
-    for (int d = 0; d < width; d++) to[d * QUERIES + i] = row[d] * factor;
+  REAL rows[LANES * SA_FUSED_WIDTH];
+  for (int first = 0; first < block->vectors * LANES; first += LANES) {
+    for (int i = 0; i < LANES; i++) {
+      const bool absent = first + i >= block->count || skip >> (first + i) & 1;
+      REAL *row = rows + i * SA_FUSED_WIDTH;
+      if (absent)
+        memset(row, 0, sizeof *row * width);
+      else
+        NAME(read_row)
+      (sa_at(x, block->batch, block->head, block->query + first + i, 0), x->dtype, width, row);
+    }
+    NAME(turn)(rows, SA_FUSED_WIDTH, width, factor, to + first);
   }
 }
 
 // `count` rows of K or V from `first` on: in place where the kernels can read them so, else converted into `room`.
 static const REAL *NAME(rows_of)(const sa_operand *x, const NAME(block) * block, int64_t first, int count, int width,
                                  bool whole_vectors, REAL *room, int64_t *stride) {
-  const int padded = (width + LANES - 1) / LANES * LANES;
-  if (x->dtype == DTYPE && (!whole_vectors || width == padded)) {
+  const int columns = NAME(columns)(width);
+  const int64_t padded = NAME(padded)(width);
+  if (x->dtype == DTYPE && (!whole_vectors || width == columns)) {
     *stride = x->stride[2];
     return sa_at(x, block->batch, block->key_head, first, 0);
   }
@@ -151,7 +264,7 @@ static const REAL *NAME(rows_of)(const sa_operand *x, const NAME(block) * block,
   for (int r = 0; r < count; r++) {
     REAL *row = room + (int64_t)r * padded;
     NAME(read_row)(sa_at(x, block->batch, block->key_head, first + r, 0), x->dtype, width, row);
-    for (int d = width; d < padded; d++) row[d] = 0;
+    for (int d = width; d < columns; d++) row[d] = 0;
   }
   return room;
 }
@@ -168,11 +281,11 @@ static bool NAME(has_nonfinite)(const REAL *rows, int64_t stride, int count, int
 
 // Copies rows with every non-finite element replaced by 0.
 static void NAME(finite_part)(const REAL *rows, int64_t stride, int count, int width, REAL *to) {
-  const int padded = (width + LANES - 1) / LANES * LANES;
+  const int columns = NAME(columns)(width);
   for (int r = 0; r < count; r++) {
-    for (int d = 0; d < padded; d++) {
+    for (int d = 0; d < columns; d++) {
       const REAL x = d < width ? rows[r * stride + d] : 0;
-      to[(int64_t)r * padded + d] = x * 0 == 0 ? x : 0;
+      to[r * NAME(padded)(width) + d] = x * 0 == 0 ? x : 0;
     }
   }
 }
@@ -193,72 +306,89 @@ static inline NAME(vector) NAME(tanh)(NAME(vector) x) {
 
 // Room for one stretch of keys against one block.
 typedef struct NAME(stretch_room) {
-  REAL *scores;       // [KEYS][QUERIES]: S^T, then P^T
-  REAL *bias;         // [KEYS][QUERIES]
-  REAL *capped;       // [KEYS][QUERIES]: tanh(s / softcap), when the backward wants it
+  REAL *scores;       // [KEYS][ROW]: S^T, then P^T
+  REAL *bias;         // [KEYS][ROW]
+  REAL *capped;       // [KEYS][ROW]: tanh(s / softcap), when the backward wants it
   uint64_t *visible;  // [KEYS]
   uint64_t *kept;     // [KEYS]: what dropout keeps
 } NAME(stretch_room);
 
-// Reads a row-major tile of the bias transposed.
-static void NAME(load_bias)(const NAME(block) * block, const sa_stretch *stretch, REAL *to) {
+// Whether some element is -inf.
+static bool NAME(has_lowest)(const REAL *row, int count) {
+  int found = 0;
+  for (int r = 0; r < count; r++) found |= row[r] == -(REAL)INFINITY;
+  return found;
+}
+
+// Reads a row-major tile of the bias transposed; 0 beyond the block. Returns whether it masks some pair.
+static bool NAME(load_bias)(const NAME(block) * block, const sa_stretch *stretch, REAL *to) {
   const sa_operand *bias = &block->p->bias;
-  REAL row[KEYS];
-  for (int i = 0; i < block->count; i++) {
-    const void *from = sa_at(bias, block->batch, block->head, block->query + i, stretch->first);
-    if (bias->stride[3]) {
-      NAME(read_row)(from, bias->dtype, stretch->count, row);
-    } else {
-      NAME(read_row)(from, bias->dtype, 1, row);
-      for (int r = 1; r < stretch->count; r++) row[r] = row[0];
+  const int count = stretch->count;
+  REAL rows[LANES * KEYS];
+  bool masks = false;
+  for (int first = 0; first < block->vectors * LANES; first += LANES) {
+    if (bias->dtype == DTYPE && bias->stride[3] && first + LANES <= block->count) {
+      const REAL *from = sa_at(bias, block->batch, block->head, block->query + first, stretch->first);
+      for (int i = 0; i < LANES; i++) masks |= NAME(has_lowest)(from + i * bias->stride[2], count);
+      NAME(turn)(from, bias->stride[2], count, 1, to + first);
+      continue;
     }
-    for (int r = 0; r < stretch->count; r++) to[r * QUERIES + i] = row[r];
+    for (int i = 0; i < LANES; i++) {
+      REAL *row = rows + i * KEYS;
+      if (first + i >= block->count) {
+        memset(row, 0, sizeof *row * count);
+        continue;
+      }
+      const void *from = sa_at(bias, block->batch, block->head, block->query + first + i, stretch->first);
+      NAME(read_row)(from, bias->dtype, bias->stride[3] ? count : 1, row);
+      for (int r = 1; r < count && !bias->stride[3]; r++) row[r] = row[0];
+      masks |= NAME(has_lowest)(row, count);
+    }
+    NAME(turn)(rows, KEYS, count, 1, to + first);
   }
-  for (int i = block->count; i < block->vectors * LANES; i++) {
-    for (int r = 0; r < stretch->count; r++) to[r * QUERIES + i] = 0;
-  }
+  return masks;
 }
 
 // S^T of a stretch into room->scores, masked pairs -inf, in the block's unit. `peak` (may be NULL) is raised to the
 // largest score of each query. Returns the words of visible pairs, or NULL when every pair is visible.
 static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key,
                                    int64_t key_stride, const REAL *packed_query, const NAME(stretch_room) * room,
-                                   NAME(vector) * peak) {
+                                   REAL *peak) {
   const sa_problem *p = block->p;
   const int columns = block->vectors * LANES;
+  const bool hides = p->bias.data && NAME(load_bias)(block, stretch, room->bias);
+  const bool masked = stretch->pattern || hides, final = !masked && block->plain;
   NAME(product)
-  (key, key_stride, 1, packed_query, QUERIES, room->scores, QUERIES, stretch->count, columns, (int)p->width,
-   SA_FROM_ZERO, NULL);
-  const bool masked = stretch->pattern || p->bias.data;
+  (key, key_stride, 1, packed_query, NAME(ROW), room->scores, NAME(ROW), stretch->count, columns, (int)p->width,
+   SA_FROM_ZERO, NULL, final ? peak : NULL);
+  if (final) return NULL;
   if (masked) {
     const int half = (int)(block->query % SA_TILE / QUERIES);
     for (int r = 0; r < stretch->count; r++) {
       room->visible[r] = stretch->pattern ? stretch->pattern[r][half] : ~UINT64_C(0);
     }
   }
-  if (!masked && block->plain && !peak) return NULL;
-  if (p->bias.data) NAME(load_bias)(block, stretch, room->bias);
   const NAME(vector) nothing = NAME(set)(-(REAL)INFINITY);
   const NAME(vector) cap = NAME(set)((REAL)p->softcap), slope = NAME(set)(block->slope);
   REAL lanes[LANES];
   for (int i = 0; i < LANES; i++) lanes[i] = (REAL)i;
   for (int j = 0; j < block->vectors; j++) {
-    NAME(vector) top = peak ? peak[j] : nothing;
+    NAME(vector) top = peak ? NAME(load)(peak + j * LANES) : nothing;
     // Counted from the block's first query, so that distances stay exact however long the sequence.
     const NAME(vector) offset = NAME(load)(lanes) + NAME(set)((REAL)(j * LANES));
     const int64_t origin = block->query + p->diagonal;
     REAL *column = room->scores + j * LANES;
-    for (int r = 0; r < stretch->count; r++, column += QUERIES) {
+    for (int r = 0; r < stretch->count; r++, column += NAME(ROW)) {
       NAME(vector) s = NAME(load)(column);
       if (!block->plain) {
         if (p->softcap > 0) {
           const NAME(vector) bounded = NAME(tanh)(s / cap);
-          if (room->capped) NAME(store)(room->capped + r * QUERIES + j * LANES, bounded);
+          if (room->capped) NAME(store)(room->capped + r * NAME(ROW) + j * LANES, bounded);
           s = bounded * cap;
         }
         if (p->bias.data) {
-          const NAME(vector) b = NAME(load)(room->bias + r * QUERIES + j * LANES);
-          room->visible[r] &= ~(NAME(below_or_equal)(b, nothing) << (j * LANES));
+          const NAME(vector) b = NAME(load)(room->bias + r * NAME(ROW) + j * LANES);
+          if (hides) room->visible[r] &= ~(NAME(below_or_equal)(b, nothing) << (j * LANES));
           s = s + b;
         }
         if (p->alibi.data) s = s - slope * NAME(magnitude)(NAME(set)((REAL)(stretch->first + r - origin)) - offset);
@@ -266,19 +396,22 @@ static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *
       if (masked) s = NAME(select)(room->visible[r] >> (j * LANES), s, nothing);
       // A NaN never becomes the peak (max keeps its second operand); it makes its row NaN through the sum.
       top = NAME(max)(s, top);
-      if (masked || !block->plain) NAME(store)(column, s);
+      NAME(store)(column, s);
     }
-    if (peak) peak[j] = top;
+    if (peak) NAME(store)(peak + j * LANES, top);
   }
   return masked ? room->visible : NULL;
 }
 
-// The words of the pairs that dropout keeps, one word of queries per key.
-static void NAME(keep)(const NAME(block) * block, const sa_stretch *stretch, uint64_t *kept) {
+// The words of the pairs that dropout keeps, one word of queries per key; NULL when it keeps all.
+static const uint64_t *NAME(keep)(const NAME(block) * block, const sa_stretch *stretch,
+                                  const NAME(stretch_room) * room) {
   const sa_problem *p = block->p;
+  if (!(p->dropout > 0)) return NULL;
   const uint64_t row = (uint64_t)((block->batch * p->heads + block->head) * p->queries + block->query);
   sa_kept_words(p->seed, sa_dropout_threshold(p->dropout), row * (uint64_t)p->keys + (uint64_t)stretch->first,
-                (uint64_t)p->keys, block->count, stretch->count, kept);
+                (uint64_t)p->keys, block->count, stretch->count, room->kept);
+  return room->kept;
 }
 
 // P^T in place of S^T: exp2((s - base) * unit) * factor per row (factor NULL: 1), masked pairs 0. Rows without a key
@@ -290,7 +423,7 @@ static void NAME(weigh)(const NAME(block) * block, int keys, const uint64_t *vis
     const NAME(vector) from = NAME(load)(base + j * LANES);
     const NAME(vector) times = factor ? NAME(load)(factor + j * LANES) : NAME(set)(1);
     REAL *column = scores + j * LANES;
-    for (int r = 0; r < keys; r++, column += QUERIES) {
+    for (int r = 0; r < keys; r++, column += NAME(ROW)) {
       NAME(vector) x = NAME(load)(column) - from;
       if (!block->plain) x = x * unit;
       NAME(vector) w = NAME(exp2)(x);
@@ -320,9 +453,9 @@ static REAL *NAME(take)(sa_room *room, int64_t count) {
 }
 
 static NAME(stretch_room) NAME(take_stretch)(sa_room *room, const sa_problem *p, bool backward) {
-  NAME(stretch_room) stretch = {.scores = NAME(take)(room, KEYS * QUERIES)};
-  if (p->bias.data) stretch.bias = NAME(take)(room, KEYS * QUERIES);
-  if (backward && p->softcap > 0) stretch.capped = NAME(take)(room, KEYS * QUERIES);
+  NAME(stretch_room) stretch = {.scores = NAME(take)(room, KEYS * NAME(ROW))};
+  if (p->bias.data) stretch.bias = NAME(take)(room, KEYS * NAME(ROW));
+  if (backward && p->softcap > 0) stretch.capped = NAME(take)(room, KEYS * NAME(ROW));
   stretch.visible = sa_room_take(room, KEYS * sizeof(uint64_t));
   stretch.kept = sa_room_take(room, KEYS * sizeof(uint64_t));
   return stretch;

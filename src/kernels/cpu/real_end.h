@@ -8,5 +8,8 @@
 #undef LOWEST_EXPONENT
 #undef LANES
 #undef TILE_VECTORS
+#undef STRETCH
 #undef OWN_FMA
+#undef OWN_MAX
+#undef OWN_EXP2
 #undef OWN_BITS_OF

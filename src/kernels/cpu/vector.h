@@ -1,8 +1,8 @@
 // vectors of one REAL in the compiler's own terms, for ISAs that need no better; part of flash.h's vectors
 //
 // Before including: REAL, BITS (the unsigned integer of its size), NAME(x), LANES, VECTOR_BYTES, and for the exponent
-// MANTISSA_BITS, EXPONENT_BIAS, LOWEST_EXPONENT (real_f32.h, real_f64.h). An ISA with a fused multiply-add or a quick
-// way from a comparison to bits defines OWN_FMA or OWN_BITS_OF to its function.
+// MANTISSA_BITS, EXPONENT_BIAS, LOWEST_EXPONENT (real_f32.h, real_f64.h). An ISA with a fused multiply-add, a maximum, a
+// quick way from a comparison to bits or to 2^x defines OWN_FMA, OWN_MAX, OWN_BITS_OF or OWN_EXP2 to its function.
 
 typedef REAL NAME(vector) __attribute__((vector_size(VECTOR_BYTES)));
 typedef BITS NAME(bits) __attribute__((vector_size(VECTOR_BYTES)));
@@ -52,7 +52,11 @@ static inline NAME(vector) NAME(select)(uint64_t lanes, NAME(vector) a, NAME(vec
 
 // The larger; the second where one is NaN.
 static inline NAME(vector) NAME(max)(NAME(vector) a, NAME(vector) b) {
+#if defined(OWN_MAX)
+  return OWN_MAX(a, b);
+#else
   return NAME(choose)((NAME(bits))(a > b), a, b);
+#endif
 }
 
 static inline NAME(vector) NAME(magnitude)(NAME(vector) x) {
@@ -61,6 +65,9 @@ static inline NAME(vector) NAME(magnitude)(NAME(vector) x) {
 
 // 2^x for x <= 0 or NaN, and 0 where it would be subnormal: those cost 60 times as much in every product they enter.
 static inline NAME(vector) NAME(exp2)(NAME(vector) x) {
+#if defined(OWN_EXP2)
+  return OWN_EXP2(x);
+#else
   // Adding 1.5 * 2^MANTISSA_BITS leaves x rounded to an integer in the lowest bits.
   const NAME(vector) shift = NAME(set)((REAL)1.5 * (REAL)(UINT64_C(1) << MANTISSA_BITS));
   NAME(vector) whole = (x + shift) - shift;
@@ -72,4 +79,5 @@ static inline NAME(vector) NAME(exp2)(NAME(vector) x) {
   const NAME(bits) exponent = (NAME(bits))(whole + shift) + EXPONENT_BIAS;
   const NAME(vector) scaled = power * (NAME(vector))(exponent << MANTISSA_BITS);
   return NAME(choose)((NAME(bits))(x < NAME(set)(LOWEST_EXPONENT)), NAME(set)(0), scaled);
+#endif
 }

@@ -4,8 +4,9 @@
 #include "interrupt.h"
 #include "plan.h"
 
-// A block of queries is half a tile: as many as one word of a pattern has bits.
-enum { QUERIES = 64, KEYS = SA_TILE };
+// A block of queries is half a tile: as many as one word of a pattern has bits. Keys come in stretches of up to KEYS,
+// and masks are looked at in segments of 64 keys.
+enum { QUERIES = 64, KEYS = SA_TILE, SEGMENT = 64, SEGMENTS = SA_TILE / SEGMENT };
 
 // `count` keys from `first` on; visible to the block as `pattern` says, or, when that is NULL, to all its queries.
 typedef struct sa_stretch {
@@ -17,64 +18,81 @@ typedef struct sa_stretch {
 typedef struct sa_walk {
   const sa_plan *plan;
   const sa_run *run, *end;
-  int32_t tile;                  // of the run, next to be seen
+  int64_t segment, segment_end;  // of the run: next to be seen, and where it ends
   int32_t tile_first, tile_end;  // only these columns of tiles
+  int most;                      // keys of a stretch: SEGMENT or KEYS
   int half;                      // of the tile's queries the block is
   uint64_t queries;              // bits of the queries that the block has
 } sa_walk;
 
+// Where in its run the walk begins and ends: what lies outside the wanted columns of tiles is left out.
+static inline void sa_walk_enter(sa_walk *walk) {
+  if (walk->run == walk->end) return;
+  const int32_t before = walk->tile_first - walk->run->first, within = walk->tile_end - walk->run->first;
+  walk->segment = (int64_t)(before > 0 ? before : 0) * SEGMENTS;
+  walk->segment_end = (int64_t)(within < walk->run->count ? within : walk->run->count) * SEGMENTS;
+}
+
 static inline sa_walk sa_walk_start(const sa_plan *plan, int64_t plane, int64_t query, int count, int64_t tile_first,
-                                    int64_t tile_end) {
+                                    int64_t tile_end, int most) {
   const int64_t row = plane * plan->row_tiles + query / SA_TILE;
-  return (sa_walk){
+  sa_walk walk = {
       .plan = plan,
       .run = plan->row_runs + plan->row_start[row],
       .end = plan->row_runs + plan->row_start[row + 1],
       .tile_first = (int32_t)tile_first,
       .tile_end = (int32_t)tile_end,
+      .most = most,
       .half = (int)(query % SA_TILE / QUERIES),
       .queries = count == 64 ? ~UINT64_C(0) : (UINT64_C(1) << count) - 1,
   };
+  sa_walk_enter(&walk);
+  return walk;
 }
 
-// What the block sees of `count` keys from `from` on: nothing, everything, or some pairs.
-static inline void sa_walk_classify(const sa_pattern *pattern, int from, int count, int half, uint64_t queries,
-                                    bool *any, bool *all) {
+typedef enum sa_sight { SA_SEES_NONE, SA_SEES_SOME, SA_SEES_ALL } sa_sight;
+
+// What a block sees of `count` keys.
+static inline sa_sight sa_walk_look(const uint64_t (*pattern)[SA_TILE / 64], int count, int half, uint64_t queries) {
   uint64_t either = 0, both = queries;
-  for (int key = from; key < from + count; key++) {
-    either |= pattern->word[key][half];
-    both &= pattern->word[key][half];
+  for (int key = 0; key < count; key++) {
+    either |= pattern[key][half];
+    both &= pattern[key][half];
   }
-  *any = (either & queries) != 0;
-  *all = both == queries;
+  return !(either & queries) ? SA_SEES_NONE : both == queries ? SA_SEES_ALL : SA_SEES_SOME;
 }
 
-// The next stretch; false at the end, and when attention is interrupted. PARTIAL tiles are looked at in halves of 64
-// keys, so that the empty half of a diagonal tile is skipped and a tail of keys, which only shortens the stretch, does
-// not make a block pay for a mask.
+// The next stretch; false at the end, and when attention is interrupted. PARTIAL tiles are looked at in segments, so
+// that the empty half of a diagonal tile is skipped and a tail of keys, which only shortens the stretch, does not make
+// a block pay for a mask.
 static inline bool sa_walk_next(sa_walk *walk, sa_stretch *stretch) {
   if (sa_interrupt_pending()) return false;
-  for (; walk->run < walk->end; walk->run++, walk->tile = 0) {
-    const sa_run *run = walk->run;
-    if (run->first + walk->tile < walk->tile_first) walk->tile = walk->tile_first - run->first;
-    while (walk->tile < run->count && run->first + walk->tile < walk->tile_end) {
-      const int64_t key = (int64_t)(run->first + walk->tile++) * SA_TILE;
+  for (; walk->run < walk->end; walk->run++, sa_walk_enter(walk)) {
+    while (walk->segment < walk->segment_end) {
+      const int64_t segment = walk->segment, key = (int64_t)walk->run->first * SA_TILE + segment * SEGMENT;
       const int64_t left = walk->plan->keys - key;
-      const int count = left < SA_TILE ? (int)left : SA_TILE;
-      if (run->pattern == SA_FULL) {
+      if (walk->run->pattern == SA_FULL) {
+        const int64_t rest = (walk->segment_end - segment) * SEGMENT;
+        const int count = rest < walk->most ? (int)rest : walk->most;
+        walk->segment += count / SEGMENT;
         *stretch = (sa_stretch){key, count, NULL};
         return true;
       }
-      const sa_pattern *pattern = walk->plan->patterns + run->pattern;
-      const int low = count < 64 ? count : 64;
-      bool any[2], all[2];
-      sa_walk_classify(pattern, 0, low, walk->half, walk->queries, &any[0], &all[0]);
-      sa_walk_classify(pattern, low, count - low, walk->half, walk->queries, &any[1], &all[1]);
-      if (!any[0] && !any[1]) continue;
-      const int from = any[0] ? 0 : low;
-      const int to = any[1] ? count : low;
-      const bool whole = (!any[0] || all[0]) && (!any[1] || all[1]);
-      *stretch = (sa_stretch){key + from, to - from, whole ? NULL : pattern->word + from};
+      walk->segment++;
+      if (left <= 0) continue;
+      const int offset = (int)(segment % SEGMENTS) * SEGMENT;
+      const uint64_t(*pattern)[SA_TILE / 64] = walk->plan->patterns[walk->run->pattern].word + offset;
+      int count = left < SEGMENT ? (int)left : SEGMENT;
+      const sa_sight sight = sa_walk_look(pattern, count, walk->half, walk->queries);
+      if (sight == SA_SEES_NONE) continue;
+      if (walk->most > SEGMENT && offset == 0 && left > SEGMENT) {
+        const int more = left < SA_TILE ? (int)left - SEGMENT : SA_TILE - SEGMENT;
+        if (sa_walk_look(pattern + SEGMENT, more, walk->half, walk->queries) == sight) {
+          walk->segment++;
+          count += more;
+        }
+      }
+      *stretch = (sa_stretch){key, count, sight == SA_SEES_ALL ? NULL : pattern};
       return true;
     }
   }
