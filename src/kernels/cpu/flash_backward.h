@@ -220,14 +220,32 @@ static REAL *NAME(dbias_row)(const NAME(backward_job) * job, int64_t batch, int6
 // dBias += dS, in the order in which the item meets it.
 static void NAME(add_dbias)(const NAME(backward_job) * job, const NAME(block) * block, const sa_stretch *stretch,
                             int64_t chunk, const REAL *dscores) {
-  for (int i = 0; i < block->count; i++) {
-    REAL *row = NAME(dbias_row)(job, block->batch, block->head, block->query + i);
-    if (job->p->bias_shape[3] == 1) {
+  const bool broadcast = job->p->bias_shape[3] == 1;
+  REAL square[LANES * LANES];
+  for (int first = 0; first < block->count; first += LANES) {
+    REAL *rows[LANES];
+    const int queries = block->count - first < LANES ? block->count - first : LANES;
+    for (int i = 0; i < queries; i++) {
+      rows[i] = NAME(dbias_row)(job, block->batch, block->head, block->query + first + i);
+      rows[i] += broadcast ? chunk * job->dbias_count : stretch->first;
+    }
+    int r = 0;
+    for (; !broadcast && r + LANES <= stretch->count; r += LANES) {
+      NAME(transpose)(dscores + r * NAME(ROW) + first, NAME(ROW), 1, square, LANES);
+      for (int i = 0; i < queries; i++) {
+        NAME(store)(rows[i] + r, NAME(load)(rows[i] + r) + NAME(load)(square + i * LANES));
+      }
+    }
+    for (int i = 0; i < queries; i++) {
       REAL sum = 0;
-      for (int r = 0; r < stretch->count; r++) sum += dscores[r * NAME(ROW) + i];
-      row[chunk * job->dbias_count] += sum;
-    } else {
-      for (int r = 0; r < stretch->count; r++) row[stretch->first + r] += dscores[r * NAME(ROW) + i];
+      for (int key = r; key < stretch->count; key++) {
+        const REAL dscore = dscores[key * NAME(ROW) + first + i];
+        if (broadcast)
+          sum += dscore;
+        else
+          rows[i][key] += dscore;
+      }
+      if (broadcast) *rows[i] += sum;
     }
   }
 }
@@ -292,7 +310,8 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   if (p->dk.data) {
     REAL *to = room->dkey + offset * padded;
     NAME(product)
-    (dscores, NAME(ROW), 1, room->query, padded, to, padded, keys, NAME(columns)(width), block->count, SA_FROM_SELF, NULL, NULL);
+    (dscores, NAME(ROW), 1, room->query, padded, to, padded, keys, NAME(columns)(width), block->count, SA_FROM_SELF,
+     NULL, NULL);
     if (wild_query) NAME(give_to_keys)(block, keys, visible, dscores, room->wild_query, padded, to);
   }
   if (!p->dq.data) return;
@@ -300,11 +319,13 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   if (wild_key && visible && NAME(has_nonfinite)(key, key_stride, keys, width)) {
     NAME(finite_part)(key, key_stride, keys, width, room->finite_key);
     NAME(product)
-    (dscores, 1, NAME(ROW), room->finite_key, padded, room->dquery, padded, block->count, NAME(columns)(width), keys, start, NULL, NULL);
+    (dscores, 1, NAME(ROW), room->finite_key, padded, room->dquery, padded, block->count, NAME(columns)(width), keys,
+     start, NULL, NULL);
     NAME(add_nonfinite)(block, keys, visible, dscores, key, key_stride, width, padded, room->dquery);
   } else {
     NAME(product)
-    (dscores, 1, NAME(ROW), key, key_stride, room->dquery, padded, block->count, NAME(columns)(width), keys, start, NULL, NULL);
+    (dscores, 1, NAME(ROW), key, key_stride, room->dquery, padded, block->count, NAME(columns)(width), keys, start,
+     NULL, NULL);
   }
 }
 
@@ -363,8 +384,8 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
       NAME(copy_rows)(&p->q, block, (int)p->width, (REAL)p->scale, dead, room->query, room->wild_query);
   const bool wild_dout = NAME(copy_rows)(&p->dout, block, (int)p->value_width, 1, dead, room->dout, room->wild_dout);
   bool first = true;
-  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, chunk * tiles, (chunk + 1) * tiles,
-                               STRETCH);
+  sa_walk walk =
+      sa_walk_start(p->plan, block->plane, block->query, block->count, chunk * tiles, (chunk + 1) * tiles, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch); first = false) {
     NAME(backward_stretch)(job, block, &stretch, chunk, factor, wild_query, wild_dout, wild_key, first, room, dslope);
   }

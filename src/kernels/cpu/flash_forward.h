@@ -56,8 +56,8 @@ static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(blo
 }
 
 // One loop for each of its uses: with the questions inside, it took a third longer.
-static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, const REAL *peak,
-                         NAME(gathered) * gathered, REAL *factor, const uint64_t *kept) {
+static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, const REAL *peak, NAME(gathered) * gathered,
+                         REAL *factor, const uint64_t *kept) {
   if (kept)
     NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, kept);
   else if (block->plain)

@@ -77,16 +77,16 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
 
 // One function a shape: inlined into a larger one, the 6 x 4 tile spilled 3 of its 24 accumulators. The strip's loop is
 // inside, because a tile of 64 steps takes no longer than some 400 cycles, of which a call cost 30.
-#define SA_STRIP(R, V)                                                                                                \
-  static __attribute__((noinline)) void NAME(strip_##R##x##V)(                                                        \
-      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c,   \
-      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak) {                             \
-    NAME(strip)(false, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak);                     \
-  }                                                                                                                   \
-  static __attribute__((noinline)) void NAME(turned_##R##x##V)(                                                       \
-      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c,   \
-      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak) {                             \
-    NAME(strip)(true, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak);                      \
+#define SA_STRIP(R, V)                                                                                              \
+  static __attribute__((noinline)) void NAME(strip_##R##x##V)(                                                      \
+      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
+      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak) {                           \
+    NAME(strip)(false, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak);                   \
+  }                                                                                                                 \
+  static __attribute__((noinline)) void NAME(turned_##R##x##V)(                                                     \
+      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
+      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak) {                           \
+    NAME(strip)(true, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak);                    \
   }
 #define SA_STRIPS(V) SA_STRIP(1, V) SA_STRIP(2, V) SA_STRIP(3, V) SA_STRIP(4, V) SA_STRIP(5, V) SA_STRIP(6, V)
 SA_STRIPS(1)
@@ -99,10 +99,10 @@ SA_STRIPS(4)
 
 typedef void (*NAME(strip_function))(int, const REAL *, int64_t, const REAL *, int64_t, REAL *, int64_t, int,
                                      sa_product_start, const REAL *, REAL *);
-#define SA_STRIP_ROW(WAY, V)                                                                           \
-  {                                                                                                    \
+#define SA_STRIP_ROW(WAY, V)                                                                             \
+  {                                                                                                      \
     NULL, NAME(WAY##_1x##V), NAME(WAY##_2x##V), NAME(WAY##_3x##V), NAME(WAY##_4x##V), NAME(WAY##_5x##V), \
-        NAME(WAY##_6x##V)                                                                              \
+        NAME(WAY##_6x##V)                                                                                \
   }
 static const NAME(strip_function) NAME(strips)[2][TILE_VECTORS == 4 ? 3 : 2][7] = {
     {SA_STRIP_ROW(strip, 1), SA_STRIP_ROW(strip, 2),
@@ -329,7 +329,12 @@ static bool NAME(load_bias)(const NAME(block) * block, const sa_stretch *stretch
   for (int first = 0; first < block->vectors * LANES; first += LANES) {
     if (bias->dtype == DTYPE && bias->stride[3] && first + LANES <= block->count) {
       const REAL *from = sa_at(bias, block->batch, block->head, block->query + first, stretch->first);
-      for (int i = 0; i < LANES; i++) masks |= NAME(has_lowest)(from + i * bias->stride[2], count);
+      for (int i = 0; i < LANES; i++) {
+        const REAL *row = from + i * bias->stride[2];
+        masks |= NAME(has_lowest)(row, count);
+        // The rows are pages apart, too far for the hardware to foresee the next stretch.
+        for (int r = 0; r < count; r += 64 / (int)sizeof(REAL)) __builtin_prefetch(row + count + r);
+      }
       NAME(turn)(from, bias->stride[2], count, 1, to + first);
       continue;
     }

@@ -1,8 +1,8 @@
 // vectors of one REAL in the compiler's own terms, for ISAs that need no better; part of flash.h's vectors
 //
 // Before including: REAL, BITS (the unsigned integer of its size), NAME(x), LANES, VECTOR_BYTES, and for the exponent
-// MANTISSA_BITS, EXPONENT_BIAS, LOWEST_EXPONENT (real_f32.h, real_f64.h). An ISA with a fused multiply-add, a maximum, a
-// quick way from a comparison to bits or to 2^x defines OWN_FMA, OWN_MAX, OWN_BITS_OF or OWN_EXP2 to its function.
+// MANTISSA_BITS, EXPONENT_BIAS, LOWEST_EXPONENT (real_f32.h, real_f64.h). An ISA with a fused multiply-add, a maximum,
+// a quick way from a comparison to bits or to 2^x defines OWN_FMA, OWN_MAX, OWN_BITS_OF or OWN_EXP2 to its function.
 
 typedef REAL NAME(vector) __attribute__((vector_size(VECTOR_BYTES)));
 typedef BITS NAME(bits) __attribute__((vector_size(VECTOR_BYTES)));
