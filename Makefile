@@ -146,14 +146,15 @@ EMULATED = $(BUILD)/emulated
 EMULATED_OBJECTS = $(patsubst %,$(EMULATED)/%.o,$(wildcard src/cuda.cu src/kernels/cuda/*.cu spec/emulator/*.cpp))
 EMULATED_CFLAGS = -std=c++17 -O2 -g1 -march=x86-64-v3 -ffp-contract=off -fPIC -fvisibility=hidden -pthread \
 	-Ispec/emulator -Isrc $(patsubst spec/emulator/%,-include %,$(wildcard spec/emulator/kernels/cuda/*.cuh)) -MMD -MP \
-	-Wall -Wextra -Wno-unused-parameter -Wno-unused-function -Wno-unknown-pragmas -Wno-missing-field-initializers
+	-Wall -Wextra -Wno-unused-parameter -Wno-unused-function -Wno-unknown-pragmas -Wno-missing-field-initializers \
+	-Wno-psabi
 emulated: $(EMULATED)/cuda.so
 
 $(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
 	$(CXX) -shared -pthread -Wl,-z,nodelete -o $@ $^
 
-# Instructions against their definitions; the same file, built by nvcc, does that on a GPU.
-$(EMULATED)/instructions: $(EMULATED)/spec/cuda/instructions.cu.o $(filter $(EMULATED)/spec/%,$(EMULATED_OBJECTS))
+# Instructions against their definitions; the same files, built by nvcc, do that on a GPU.
+$(EMULATED)/instructions $(EMULATED)/instructions_hopper: $(EMULATED)/%: $(EMULATED)/spec/cuda/%.cu.o $(filter $(EMULATED)/spec/%,$(EMULATED_OBJECTS))
 	$(CXX) -pthread -o $@ $^
 
 $(EMULATED)/%.o: % Makefile

@@ -13,13 +13,17 @@ describe("the emulator", function()
   end
 
   setup(function()
-    assert(succeeds("make --no-print-directory build/emulated/instructions"))
+    assert(succeeds("make --no-print-directory build/emulated/instructions build/emulated/instructions_hopper"))
   end)
 
   for _, setting in ipairs{"", "SAFEATTN_EMULATED_COPIES=early", "SAFEATTN_EMULATED_ORDER=1",
     "SAFEATTN_EMULATED_ORDER=7 SAFEATTN_EMULATED_THREADS=2"} do
     it("gives what matrix products, copies, collectives and conversions are defined to give " .. setting, function()
       assert(succeeds(setting .. " build/emulated/instructions"))
+    end)
+
+    it("gives what Hopper's instructions are defined to give " .. setting, function()
+      assert(succeeds(setting .. " build/emulated/instructions_hopper"))
     end)
   end
 end)
