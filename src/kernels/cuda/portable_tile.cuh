@@ -2,6 +2,8 @@
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_TILE_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_TILE_CUH
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/operand.cuh"
 #include "kernels/cuda/plan.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "random.h"
@@ -70,11 +72,26 @@ static __device__ __forceinline__ uint4 read_unaligned(const char *from, int byt
 // copy_async_commit, copy_async_wait and a barrier.
 template <class Element, int ROW, int ROWS, int THREADS>
 static __device__ __forceinline__ void load_tile(char *tile, const tile_source &source, int64_t first, int thread) {
-  enum { CHUNKS = ROW / 16, ALL = ROWS * CHUNKS };
+  constexpr int CHUNKS = ROW / 16, ALL = ROWS * CHUNKS;
   const int64_t left = source.rows - first;
   const int rows = left < ROWS ? (int)left : ROWS;
   const char *from = source.data + first * source.stride;
-#pragma unroll 4
+  if constexpr (THREADS % CHUNKS == 0) {
+    // A thread's chunk is the same in all its rows.
+    constexpr int STEP = THREADS / CHUNKS;
+    if (source.aligned) {
+      const int chunk = thread % CHUNKS, row = thread / CHUNKS, rest = source.bytes - chunk * 16;
+      const int bytes = rest < 0 ? 0 : rest < 16 ? rest : 16;
+      const char *place = from + row * source.stride + chunk * 16;
+#pragma unroll
+      for (int k = row; k < row + ROWS; k += STEP, place += STEP * source.stride) {
+        if (ROWS % STEP && k >= ROWS) break;
+        const bool inside = k < rows && bytes > 0;
+        copy_async(shared_address(tile + tile_offset<ROW>(k, chunk)), inside ? place : source.data, inside ? bytes : 0);
+      }
+      return;
+    }
+  }
   for (int k = thread; k < ALL; k += THREADS) {
     const int row = k / CHUNKS, chunk = k % CHUNKS, rest = source.bytes - chunk * 16;
     const int bytes = row >= rows || rest < 0 ? 0 : rest < 16 ? rest : 16;
@@ -158,8 +175,9 @@ static __device__ __forceinline__ void make_finite(char *tile, uint32_t *bad, in
  *      right_rows<ROW>      b[0], b[1] = the transposes of 16 rows of a tile, from `row` on, columns DEPTH * step ..
  *      right_columns<ROW>   b[0], b[1] = DEPTH rows of a tile, from `row` on, and its columns `column` .. + 15
  *      multiply             sum += a b
- *      sum                  a block while it is summed; value(n) is its c[n]. FRESH: sums over more than a tile are
- *                           better made of fresh ones per tile, added in f32
+ *      sum                  a block while it is summed; value(n) is its c[n]
+ *      total                a block of a sum over tiles: its d[n] is c[n]. It is a sum, unless FRESH: then a total is
+ *                           made of fresh sums, one a tile
  *
  *  left_of is for right_columns (their order of the contraction is their own), left_rows is for right_rows. CAREFUL is
  *  for operands that may hold NaN, Inf or numbers that a rounding takes to Inf: f32 alone needs it (products_f32);
@@ -199,6 +217,7 @@ struct products_16 {
     float d[4];
     __device__ __forceinline__ float value(int n) const { return d[n]; }
   };
+  typedef sum total;
 
   template <int ROW, bool CAREFUL>
   static __device__ __forceinline__ void left_rows(left &a, const char *tile, int row, int step) {
@@ -280,15 +299,19 @@ struct products_f32 {
     float big[4], small[4];
     __device__ __forceinline__ float value(int n) const { return big[n] + small[n]; }
   };
+  struct total {
+    float d[4];
+  };
 
   // Rounded to nearest: cut off, the dropped products would all have one sign. Inf - Inf makes small NaN, which only
-  // CAREFUL avoids: for every f32 it would cost two more instructions.
+  // CAREFUL avoids: for every f32 it would cost two more instructions. There NaN and Inf are the small part, which meets
+  // the big one of the other factor alone: its small one may be 0, or of the other sign. (Inf times Inf is NaN then.)
   template <bool CAREFUL>
   static __device__ __forceinline__ void split(uint32_t bits, uint32_t &big, uint32_t &small) {
     big = (bits + 0x1000) & 0xffffe000;
     if (CAREFUL && (bits & 0x7f800000) == 0x7f800000) {
-      big = bits & 0x007fffff ? 0x7fffffff : bits;
-      small = 0;
+      big = 0;
+      small = bits & 0x007fffff ? 0x7fffffff : bits;
       return;
     }
     if (CAREFUL && (big & 0x7f800000) == 0x7f800000) big = bits & 0xffffe000;
@@ -353,6 +376,7 @@ struct products_f64 {
     double d[4];
     __device__ __forceinline__ double value(int n) const { return d[n]; }
   };
+  typedef sum total;
 
   template <int ROW, bool CAREFUL>
   static __device__ __forceinline__ void left_rows(left &a, const char *tile, int row, int step) {
@@ -409,7 +433,7 @@ typedef struct tile_walk {
   const sa_run *next;  // run
   int tile, pattern;   // of what comes now
   int in_run;          // tiles of the run still to come, that one included
-  int64_t left;        // the same of all
+  int left;            // the same of all
 } tile_walk;
 
 static __device__ __forceinline__ void walk_take_run(tile_walk &walk) {
@@ -419,13 +443,13 @@ static __device__ __forceinline__ void walk_take_run(tile_walk &walk) {
   walk.in_run = run.count;
 }
 
-static __device__ __forceinline__ int64_t count_tiles(const sa_run *runs, int64_t count) {
-  int64_t tiles = 0;
+static __device__ __forceinline__ int count_tiles(const sa_run *runs, int64_t count) {
+  int tiles = 0;
   for (int64_t k = 0; k < count; k++) tiles += runs[k].count;
   return tiles;
 }
 
-static __device__ __forceinline__ tile_walk walk_start(const sa_run *runs, int64_t first, int64_t count) {
+static __device__ __forceinline__ tile_walk walk_start(const sa_run *runs, int first, int count) {
   tile_walk walk = {runs, 0, 0, 0, count};
   if (!count) return walk;
   walk_take_run(walk);
@@ -433,8 +457,8 @@ static __device__ __forceinline__ tile_walk walk_start(const sa_run *runs, int64
     first -= walk.in_run;
     walk_take_run(walk);
   }
-  walk.tile += (int)first;
-  walk.in_run -= (int)first;
+  walk.tile += first;
+  walk.in_run -= first;
   return walk;
 }
 
@@ -455,19 +479,6 @@ static __device__ __forceinline__ float exp2_of(float x) {
 
 static __device__ __forceinline__ double exp2_of(double x) {
   return exp2(x);
-}
-
-static __device__ __forceinline__ double read_operand(const sa_operand &x, int64_t offset) {
-  switch (x.dtype) {
-    case SA_F32:
-      return ((const float *)x.data)[offset];
-    case SA_F16:
-      return __half2float(((const __half *)x.data)[offset]);
-    case SA_BF16:
-      return __bfloat162float(((const __nv_bfloat16 *)x.data)[offset]);
-    default:
-      return ((const double *)x.data)[offset];
-  }
 }
 
 // How the products q.k of one head become scores: in base 2 when scale is all there is (`plain`), so that 2^x gives
