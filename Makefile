@@ -144,14 +144,23 @@ test-asan: needs-test
 .PHONY: emulated
 EMULATED = $(BUILD)/emulated
 EMULATED_OBJECTS = $(patsubst %,$(EMULATED)/%.o,$(wildcard src/cuda.cu src/kernels/cuda/*.cu spec/emulator/*.cpp))
+# nvcc does not hold types and array bounds against a program; g++ is not to either.
 EMULATED_CFLAGS = -std=c++17 -O2 -g1 -march=x86-64-v3 -ffp-contract=off -fPIC -fvisibility=hidden -pthread \
+	-fno-strict-aliasing -fno-aggressive-loop-optimizations -fstack-clash-protection \
 	-Ispec/emulator -Isrc $(patsubst spec/emulator/%,-include %,$(wildcard spec/emulator/kernels/cuda/*.cuh)) -MMD -MP \
 	-Wall -Wextra -Wno-unused-parameter -Wno-unused-function -Wno-unknown-pragmas -Wno-missing-field-initializers \
-	-Wno-psabi
+	-Wno-psabi -Wno-array-bounds -Wno-aggressive-loop-optimizations -Wno-parentheses
 emulated: $(EMULATED)/cuda.so
 
 $(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
 	$(CXX) -shared -pthread -Wl,-z,nodelete -o $@ $^
+
+##> the specs of GPUs on the emulator, and the emulator's own
+.PHONY: test-emulated
+test-emulated: needs-test
+	@$(MAKE) --no-print-directory -j$$(nproc) all emulated
+	SAFEATTN_CUDA_LIB=$(CURDIR)/$(EMULATED)/cuda.so busted -r gpu $(BUSTED_FLAGS)
+	busted spec/emulator_spec.lua
 
 # Instructions against their definitions; the same files, built by nvcc, do that on a GPU.
 $(EMULATED)/instructions $(EMULATED)/instructions_hopper: $(EMULATED)/%: $(EMULATED)/spec/cuda/%.cu.o $(filter $(EMULATED)/spec/%,$(EMULATED_OBJECTS))

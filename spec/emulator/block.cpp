@@ -4,11 +4,13 @@
 #include <link.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <atomic>
@@ -88,18 +90,22 @@ static void describe_all(const block *b) {
   }
 }
 
+static void name_thread(const thread *t) {
+  const uint3 at = t->home->index;
+  fflush(stdout);
+  fprintf(stderr, "emulated kernel of %s, block (%u, %u, %u), thread %d: ", function_at_work, at.x, at.y, at.z,
+          t->number);
+}
+
 void fail(const char *format, ...) {
   const thread *t = current();
-  const block *b = t->home;
-  fflush(stdout);
-  fprintf(stderr, "emulated kernel of %s, block (%u, %u, %u), thread %d: ", function_at_work, b->index.x, b->index.y,
-          b->index.z, t->number);
+  name_thread(t);
   va_list arguments;
   va_start(arguments, format);
   vfprintf(stderr, format, arguments);
   va_end(arguments);
   fprintf(stderr, "\n");
-  describe_all(b);
+  describe_all(t->home);
   abort();
 }
 
@@ -323,9 +329,9 @@ static int find_statics(struct dl_phdr_info *info, size_t size, void *argument) 
 struct memory {
   unsigned char *stacks, *shared;
 };
-enum { MAX_THREADS = 1024, MAX_SHARED = 227 << 10, PAGE = 4096 };
+enum { MAX_THREADS = 1024, PAGE = 4096, SHARED_PAGES = 228 << 10 };
 static std::mutex memory_lock;
-static std::vector<memory> memory_kept;
+static std::vector<memory> memory_kept, memory_all;
 
 static unsigned char *map(size_t bytes, int protection) {
   void *p = mmap(NULL, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -349,15 +355,55 @@ static memory take_memory() {
   m.stacks = (unsigned char *)(((uintptr_t)whole + STACK_BYTES - 1) / STACK_BYTES * STACK_BYTES);
   for (int i = 0; i < MAX_THREADS; i++) mprotect(m.stacks + (size_t)i * STACK_BYTES, PAGE, PROT_NONE);
   // The bytes behind the end fault, as do those before the beginning.
-  m.shared = map((MAX_SHARED + 4095) / PAGE * PAGE + 2 * PAGE, PROT_NONE);
-  mprotect(m.shared + PAGE, (MAX_SHARED + 4095) / PAGE * PAGE, PROT_READ | PROT_WRITE);
-  m.shared += PAGE + (MAX_SHARED + 4095) / PAGE * PAGE;
+  m.shared = map(SHARED_PAGES + 2 * PAGE, PROT_NONE);
+  mprotect(m.shared + PAGE, SHARED_PAGES, PROT_READ | PROT_WRITE);
+  m.shared += PAGE + SHARED_PAGES;
+  memory_all.push_back(m);
   return m;
 }
 
 static void keep_memory(memory m) {
   std::lock_guard<std::mutex> lock(memory_lock);
   memory_kept.push_back(m);
+}
+
+// Who touches memory that is not there is named before the process ends.
+
+static struct sigaction handler_before;
+
+static void report_fault(int signal, siginfo_t *fault, void *context) {
+  const uintptr_t here = (uintptr_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_RSP];
+  const uintptr_t address = (uintptr_t)fault->si_addr;
+  // No lock: the thread may hold it, and the list only grows while kernels begin.
+  for (const memory &m : memory_all) {
+    const auto on_stacks = [&](uintptr_t x) {
+      return x >= (uintptr_t)m.stacks && x < (uintptr_t)m.stacks + (size_t)STACK_BYTES * MAX_THREADS;
+    };
+    const auto owner = [](uintptr_t x) { return *(thread **)((x | (STACK_BYTES - 1)) - 7); };
+    if (on_stacks(address)) {
+      name_thread(owner(address));
+      fprintf(stderr, "needs more than the stack of %d KiB that a thread has\n", STACK_BYTES >> 10);
+    } else if (on_stacks(here)) {
+      name_thread(owner(here));
+      const intptr_t behind = (intptr_t)(address - (uintptr_t)m.shared);
+      if (behind >= -SHARED_PAGES - PAGE && behind < PAGE) {
+        fprintf(stderr, "touches the byte %td after the dynamic shared memory's end\n", behind);
+      } else {
+        fprintf(stderr, "touches %#tx, which is no memory of the device\n", address);
+      }
+    }
+  }
+  sigaction(signal, &handler_before, NULL);  // the access faults again
+}
+
+static void watch_for_faults() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    struct sigaction action = {};
+    action.sa_sigaction = report_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &handler_before);
+  });
 }
 
 // Blocks
@@ -419,7 +465,7 @@ static void run_block(block *b, const memory &m, uint3 index) {
   }
   thread *first = pick(b);
   emulator_switch(&b->host_stack_pointer, first->stack_pointer);
-  while (!b->arriving.empty()) {
+  if (!b->arriving.empty()) {
     fprintf(stderr, "emulated kernel of %s: a block ends while a copy to its shared memory is under way\n",
             function_at_work);
     abort();
@@ -433,8 +479,12 @@ void run_grid(const char *function, dim3 grid, dim3 size, size_t dynamic_bytes, 
   kernel_at_work = &kernel;
   const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
   std::atomic<uint64_t> next(0);
+  watch_for_faults();
   const auto work = [&] {
     const memory m = take_memory();
+    std::vector<unsigned char> signal_stack(64 << 10);
+    const stack_t fault_stack = {signal_stack.data(), 0, signal_stack.size()};
+    sigaltstack(&fault_stack, NULL);
     std::vector<thread> threads(size.x * size.y * size.z);
     std::unique_ptr<block> b(new block());
     b->grid = grid;
@@ -448,6 +498,8 @@ void run_grid(const char *function, dim3 grid, dim3 size, size_t dynamic_bytes, 
     for (uint64_t i; (i = next++) < blocks;)
       run_block(b.get(), m,
                 make_uint3((unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / grid.x / grid.y)));
+    const stack_t none = {NULL, SS_DISABLE, 0};
+    sigaltstack(&none, NULL);
     keep_memory(m);
   };
   // Never on the caller's thread: all thread-local memory of the thread that runs a block is poisoned.
