@@ -68,11 +68,24 @@ static __device__ __forceinline__ uint4 read_unaligned(const char *from, int byt
   return chunk.all;
 }
 
+// The rows `from` on, `bytes` each, to a tile, by way of registers. Out of line, as it is rare.
+template <class Element, int ROW, int ROWS, int THREADS>
+__attribute__((noinline)) static __device__ void load_tile_slowly(char *tile, const char *from, int64_t stride,
+                                                                  int rows, int bytes, int thread) {
+  constexpr int CHUNKS = ROW / 16;
+  for (int k = thread; k < ROWS * CHUNKS; k += THREADS) {
+    const int row = k / CHUNKS, chunk = k % CHUNKS, rest = bytes - chunk * 16;
+    const int here = row >= rows || rest < 0 ? 0 : rest < 16 ? rest : 16;
+    *(uint4 *)(tile + tile_offset<ROW>(row, chunk)) =
+        read_unaligned<Element>(here ? from + row * stride + chunk * 16 : NULL, here);
+  }
+}
+
 // Starts copying ROWS rows from `first` on into a tile; all THREADS threads call it. They are there after the threads'
 // copy_async_commit, copy_async_wait and a barrier.
 template <class Element, int ROW, int ROWS, int THREADS>
 static __device__ __forceinline__ void load_tile(char *tile, const tile_source &source, int64_t first, int thread) {
-  constexpr int CHUNKS = ROW / 16, ALL = ROWS * CHUNKS;
+  constexpr int CHUNKS = ROW / 16;
   const int64_t left = source.rows - first;
   const int rows = left < ROWS ? (int)left : ROWS;
   const char *from = source.data + first * source.stride;
@@ -92,16 +105,7 @@ static __device__ __forceinline__ void load_tile(char *tile, const tile_source &
       return;
     }
   }
-  for (int k = thread; k < ALL; k += THREADS) {
-    const int row = k / CHUNKS, chunk = k % CHUNKS, rest = source.bytes - chunk * 16;
-    const int bytes = row >= rows || rest < 0 ? 0 : rest < 16 ? rest : 16;
-    const char *place = bytes ? from + row * source.stride + chunk * 16 : source.data;
-    char *to = tile + tile_offset<ROW>(row, chunk);
-    if (source.aligned)
-      copy_async(shared_address(to), place, bytes);
-    else
-      *(uint4 *)to = read_unaligned<Element>(place, bytes);
-  }
+  load_tile_slowly<Element, ROW, ROWS, THREADS>(tile, from, source.stride, rows, source.bytes, thread);
 }
 
 static __device__ __forceinline__ bool is_finite(float x) {
@@ -304,8 +308,9 @@ struct products_f32 {
   };
 
   // Rounded to nearest: cut off, the dropped products would all have one sign. Inf - Inf makes small NaN, which only
-  // CAREFUL avoids: for every f32 it would cost two more instructions. There NaN and Inf are the small part, which meets
-  // the big one of the other factor alone: its small one may be 0, or of the other sign. (Inf times Inf is NaN then.)
+  // CAREFUL avoids: for every f32 it would cost two more instructions. There NaN and Inf are the small part, which
+  // meets the big one of the other factor alone: its small one may be 0, or of the other sign. (Inf times Inf is NaN
+  // then.)
   template <bool CAREFUL>
   static __device__ __forceinline__ void split(uint32_t bits, uint32_t &big, uint32_t &small) {
     big = (bits + 0x1000) & 0xffffe000;
