@@ -178,7 +178,8 @@ static __device__ __forceinline__ void make_finite(char *tile, uint32_t *bad, in
  *      left_of              a = accumulator blocks (DEPTH / 8 of them, side by side) rounded to the dtype
  *      right_rows<ROW>      b[0], b[1] = the transposes of 16 rows of a tile, from `row` on, columns DEPTH * step ..
  *      right_columns<ROW>   b[0], b[1] = DEPTH rows of a tile, from `row` on, and its columns `column` .. + 15
- *      multiply             sum += a b
+ *      multiply             sum += a b. SWAPPED: what is a here is b where the forward makes the same product; the
+ *                           terms are added in its order, so that the bits are the same
  *      sum                  a block while it is summed; value(n) is its c[n]
  *      total                a block of a sum over tiles: its d[n] is c[n]. It is a sum, unless FRESH: then a total is
  *                           made of fresh sums, one a tile
@@ -261,7 +262,10 @@ struct products_bf16 : products_16 {
     a.r[2] = pack(c[1][0], c[1][1]), a.r[3] = pack(c[1][2], c[1][3]);
   }
 
-  static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) { mma_bf16(c.d, a.r, b.r); }
+  template <bool SWAPPED = false>
+  static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) {
+    mma_bf16(c.d, a.r, b.r);
+  }
 };
 
 struct products_f16 : products_16 {
@@ -282,7 +286,10 @@ struct products_f16 : products_16 {
     a.r[2] = pack(c[1][0], c[1][1]), a.r[3] = pack(c[1][2], c[1][3]);
   }
 
-  static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) { mma_f16(c.d, a.r, b.r); }
+  template <bool SWAPPED = false>
+  static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) {
+    mma_f16(c.d, a.r, b.r);
+  }
 };
 
 // f32 as a sum of two tf32: x = big + small to 2^-22 of x, and three of the four products. The hardware cuts off what a
@@ -351,16 +358,18 @@ struct products_f32 {
     }
   }
 
+  template <bool CAREFUL = false>
   static __device__ __forceinline__ void left_of(left &a, const float (*c)[4]) {
-    split<false>(__float_as_uint(c[0][0]), a.big[0], a.small[0]);
-    split<false>(__float_as_uint(c[0][2]), a.big[1], a.small[1]);
-    split<false>(__float_as_uint(c[0][1]), a.big[2], a.small[2]);
-    split<false>(__float_as_uint(c[0][3]), a.big[3], a.small[3]);
+    split<CAREFUL>(__float_as_uint(c[0][0]), a.big[0], a.small[0]);
+    split<CAREFUL>(__float_as_uint(c[0][2]), a.big[1], a.small[1]);
+    split<CAREFUL>(__float_as_uint(c[0][1]), a.big[2], a.small[2]);
+    split<CAREFUL>(__float_as_uint(c[0][3]), a.big[3], a.small[3]);
   }
 
+  template <bool SWAPPED = false>
   static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) {
-    mma_tf32(c.small, a.small, b.big);
-    mma_tf32(c.small, a.big, b.small);
+    mma_tf32(c.small, SWAPPED ? a.big : a.small, SWAPPED ? b.small : b.big);
+    mma_tf32(c.small, SWAPPED ? a.small : a.big, SWAPPED ? b.big : b.small);
     mma_tf32(c.big, a.big, b.big);
   }
 };
@@ -416,6 +425,7 @@ struct products_f64 {
     for (int n = 0; n < 4; n++) a.r[n] = c[0][n];
   }
 
+  template <bool SWAPPED = false>
   static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) {
     double top[2] = {c.d[0], c.d[1]}, bottom[2] = {c.d[2], c.d[3]};
     mma_f64(top, a.r[0], b.r[0]);

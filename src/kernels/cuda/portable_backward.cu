@@ -1,0 +1,189 @@
+// the backward pass on mma.sync: what is known per query, the sums of the extras, and the choice of kernels
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/portable_backward.cuh"
+
+// An LSE beyond this has an error of 6e-5 in f32, which the weights would inherit (and one of -3e38, the bias's doing,
+// has no digit for the number of keys).
+static const double coarse_lse = 1024;
+
+static __device__ __forceinline__ int64_t row_offset(const sa_operand &x, int64_t batch, int64_t head, int64_t query) {
+  return batch * x.stride[0] + head * x.stride[1] + query * x.stride[2];
+}
+
+// Sums over the lanes of a warp, in one order for all.
+template <class Real>
+static __device__ __forceinline__ Real over_warp(Real x) {
+  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+  return x;
+}
+
+// A block has BACKWARD_BLOCK queries of a head, a warp one at a time.
+template <class Element, class Real>
+static __global__ void __launch_bounds__(256)
+    prepare_rows(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
+                 const __grid_constant__ backward_rows<Real> rows) {
+  const int lane = threadIdx.x & 31;
+  const int64_t blocks = rows.padded / BACKWARD_BLOCK, plane = blockIdx.x / blocks, batch = plane / p.heads,
+                head = plane % p.heads, first = blockIdx.x % blocks * BACKWARD_BLOCK;
+  const uint64_t *dead_bits = plan.dead_rows + sa_device_plane(plan, batch, head) * ((p.queries + 63) / 64);
+  const double natural = plain_scores(p) ? 1.4426950408889634 : 1;
+  const double sink = p.sinks.data ? (double)(Real)read_operand(p.sinks, head * p.sinks.stride[1]) : -INFINITY;
+  bool coarse = false;
+  for (int64_t query = first + threadIdx.x / 32; query < first + BACKWARD_BLOCK; query += blockDim.x / 32) {
+    const int64_t at = plane * rows.padded + query;
+    Real base = INFINITY, delta = 0, share = 0;
+    if (query < p.queries) {
+      const bool dead = p.bias.data ? ((const bool *)p.dead.data)[row_offset(p.dead, batch, head, query)]
+                                    : dead_bits[query / 64] >> (query % 64) & 1;
+      const double dlse = p.dlse.data ? read_operand(p.dlse, row_offset(p.dlse, batch, head, query)) : 0;
+      if (!dead) {
+        const double lse = read_operand(p.lse, row_offset(p.lse, batch, head, query));
+        // A row with scores that overflow is no dead row: it is NaN.
+        base = lse - lse == 0 ? (Real)(lse * natural) : (Real)NAN;
+        coarse |= fabs(lse) > coarse_lse && lse - lse == 0;
+        if (p.dout.data) {
+          const Element *out = (const Element *)p.out.data + row_offset(p.out, batch, head, query),
+                        *dout = (const Element *)p.dout.data + row_offset(p.dout, batch, head, query);
+          for (int64_t d = lane; d < p.value_width; d += 32) delta += real_of(out[d]) * real_of(dout[d]);
+          delta = over_warp(delta);
+        }
+        delta = (Real)(delta - dlse);
+        // The sink's weight times what it costs.
+        if (sink != -INFINITY) share = (Real)(-delta * exp(sink - lse));
+      } else if (sink != -INFINITY) {
+        // A row that sees only its sink gives it all its weight; the dO there meets o = 0, which no sink moves.
+        share = (Real)dlse;
+      }
+    }
+    if (lane) continue;
+    rows.base[at] = base;
+    rows.factor[at] = 1;
+    rows.delta[at] = delta;
+    if (rows.sink_share) rows.sink_share[at] = share;
+    if (rows.slope_share) rows.slope_share[at] = 0;
+  }
+  const int any = __syncthreads_or(coarse);
+  if (threadIdx.x == 0) rows.coarse[blockIdx.x] = any;
+}
+
+// A gradient of shape [H]: the shares of all queries, summed in order.
+template <class Real>
+static __global__ void __launch_bounds__(256)
+    sum_shares(const __grid_constant__ sa_problem p, const __grid_constant__ sa_operand to, const Real *shares,
+               int64_t padded) {
+  const int64_t head = blockIdx.x;
+  double sum = 0;
+  for (int64_t k = threadIdx.x; k < p.batch * p.queries; k += 256)
+    sum += shares[(k / p.queries * p.heads + head) * padded + k % p.queries];
+  sum = over_warp(sum);
+  __shared__ double warps[8];
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x) return;
+  for (int k = 1; k < 8; k++) sum += warps[k];
+  write_operand(to, head * to.stride[1], sum);
+}
+
+// dBias, the sum of its parts [parts][bias].
+template <class Real>
+static __global__ void __launch_bounds__(256)
+    sum_bias_parts(const __grid_constant__ sa_problem p, const Real *sums, int64_t parts, int64_t count) {
+  for (int64_t k = blockIdx.x * (int64_t)256 + threadIdx.x; k < count; k += gridDim.x * (int64_t)256) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; part++) sum += sums[part * count + k];
+    const int64_t *shape = p.bias_shape, *stride = p.dbias.stride;
+    const int64_t key = k % shape[3], row = k / shape[3], query = row % shape[2], plane = row / shape[2];
+    write_operand(p.dbias,
+                  plane / shape[1] * stride[0] + plane % shape[1] * stride[1] + query * stride[2] + key * stride[3],
+                  sum);
+  }
+}
+
+int sa_cuda_sum_bias_parts(const backward_job &job, int64_t parts, int64_t count, const void *sums) {
+  const int64_t blocks = (count + 255) / 256;
+  const dim3 grid(blocks < 65536 ? (unsigned)blocks : 65536u);
+  if (job.p.dtype == SA_F64)
+    return sa_cuda_launch(backward_name, sum_bias_parts<double>, grid, dim3(256), 0, job.stream, job.p,
+                          (const double *)sums, parts, count);
+  return sa_cuda_launch(backward_name, sum_bias_parts<float>, grid, dim3(256), 0, job.stream, job.p,
+                        (const float *)sums, parts, count);
+}
+
+template <class Real>
+static Real *take(char **memory, int64_t count) {
+  Real *taken = (Real *)*memory;
+  *memory += (count * (int64_t)sizeof(Real) + 255) / 256 * 256;
+  return taken;
+}
+
+static int run_dtype(const backward_job &job, const backward_rows<float> &rows) {
+  switch (job.p.dtype) {
+    case SA_BF16:
+      return sa_cuda_backward_bf16(job, rows);
+    case SA_F16:
+      return sa_cuda_backward_f16(job, rows);
+    default:
+      return sa_cuda_backward_f32(job, rows);
+  }
+}
+
+static int run_dtype(const backward_job &job, const backward_rows<double> &rows) {
+  return sa_cuda_backward_f64(job, rows);
+}
+
+template <class Element, class Real>
+static int run_backward(const backward_job &job) {
+  const sa_problem &p = job.p;
+  backward_rows<Real> rows = {};
+  rows.padded = (p.queries + SA_TILE - 1) / SA_TILE * SA_TILE;
+  const int64_t count = p.batch * p.heads * rows.padded, blocks = count / BACKWARD_BLOCK;
+  char *const scratch =
+      (char *)sa_cuda_scratch(backward_name, p.device, 5 * (count * (int64_t)sizeof(Real) + 256) + blocks * 4 + 256);
+  if (!scratch) return SA_NO_MEMORY;
+  char *memory = scratch;
+  rows.base = take<Real>(&memory, count);
+  rows.factor = take<Real>(&memory, count);
+  rows.delta = take<Real>(&memory, count);
+  if (p.dsinks.data) rows.sink_share = take<Real>(&memory, count);
+  if (p.dalibi.data) rows.slope_share = take<Real>(&memory, count);
+  rows.coarse = take<int>(&memory, blocks);
+  unsigned grid;
+  int status = backward_grid(blocks, &grid);
+  if (!status && grid)
+    status = sa_cuda_launch(backward_name, prepare_rows<Element, Real>, dim3(grid), dim3(256), 0, job.stream, p,
+                            job.plan, rows);
+  if (!status) status = run_dtype(job, rows);
+  if (!status && p.dsinks.data && p.heads)
+    status = sa_cuda_launch(backward_name, sum_shares<Real>, dim3((unsigned)p.heads), dim3(256), 0, job.stream, p,
+                            p.dsinks, (const Real *)rows.sink_share, rows.padded);
+  if (!status && p.dalibi.data && p.heads)
+    status = sa_cuda_launch(backward_name, sum_shares<Real>, dim3((unsigned)p.heads), dim3(256), 0, job.stream, p,
+                            p.dalibi, (const Real *)rows.slope_share, rows.padded);
+  sa_cuda_scratch_release(p.device, scratch);
+  return status;
+}
+
+int sa_cuda_portable_backward(const sa_problem *p) {
+  backward_job job = {};
+  const int status = sa_cuda_use(backward_name, p->device, &job.stream);
+  if (status) return status;
+  const sa_device_plan *plan = sa_cuda_plan(backward_name, p->plan, p->device);
+  if (!plan) return SA_NO_MEMORY;
+  const int bytes = p->dtype == SA_F64 ? 8 : p->dtype == SA_F32 ? 4 : 2;
+  job.p = *p;
+  job.plan = *plan;
+  job.aligned.q = rows_aligned(p->q, bytes);
+  job.aligned.k = rows_aligned(p->k, bytes);
+  job.aligned.v = rows_aligned(p->v, bytes);
+  job.aligned.dout = rows_aligned(p->dout, bytes);
+  switch (p->dtype) {
+    case SA_BF16:
+      return run_backward<__nv_bfloat16, float>(job);
+    case SA_F16:
+      return run_backward<__half, float>(job);
+    case SA_F32:
+      return run_backward<float, float>(job);
+    default:
+      return run_backward<double, double>(job);
+  }
+}
