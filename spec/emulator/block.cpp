@@ -1,5 +1,6 @@
 // runs the blocks of a grid: fibers, collectives, barriers, shared memory; names who waits for what in a deadlock
 #include "block.h"
+#include "runtime_api.h"
 
 #include <link.h>
 #include <pthread.h>
@@ -374,6 +375,7 @@ static struct sigaction handler_before;
 static void report_fault(int signal, siginfo_t *fault, void *context) {
   const uintptr_t here = (uintptr_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_RSP];
   const uintptr_t address = (uintptr_t)fault->si_addr;
+  if (fault->si_code == SEGV_PKUERR) fprintf(stderr, "the host touches %#tx, memory of an emulated device\n", address);
   // No lock: the thread may hold it, and the list only grows while kernels begin.
   for (const memory &m : memory_all) {
     const auto on_stacks = [&](uintptr_t x) {
@@ -396,7 +398,7 @@ static void report_fault(int signal, siginfo_t *fault, void *context) {
   sigaction(signal, &handler_before, NULL);  // the access faults again
 }
 
-static void watch_for_faults() {
+void watch_for_faults() {
   static std::once_flag once;
   std::call_once(once, [] {
     struct sigaction action = {};
@@ -479,8 +481,8 @@ void run_grid(const char *function, dim3 grid, dim3 size, size_t dynamic_bytes, 
   kernel_at_work = &kernel;
   const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
   std::atomic<uint64_t> next(0);
-  watch_for_faults();
   const auto work = [&] {
+    open_device_memory();
     const memory m = take_memory();
     std::vector<unsigned char> signal_stack(64 << 10);
     const stack_t fault_stack = {signal_stack.data(), 0, signal_stack.size()};

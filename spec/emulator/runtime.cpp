@@ -75,6 +75,21 @@ double capability() {
   return value;
 }
 
+// Device memory has a protection key, which only threads that run kernels and the copies below may use: so the host
+// cannot read it by mistake. -1 where the machine has no such keys.
+int memory_key() {
+  static const int key = pkey_alloc(0, PKEY_DISABLE_ACCESS);
+  return key;
+}
+
+struct device_access {
+  device_access() { allow(0); }
+  ~device_access() { allow(PKEY_DISABLE_ACCESS); }
+  static void allow(unsigned rights) {
+    if (memory_key() >= 0) pkey_set(memory_key(), rights);
+  }
+};
+
 bool is_device(int device) {
   return device >= 0 && device < device_count();
 }
@@ -110,7 +125,11 @@ cudaError_t allocate(void **memory, size_t bytes, int device) {
   unsigned char *p = mapping + PAGE + pages - room;
   memset(mapping + PAGE, 0xff, pages);
   allocations[(uintptr_t)p] = {bytes, pages + 2 * PAGE, mapping, device};
-  if (device >= 0) used[device] += bytes;
+  if (device >= 0) {
+    used[device] += bytes;
+    emulator::watch_for_faults();
+    if (memory_key() >= 0) pkey_mprotect(mapping + PAGE, pages, PROT_READ | PROT_WRITE, memory_key());
+  }
   *memory = p;
   return done(cudaSuccess);
 }
@@ -135,11 +154,16 @@ cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) 
     if ((kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice) && !is_device_memory(from, bytes))
       return done(cudaErrorInvalidValue);
   }
+  const device_access access;
   memmove(to, from, bytes);
   return done(cudaSuccess);
 }
 
 }  // namespace
+
+void emulator::open_device_memory() {
+  device_access::allow(0);
+}
 
 // Errors
 
@@ -363,6 +387,7 @@ cudaError_t cudaMemset(void *memory, int byte, size_t bytes) {
     std::lock_guard<std::mutex> guard(lock);
     if (!holder(memory, bytes)) return done(cudaErrorInvalidValue);
   }
+  const device_access access;
   memset(memory, byte, bytes);
   return done(cudaSuccess);
 }

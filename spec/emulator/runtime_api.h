@@ -181,6 +181,8 @@ namespace emulator {
 
 // What CUDA would say of such a launch.
 cudaError_t check_launch(const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream);
+void open_device_memory();  // to the calling thread, which is to run kernels
+void watch_for_faults();    // from now on, who touches what is not there is named
 
 }  // namespace emulator
 
