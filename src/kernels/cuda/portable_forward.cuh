@@ -774,54 +774,62 @@ static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
   write_out<C>(job, block, shared, got);
 }
 
-// One warp a row: the parts of its keys, brought to one peak and added in their order.
+enum { MERGE_WARPS = 4 };
+
+// A block a row: the parts of its keys, brought to one peak and added. Each warp takes every fourth of them, many at
+// once, as they are few numbers far apart; the warps' sums are added in their order.
 template <class C>
-static __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ forward_job job) {
+static __global__ void __launch_bounds__(32 * MERGE_WARPS) merge_kernel(const __grid_constant__ forward_job job) {
   typedef typename C::element element;
   typedef typename C::real real;
+  __shared__ real column_sum[MERGE_WARPS][256], row_sum[MERGE_WARPS];
   const sa_problem &p = job.p;
-  const int lane = threadIdx.x & 31;
-  const int64_t index = (int64_t)blockIdx.x * 4 + threadIdx.x / 32, item = index / C::QUERIES;
-  const int row = (int)(index % C::QUERIES), width = C::VALUE_WIDTH * job.value_parts;
-  if (item >= job.items) return;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const int64_t item = blockIdx.x / C::QUERIES;
+  const int row = (int)(blockIdx.x % C::QUERIES), width = C::VALUE_WIDTH * job.value_parts;
   const forward_block block = block_of_item<C>(job, item);
   if (block.query + row >= block_rows<C>(job)) return;
-  int64_t head, query;
-  place_row<C>(job, block, row, head, query);
   const int64_t first = item * job.parts * C::QUERIES + row;
   const real unit = plain_scores(p) ? 1 : (real)1.4426950408889634;
   real peak = -(real)INFINITY;
   bool alive = false;
   for (int part = lane; part < job.parts; part += 32) {
     const int64_t at = first + (int64_t)part * C::QUERIES;
-    if (!job.part_alive[at]) continue;
-    alive = true;
+    alive |= job.part_alive[at] != 0;
     peak = larger(peak, ((const real *)job.part_peak)[at]);
   }
   for (int distance = 16; distance; distance /= 2) peak = larger(peak, __shfl_xor_sync(0xffffffff, peak, distance));
   alive = __any_sync(0xffffffff, alive);
+  // A part that saw nothing has a peak of -inf, so its factor is 0, and sums of 0.
   const real base = peak == -(real)INFINITY ? 0 : peak;
   real sum = 0, o[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  for (int part = 0; part < job.parts; part++) {
+#pragma unroll 4
+  for (int part = warp; part < job.parts; part += MERGE_WARPS) {
     const int64_t at = first + (int64_t)part * C::QUERIES;
-    if (!job.part_alive[at]) continue;
     const real factor = exp2_of((((const real *)job.part_peak)[at] - base) * unit);
     sum += ((const real *)job.part_sum)[at] * factor;
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
+    for (int n = 0; n < 8; n++)
       if (32 * n + lane < width) o[n] += ((const real *)job.part_out)[at * width + 32 * n + lane] * factor;
-    }
   }
+#pragma unroll
+  for (int n = 0; n < 8; n++) column_sum[warp][32 * n + lane] = o[n];
+  if (lane == 0) row_sum[warp] = sum;
+  __syncthreads();
+  sum = row_sum[0];
+  for (int w = 1; w < MERGE_WARPS; w++) sum += row_sum[w];
+  int64_t head, query;
+  place_row<C>(job, block, row, head, query);
   const bool has_sink = p.sinks.data != NULL;
   const double sink = has_sink ? (double)(real)read_operand(p.sinks, head * p.sinks.stride[1]) : 0;
   row_end end = end_dead_row(has_sink, sink);
   if (alive) end = end_row(peak, sum, has_sink, sink, plain_scores(p), 1 / (1 - p.dropout));
-  if (lane == 0) write_row_end<real>(p, block.batch, head, query, end, !alive);
+  if (threadIdx.x == 0) write_row_end<real>(p, block.batch, head, query, end, !alive);
   element *out = (element *)p.out.data + row_offset(p.out, block.batch, head, query);
-#pragma unroll
-  for (int n = 0; n < 8; n++) {
-    const int column = 32 * n + lane;
-    if (column < p.value_width) put_real(&out[column], alive ? o[n] * (real)end.scale : (real)0);
+  for (int column = threadIdx.x; column < p.value_width; column += 32 * MERGE_WARPS) {
+    real x = column_sum[0][column];
+    for (int w = 1; w < MERGE_WARPS; w++) x += column_sum[w][column];
+    put_real(&out[column], alive ? x * (real)end.scale : (real)0);
   }
 }
 
@@ -837,12 +845,12 @@ static int64_t forward_swath(const forward_job &job, int64_t heads, int64_t per_
   return fit < all ? fit : all;
 }
 
-// How many parts the keys are split into: enough to give every multiprocessor its blocks, none below two tiles.
-static int forward_parts(const forward_job &job, int64_t items, int64_t resident) {
+// How many parts the keys are split into: enough to give every multiprocessor its blocks, none below `least` tiles.
+static int forward_parts(const forward_job &job, int64_t items, int64_t resident, int64_t least) {
   const int64_t rows = job.plan.batch * job.plan.heads * job.plan.row_tiles;
   const int64_t tiles = rows ? (job.plan.partial + job.plan.full) / rows : 0;
   int64_t parts = items ? resident / items : 1;
-  if (parts > tiles / 2) parts = tiles / 2;
+  if (parts > tiles / least) parts = tiles / least;
   if (parts > 256) parts = 256;
   return parts > 1 ? (int)parts : 1;
 }
@@ -860,7 +868,8 @@ static int launch_forward(forward_job &job, cudaStream_t stream) {
       forward_swath(job, heads, C::PACKED ? 1 : job.group,
                     p.keys * (p.width + p.value_width) * (int64_t)sizeof(typename C::element), device->cache_bytes);
   job.value_parts = p.value_width > C::VALUE_WIDTH ? (int)((p.value_width + C::VALUE_WIDTH - 1) / C::VALUE_WIDTH) : 1;
-  job.parts = p.weights.data ? 1 : forward_parts(job, job.items, (int64_t)device->processors * C::RESIDENT);
+  job.parts =
+      p.weights.data ? 1 : forward_parts(job, job.items, (int64_t)device->processors * C::RESIDENT, C::PACKED ? 1 : 2);
   char *memory = NULL;
   if (job.parts > 1) {
     const int64_t rows = job.items * job.parts * C::QUERIES, width = C::VALUE_WIDTH * job.value_parts;
@@ -878,28 +887,65 @@ static int launch_forward(forward_job &job, cudaStream_t stream) {
     status =
         sa_cuda_launch(forward_name, forward_kernel<C>, dim3((unsigned)grid), dim3(C::THREADS), C::SHARED, stream, job);
   if (!status && job.parts > 1)
-    status = sa_cuda_launch(forward_name, merge_kernel<C>, dim3((unsigned)((job.items * C::QUERIES + 3) / 4)),
-                            dim3(128), 0, stream, job);
+    status = sa_cuda_launch(forward_name, merge_kernel<C>, dim3((unsigned)(job.items * C::QUERIES)),
+                            dim3(32 * MERGE_WARPS), 0, stream, job);
   if (memory) sa_cuda_scratch_release(p.device, memory);
   return status;
 }
 
-// Few enough queries for their heads to share blocks.
+// The shapes for a dtype and a width that those of q and v are padded to. A block has at most 96 KiB of shared memory,
+// which every device has.
+template <class P, int WIDTH, bool EXTRAS>
+struct forward_choice;
+
+// Half types have two times 16 queries a warp where o leaves room: keys and values are read half as often then.
+template <class P, int WIDTH, bool EXTRAS>
+struct forward_choice_halves {
+  static constexpr bool LARGE = WIDTH > 128;
+  static constexpr int FOLD = EXTRAS || LARGE ? 1 : 2, PACKED_RESIDENT = LARGE ? 3 : 6;
+  typedef forward_shape<P, WIDTH, WIDTH, FOLD, 4, 64, 2, EXTRAS, false> whole;
+  typedef forward_shape<P, WIDTH, WIDTH, 1, 1, 64, PACKED_RESIDENT, false, true> packed;
+};
+
+template <int WIDTH, bool EXTRAS>
+struct forward_choice<products_bf16, WIDTH, EXTRAS> : forward_choice_halves<products_bf16, WIDTH, EXTRAS> {};
+
+template <int WIDTH, bool EXTRAS>
+struct forward_choice<products_f16, WIDTH, EXTRAS> : forward_choice_halves<products_f16, WIDTH, EXTRAS> {};
+
+template <int WIDTH, bool EXTRAS>
+struct forward_choice<products_f32, WIDTH, EXTRAS> {
+  typedef products_f32 P;
+  static constexpr int WARPS = WIDTH == 128 ? 8 : 4, KEYS = WIDTH == 64 ? 64 : WIDTH == 128 ? 32 : 16;
+  static constexpr int RESIDENT = WIDTH == 64 ? 2 : 1, PACKED_RESIDENT = WIDTH == 256 ? 2 : 5;
+  typedef forward_shape<P, WIDTH, WIDTH, 1, WARPS, KEYS, RESIDENT, EXTRAS, false> whole;
+  typedef forward_shape<P, WIDTH, WIDTH, 1, 1, 32, PACKED_RESIDENT, false, true> packed;
+};
+
+// Of 256 columns o would not fit the registers. One kernel for all options is enough.
+template <int WIDTH, bool EXTRAS>
+struct forward_choice<products_f64, WIDTH, EXTRAS> {
+  typedef products_f64 P;
+  static constexpr int VALUE_WIDTH = WIDTH == 256 ? 128 : WIDTH, KEYS = WIDTH == 64 ? 32 : 16;
+  static constexpr int WARPS = WIDTH == 256 ? 1 : 4, PACKED_RESIDENT = WIDTH == 256 ? 2 : 4;
+  typedef forward_shape<P, WIDTH, VALUE_WIDTH, 1, WARPS, KEYS, 1, true, false> whole;
+  typedef forward_shape<P, WIDTH, VALUE_WIDTH, 1, 1, 16, PACKED_RESIDENT, false, true> packed;
+};
+
+// Few enough queries for their heads to share blocks, and nothing but a mask.
 static inline bool forward_packs(const forward_job &job) {
   const sa_problem &p = job.p;
   return plain_scores(p) && !(p.dropout > 0) && !p.weights.data && job.plan.heads == 1 && job.plan.row_tiles == 1 &&
          job.group * p.queries <= 64;
 }
 
-// Whether the kernel with all options is needed.
-static inline bool forward_has_extras(const sa_problem &p) {
-  return !plain_scores(p) || p.dropout > 0 || p.weights.data;
+// Instantiated in portable_forward_<dtype>_<width>.cu, a file each, as compiling one takes long enough.
+template <class P, int WIDTH>
+int sa_cuda_forward(forward_job &job, cudaStream_t stream) {
+  if (forward_packs(job)) return launch_forward<typename forward_choice<P, WIDTH, false>::packed>(job, stream);
+  if (!plain_scores(job.p) || job.p.dropout > 0 || job.p.weights.data)
+    return launch_forward<typename forward_choice<P, WIDTH, true>::whole>(job, stream);
+  return launch_forward<typename forward_choice<P, WIDTH, false>::whole>(job, stream);
 }
-
-// Of portable_forward_<dtype>.cu: the kernels of one dtype.
-int sa_cuda_forward_bf16(forward_job &job, cudaStream_t stream);
-int sa_cuda_forward_f16(forward_job &job, cudaStream_t stream);
-int sa_cuda_forward_f32(forward_job &job, cudaStream_t stream);
-int sa_cuda_forward_f64(forward_job &job, cudaStream_t stream);
 
 #endif

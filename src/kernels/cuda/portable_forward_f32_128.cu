@@ -1,0 +1,4 @@
+// the forward pass on mma.sync in f32, widths up to 128
+#include "kernels/cuda/portable_forward.cuh"
+
+template int sa_cuda_forward<products_f32, 128>(forward_job &job, cudaStream_t stream);
