@@ -49,6 +49,8 @@ FIRST_ARCH = $(firstword $(CUDA_ARCHS))
 GENCODE = $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
 	-gencode arch=compute_$(FIRST_ARCH),code=compute_$(FIRST_ARCH)
 $(HOPPER_SOURCES:src/%=$(BUILD)/%.o): GENCODE = -gencode arch=compute_90a,code=sm_90a
+# Their f32 has the CPU's bits.
+$(BUILD)/kernels/cuda/elementwise.cu.o $(BUILD)/kernels/cuda/adamw.cu.o: OWN_NVCCFLAGS += -fmad=false
 OWN_NVCCFLAGS = -std=c++17 -Isrc -cudart static --threads 2 -MMD -MP \
 	-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter,-Wno-missing-field-initializers
 
@@ -150,7 +152,11 @@ EMULATED_CFLAGS = -std=c++17 -O2 -g1 -march=x86-64-v3 -ffp-contract=off -fPIC -f
 	-Ispec/emulator -Isrc $(patsubst spec/emulator/%,-include %,$(wildcard spec/emulator/kernels/cuda/*.cuh)) -MMD -MP \
 	-Wall -Wextra -Wno-unused-parameter -Wno-unused-function -Wno-unknown-pragmas -Wno-missing-field-initializers \
 	-Wno-psabi -Wno-array-bounds -Wno-aggressive-loop-optimizations -Wno-parentheses
-emulated: $(EMULATED)/cuda.so
+emulated: $(EMULATED)/cuda.so $(EMULATED)/libcublas.so
+
+$(EMULATED)/libcublas.so: spec/emulator/libraries/cublas.cpp src/cast.h
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O2 -Isrc -fPIC -shared -o $@ $<
 
 $(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
 	$(CXX) -shared -pthread -Wl,-z,nodelete -o $@ $^
@@ -159,7 +165,8 @@ $(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
 .PHONY: test-emulated
 test-emulated: needs-test
 	@$(MAKE) --no-print-directory -j$$(nproc) all emulated
-	SAFEATTN_CUDA_LIB=$(CURDIR)/$(EMULATED)/cuda.so busted -r gpu $(BUSTED_FLAGS)
+	SAFEATTN_CUDA_LIB=$(CURDIR)/$(EMULATED)/cuda.so \
+		SAFEATTN_CUBLAS_LIB=$(CURDIR)/$(EMULATED)/libcublas.so busted -r gpu $(BUSTED_FLAGS)
 	busted spec/emulator_spec.lua
 
 # Instructions against their definitions; the same files, built by nvcc, do that on a GPU.

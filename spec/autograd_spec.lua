@@ -1,7 +1,7 @@
 -- the tape: values, gradients and what happens when it is misused
 
 local helper = require "spec.helper"
-local sa = require "safeattn"
+local sa = helper.sa
 local autograd = require "safeattn.autograd"
 
 local function leaf(data)

@@ -1,7 +1,7 @@
 -- casts: every value of the 16-bit floats, every tie between them, and the ends of every range
 
 local ffi = require "ffi"
-local sa = require "safeattn"
+local sa = require("spec.helper").sa
 
 local inf, nan = math.huge, 0 / 0
 local dtypes = {"f32", "f64", "f16", "bf16", "bool", "i32", "i64"}

@@ -1,6 +1,6 @@
 -- sa.forward: attention without a tape, and run:backward
 
-local sa = require "safeattn"
+local sa = require("spec.helper").sa
 local m = sa.mask
 
 local function floats(seed, shape)

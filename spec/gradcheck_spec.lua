@@ -1,7 +1,7 @@
 -- gradcheck: passes what is right, catches what is wrong, and says where
 
 local helper = require "spec.helper"
-local sa = require "safeattn"
+local sa = helper.sa
 local autograd = require "safeattn.autograd"
 
 local function random(shape, seed, dtype)

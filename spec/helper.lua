@@ -1,4 +1,4 @@
--- what the specs share: module paths, assertions on tensors, poisoned outputs, ISA tiers and threads
+-- what the specs share: module paths, assertions on tensors, poisoned outputs, ISA tiers and threads, devices
 
 package.path = "./lua/?.lua;./lua/?/init.lua;" .. package.path
 
@@ -25,6 +25,49 @@ function helper.message_of(fn, ...)
   local succeeded, problem = pcall(fn, ...)
   assert(not succeeded, "expected an error")
   return (tostring(problem):gsub("^[^\n]-:%d+: ", ""))
+end
+
+-- Devices
+
+--- The device that the specs of tensors and operations run on: SAFEATTN_TEST_DEVICE, "cpu" unless given.
+helper.device = os.getenv "SAFEATTN_TEST_DEVICE" or "cpu"
+
+--- safeattn, with constructors that make tensors on that device unless they are told another.
+helper.sa = sa
+if helper.device ~= "cpu" then
+  helper.sa = setmetatable({}, {__index = sa})
+  -- Where the options are among the arguments.
+  for name, place in pairs {empty = 2, zeros = 2, ones = 2, full = 3, rand = 2, randn = 2, arange = 2, tensor = 2} do
+    local make = sa[name]
+    helper.sa[name] = function(...)
+      local arguments, count = {...}, math.max(select("#", ...), place)
+      local options = arguments[place]
+      if options == nil or (type(options) == "table" and getmetatable(options) == nil and options.device == nil) then
+        arguments[place] = {device = helper.device}
+        for option, value in pairs(options or {}) do arguments[place][option] = value end
+      end
+      return make(unpack(arguments, 1, count))
+    end
+  end
+end
+
+--- Why there is no CUDA device, or nil when there is one.
+function helper.no_cuda()
+  local devices, why = sa.devices()
+  return #devices < 2 and why or nil
+end
+
+--- A describe of what needs a CUDA device. Without one it is pending, visibly; SAFEATTN_REQUIRE_CUDA=1 makes it fail.
+function helper.describe_cuda(name, fn)
+  local busted = require "busted"
+  local why = helper.no_cuda()
+  busted.describe(name .. " #gpu", function()
+    if not why then return fn() end
+    busted.it("wants a CUDA device", function()
+      if os.getenv "SAFEATTN_REQUIRE_CUDA" == "1" then error("SAFEATTN_REQUIRE_CUDA is set, but " .. why, 0) end
+      busted.pending(why)
+    end)
+  end)
 end
 
 -- Outputs

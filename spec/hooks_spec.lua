@@ -1,7 +1,7 @@
 -- hooks on tensors, and the operation that made the first non-finite gradient
 
 local helper = require "spec.helper"
-local sa = require "safeattn"
+local sa = helper.sa
 local autograd = require "safeattn.autograd"
 
 local function leaf(values)

@@ -1,7 +1,7 @@
 -- layernorm, embedding, cross entropy: values in every float dtype and layout, and ids that are not there
 
-local sa = require "safeattn"
 local helper = require "spec.helper"
+local sa = helper.sa
 
 local inf, nan, log = math.huge, 0 / 0, math.log
 local tolerances = {f32 = 2e-6, f64 = 1e-13, f16 = 4e-3, bf16 = 3e-2}

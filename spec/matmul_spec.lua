@@ -1,6 +1,6 @@
 -- sa.matmul: products of batches of matrices, whatever their layout and dtype, and a host that does not notice OpenBLAS
 
-local sa = require "safeattn"
+local sa = require("spec.helper").sa
 local child = require "spec.child"
 
 local inf, nan = math.huge, 0 / 0
@@ -128,7 +128,7 @@ describe("the host", function()
   local script = [[
 local ffi = require "ffi"
 ffi.cdef "int fegetround(void);"
-local sa = require "safeattn"
+local sa = require("spec.helper").sa
 assert(sa.info().blas == "not loaded", sa.info().blas)
 sa.matmul(sa.ones {2, 2}, sa.ones {2, 2})
 assert(sa.info().blas == "not loaded", "a tiny product opened it")

@@ -1,6 +1,6 @@
 -- sa.merge: attention over parts of the keys is put together to attention over all of them
 
-local sa = require "safeattn"
+local sa = require("spec.helper").sa
 
 local inf, nan = math.huge, 0 / 0
 

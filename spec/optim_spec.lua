@@ -1,7 +1,7 @@
 -- adamw: against its definition, and on a small problem
 
 local helper = require "spec.helper"
-local sa = require "safeattn"
+local sa = helper.sa
 
 describe("adamw", function()
   it("does what its definition says", function()

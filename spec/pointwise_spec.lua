@@ -1,6 +1,6 @@
 -- pointwise operations: their values in every dtype, over strided, broadcast and long tensors
 
-local sa = require "safeattn"
+local sa = require("spec.helper").sa
 
 local inf, nan = math.huge, 0 / 0
 

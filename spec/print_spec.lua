@@ -1,6 +1,6 @@
 -- printing: a header, statistics, a body that fits
 
-local sa = require "safeattn"
+local sa = require("spec.helper").sa
 
 local inf, nan = math.huge, 0 / 0
 

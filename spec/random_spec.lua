@@ -4,7 +4,7 @@ local helper = require "spec.helper"
 local bit = require "bit"
 local ffi = require "ffi"
 local core = require "safeattn.core"
-local sa = require "safeattn"
+local sa = helper.sa
 
 local uint64 = ffi.typeof("uint64_t")
 

@@ -1,7 +1,7 @@
 -- reductions: sums, means, extremes over any dims of any layout, the order of sums, and what NaN and emptiness do
 
-local sa = require "safeattn"
 local helper = require "spec.helper"
+local sa = helper.sa
 
 local inf, nan = math.huge, 0 / 0
 

@@ -1,6 +1,6 @@
 -- sa.softmax: the three stances on dead rows, forward and backward, along any dim, in any float dtype
 
-local sa = require "safeattn"
+local sa = require("spec.helper").sa
 
 local inf, nan, ln = math.huge, 0 / 0, math.log
 

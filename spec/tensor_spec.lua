@@ -2,7 +2,7 @@
 
 local helper = require "spec.helper"
 local ffi = require "ffi"
-local sa = require "safeattn"
+local sa = helper.sa
 
 local inf, nan = math.huge, 0 / 0
 local dtypes = {"f32", "f64", "f16", "bf16", "bool", "i32", "i64"}

@@ -1,7 +1,7 @@
 -- views: the same memory seen otherwise, and what is put together of parts
 
 local helper = require "spec.helper"
-local sa = require "safeattn"
+local sa = helper.sa
 
 local function counted(...)
   local n = 1

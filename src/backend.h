@@ -86,6 +86,17 @@ typedef struct sa_device_control {
   int (*stream_synchronize)(const char *function, int device, void *stream);
 } sa_device_control;
 
+// Of scale * value over the finite elements (min and max without the scale: infinite when there are none), and counts.
+typedef struct sa_totals {
+  double min, max, sum, squares;
+  int64_t nan, posinf, neginf, zero;
+} sa_totals;
+
+typedef struct sa_tolerance {
+  double absolute, relative;
+  bool equal_nan;
+} sa_tolerance;
+
 typedef struct sa_backend {
   const char *name;
   int32_t count;     // of its devices
@@ -96,6 +107,15 @@ typedef struct sa_backend {
   // then.
   int (*copy)(sa_tensor *to, const sa_tensor *from);
   int (*fill)(sa_tensor *t, double value);
+  // NULL: the core does these on the CPU, by way of copies.
+  int (*draw)(sa_tensor *t, uint64_t seed, bool normal, float most);  // random.h; uniform ones are at most `most`
+  int (*arange)(sa_tensor *t, double start, double step);
+  int (*totals)(const sa_tensor *t, double scale, sa_totals *out);
+  // Whether all elements of two tensors of one shape are near: sa_allclose.
+  int (*all_near)(const sa_tensor *a, const sa_tensor *b, const sa_tolerance *wanted, int *result);
+  // Bit k % 64 of word k / 64 of each row: whether element k is visible (a bool that is set, a float not <= at_most),
+  // of a matrix with so many rows and columns; `bits` is on the host and zeroed, a row has `words` of them.
+  int (*pack)(const sa_tensor *matrix, double at_most, uint64_t *bits, int64_t words);
   // The attention kernels for a problem: plain f64 loops, and the fast ones (NULL when they do not cover it).
   const sa_attention_kernels *(*reference)(const sa_problem *p);
   const sa_attention_kernels *(*fused)(const sa_problem *p, bool backward);

@@ -226,5 +226,8 @@ int sa_arange(sa_tensor *t, double start, double step) {
   const bool integers = t->dtype == SA_I32 || t->dtype == SA_I64;
   if (integers) status = check_progression(__func__, t, start, step);
   if (status || sa_tensor_numel(t) == 0) return status;
+  const sa_backend *backend = sa_backend_of(__func__, t->device);
+  if (!backend) return SA_NO_DEVICE;
+  if (backend->arange) return backend->arange(t, start, step);
   return sa_tensor_produce(t, integers ? produce_integers : produce_reals, &(progression){start, step});
 }

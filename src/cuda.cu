@@ -84,6 +84,27 @@ static const sa_device_control control = {
     sa_cuda_stream_forget, sa_cuda_stream_make_current, sa_cuda_current_stream, sa_cuda_stream_wait,
 };
 
+static const sa_operations operations = {
+    sa_cuda_unary,
+    sa_cuda_unary_backward,
+    sa_cuda_binary,
+    sa_cuda_where,
+    sa_cuda_reduce,
+    sa_cuda_softmax,
+    sa_cuda_softmax_backward,
+    sa_cuda_matmul,
+    sa_cuda_merge,
+    sa_cuda_merge_backward,
+    sa_cuda_layernorm,
+    sa_cuda_layernorm_backward,
+    sa_cuda_stray_id,
+    sa_cuda_embedding,
+    sa_cuda_embedding_backward,
+    sa_cuda_cross_entropy,
+    sa_cuda_cross_entropy_backward,
+    sa_cuda_adamw,
+};
+
 static char text[160];
 
 static sa_backend table = [] {
@@ -94,8 +115,14 @@ static sa_backend table = [] {
   made.release = sa_cuda_release;
   made.copy = sa_cuda_copy;
   made.fill = sa_cuda_fill;
+  made.draw = sa_cuda_draw;
+  made.arange = sa_cuda_arange;
+  made.totals = sa_cuda_totals;
+  made.all_near = sa_cuda_all_near;
+  made.pack = sa_cuda_pack;
   made.reference = choose_reference;
   made.fused = choose_fused;
+  made.operations = &operations;
   made.control = &control;
   return made;
 }();

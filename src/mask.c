@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "backend.h"
 #include "cast.h"
 #include "memory.h"
 #include "status.h"
@@ -185,14 +186,19 @@ int sa_mask_random(sa_mask **out, double probability, uint64_t seed) {
 
 /*  What constructors read from tensors  */
 
-static int check_tensor(const char *function, const char *argument, const sa_tensor *t, int most_dims) {
+static int check_tensor_anywhere(const char *function, const char *argument, const sa_tensor *t, int most_dims) {
   if (!t) return sa_fail(SA_INVALID, function, "%s: is NULL, wanted a tensor", argument);
   if (!t->data) return sa_fail(SA_INVALID, function, "%s: is empty, wanted a tensor that holds something", argument);
   if (t->ndim < 0 || t->ndim > most_dims)
     return sa_fail(SA_INVALID, function, "%s: has %d dims, wanted at most %d", argument, (int)t->ndim, most_dims);
-  if (t->device != SA_CPU)
-    return sa_fail(SA_INVALID, function, "%s: is on %s, wanted the cpu", argument, sa_device_name(t->device));
   return SA_OK;
+}
+
+static int check_tensor(const char *function, const char *argument, const sa_tensor *t, int most_dims) {
+  const int status = check_tensor_anywhere(function, argument, t, most_dims);
+  if (!status && t->device != SA_CPU)
+    return sa_fail(SA_INVALID, function, "%s: is on %s, wanted the cpu", argument, sa_device_name(t->device));
+  return status;
 }
 
 /*  Grids of bits  */
@@ -292,6 +298,22 @@ static void pack_plane(const sa_grid *grid, const flag_source *source, int64_t b
                                                       grid->kept[3], grid->words);
 }
 
+// The planes of a tensor that is not on the CPU are packed where they are, and only the bits come here.
+static int pack_plane_there(const char *function, const sa_grid *grid, const sa_tensor *t, const int64_t *stride,
+                            double at_most, int64_t batch, int64_t head) {
+  const sa_backend *backend = sa_backend_of(function, t->device);
+  if (!backend) return SA_NO_DEVICE;
+  const sa_tensor matrix = {
+      .data = (char *)t->data + (batch * stride[0] + head * stride[1]) * sa_dtype_size(t->dtype),
+      .dtype = t->dtype,
+      .device = t->device,
+      .ndim = 2,
+      .shape = {grid->kept[2], grid->kept[3]},
+      .stride = {stride[2], stride[3]},
+  };
+  return backend->pack(&matrix, at_most, grid_row(grid, batch, head, 0), grid->words);
+}
+
 static int new_grid(sa_mask **out, const char *function, const char *name, const sa_tensor *t, int64_t size,
                     flag_reader read, double at_most) {
   sa_mask *mask = new_mask(function, name, SA_MASK_GRID);
@@ -309,13 +331,22 @@ static int new_grid(sa_mask **out, const char *function, const char *name, const
     sa_mask_release(mask);
     return SA_NO_MEMORY;
   }
-  for (int64_t b = 0; b < grid->kept[0]; b++)
-    for (int64_t h = 0; h < grid->kept[1]; h++) {
+  int status = SA_OK;
+  for (int64_t b = 0; !status && b < grid->kept[0]; b++)
+    for (int64_t h = 0; !status && h < grid->kept[1]; h++) {
+      if (t->device != SA_CPU) {
+        status = pack_plane_there(function, grid, t, stride, at_most, b, h);
+        continue;
+      }
       const int64_t element = sa_dtype_size(t->dtype);
       const char *from = (const char *)t->data + (b * stride[0] + h * stride[1]) * element;
       const flag_source source = {from, {stride[2], stride[3]}, element, read, at_most};
       pack_plane(grid, &source, b, h);
     }
+  if (status) {
+    sa_mask_release(mask);
+    return status;
+  }
   mask->batch = grid->shape[0];
   mask->heads = grid->shape[1];
   mask->per_batch = grid->kept[0] != 1;
@@ -331,21 +362,22 @@ static int check_bool(const char *function, const char *argument, const sa_tenso
 }
 
 int sa_mask_dense(sa_mask **out, const sa_tensor *visible) {
-  if (check_out(__func__, out) || check_tensor(__func__, "visible", visible, 4) ||
+  if (check_out(__func__, out) || check_tensor_anywhere(__func__, "visible", visible, 4) ||
       check_bool(__func__, "visible", visible, " (a float mask is a bias, or sa_mask_additive)"))
     return SA_INVALID;
   return new_grid(out, __func__, "dense", visible, 1, read_bool, 0);
 }
 
 int sa_mask_blocks(sa_mask **out, const sa_tensor *keep, int64_t size) {
-  if (check_out(__func__, out) || check_tensor(__func__, "keep", keep, 4) || check_bool(__func__, "keep", keep, ""))
+  if (check_out(__func__, out) || check_tensor_anywhere(__func__, "keep", keep, 4) ||
+      check_bool(__func__, "keep", keep, ""))
     return SA_INVALID;
   if (size < 1) return sa_fail(SA_INVALID, __func__, "size: is %lld, wanted at least 1", (long long)size);
   return new_grid(out, __func__, "blocks", keep, size, read_bool, 0);
 }
 
 int sa_mask_additive(sa_mask **out, const sa_tensor *bias, double at_most) {
-  if (check_out(__func__, out) || check_tensor(__func__, "bias", bias, 4)) return SA_INVALID;
+  if (check_out(__func__, out) || check_tensor_anywhere(__func__, "bias", bias, 4)) return SA_INVALID;
   const flag_reader read = float_reader(bias->dtype);
   if (!read)
     return sa_fail(SA_INVALID, __func__, "bias: is %s, wanted f32, f64, f16 or bf16 (for a bool: sa_mask_dense)",

@@ -2,6 +2,7 @@
 // 3")
 #ifndef SAFEATTN_RANDOM_H
 #define SAFEATTN_RANDOM_H
+#include <math.h>
 #include <stdint.h>
 
 #include "everywhere.h"
@@ -74,6 +75,26 @@ SA_EVERYWHERE void sa_random_blocks(uint64_t seed, uint64_t first, uint64_t step
     words2[k] = words.word[2];
     words3[k] = words.word[3];
   }
+}
+
+SA_EVERYWHERE float sa_uniform_f32(uint32_t word) {
+  return (float)(word >> 8) * 0x1p-24f;
+}
+
+SA_EVERYWHERE double sa_uniform_f64(uint32_t high, uint32_t low) {
+  return ((high >> 5) * 0x1p26 + (low >> 6)) * 0x1p-53;
+}
+
+// Box and Muller's: two words make two normal numbers. Quarter turns are taken off the angle in integers, which is
+// exact, so that a sine or cosine near 0 keeps all its digits on every device.
+SA_EVERYWHERE void sa_normals(uint32_t a, uint32_t b, double *values) {
+  const double radius = sqrt(-2 * log((a + 1.0) * 0x1p-32));
+  const uint32_t quarters = (b + 0x20000000u) >> 30;
+  const double rest = (int32_t)(b - (quarters << 30)) * (0x1.921fb54442d18p0 * 0x1p-30);  // pi/2 is a quarter turn
+  const double sine = radius * sin(rest), cosine = radius * cos(rest);
+  const double x = quarters & 1 ? sine : cosine, y = quarters & 1 ? cosine : sine;
+  values[0] = quarters == 1 || quarters == 2 ? -x : x;
+  values[1] = quarters >= 2 ? -y : y;
 }
 
 // A weight is dropped when its word is below this: the smallest threshold for which at least `probability` of all words

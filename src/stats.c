@@ -1,6 +1,8 @@
 // numbers about whole tensors: statistics and comparisons
 #include <math.h>
 
+#include "backend.h"
+#include "near.h"
 #include "status.h"
 #include "tensor.h"
 
@@ -67,25 +69,44 @@ static double add_lanes(const double *values) {
   return sum;
 }
 
+static int total_on_host(const sa_tensor *t, double scale, sa_totals *out) {
+  sa_tensor host;
+  const int status = sa_tensor_on_host(&host, t);
+  if (status) return status;
+  const totals all = total(&host, scale);
+  *out = (sa_totals){.min = INFINITY,
+                     .max = -INFINITY,
+                     .sum = add_lanes(all.sum),
+                     .squares = add_lanes(all.squares),
+                     .nan = all.nan,
+                     .posinf = all.posinf,
+                     .neginf = all.neginf,
+                     .zero = all.zero};
+  for (int lane = 0; lane < LANES; lane++) {
+    out->min = fmin(out->min, all.min[lane]);
+    out->max = fmax(out->max, all.max[lane]);
+  }
+  sa_tensor_release(&host);
+  return SA_OK;
+}
+
 int sa_tensor_stats(const sa_tensor *t, sa_stats *out) {
   int status = sa_tensor_check(__func__, "t", t);
   if (status) return status;
   if (!out) return sa_fail(SA_INVALID, __func__, "out: got NULL, wanted where to put the statistics");
-  sa_tensor host;
-  status = sa_tensor_on_host(&host, t);
+  const sa_backend *backend = sa_backend_of(__func__, t->device);
+  if (!backend) return SA_NO_DEVICE;
+  int (*const total_of)(const sa_tensor *, double, sa_totals *) = backend->totals ? backend->totals : total_on_host;
+  sa_totals all;
+  status = total_of(t, 1, &all);
   if (status) return status;
-  totals all = total(&host, 1);
-  sa_stats s = {.min = INFINITY,
-                .max = -INFINITY,
+  sa_stats s = {.min = all.min,
+                .max = all.max,
                 .count = sa_tensor_numel(t),
                 .nan = all.nan,
                 .posinf = all.posinf,
                 .neginf = all.neginf,
                 .zero = all.zero};
-  for (int lane = 0; lane < LANES; lane++) {
-    s.min = fmin(s.min, all.min[lane]);
-    s.max = fmax(s.max, all.max[lane]);
-  }
   const int64_t finite = s.count - s.nan - s.posinf - s.neginf;
   // Squares of very large or small f64 leave the range of f64: those are scaled, at the price of a second pass.
   const double largest = finite ? fmax(fabs(s.min), fabs(s.max)) : 0;
@@ -93,12 +114,12 @@ int sa_tensor_stats(const sa_tensor *t, sa_stats *out) {
   if (largest > 0x1p400 || (largest > 0 && largest < 0x1p-400)) {
     frexp(largest, &exponent);
     exponent = exponent < -1000 ? -1000 : exponent;  // 2^-exponent must be finite
-    all = total(&host, ldexp(1, -exponent));
+    status = total_of(t, ldexp(1, -exponent), &all);
+    if (status) return status;
   }
-  s.mean = ldexp(add_lanes(all.sum) / (double)finite, exponent);
-  s.norm = ldexp(sqrt(add_lanes(all.squares)), exponent);
+  s.mean = ldexp(all.sum / (double)finite, exponent);
+  s.norm = ldexp(sqrt(all.squares), exponent);
   if (!finite) s.min = s.max = s.mean = NAN;
-  sa_tensor_release(&host);
   *out = s;
   return SA_OK;
 }
@@ -109,25 +130,8 @@ static bool is_integer(const sa_tensor *t) {
   return t->dtype == SA_BOOL || t->dtype == SA_I32 || t->dtype == SA_I64;
 }
 
-typedef struct tolerance {
-  double absolute, relative;
-  bool equal_nan;
-} tolerance;
-
-static bool reals_near(double a, double b, const tolerance *wanted) {
-  if (a == b) return true;
-  if (a != a || b != b) return wanted->equal_nan && a != a && b != b;
-  if (isinf(a) || isinf(b)) return false;
-  return fabs(a - b) <= wanted->absolute + wanted->relative * fabs(b);
-}
-
-static bool integers_near(int64_t a, int64_t b, const tolerance *wanted) {
-  const uint64_t apart = a > b ? (uint64_t)a - (uint64_t)b : (uint64_t)b - (uint64_t)a;
-  return apart == 0 || (double)apart <= wanted->absolute + wanted->relative * fabs((double)b);
-}
-
 // Reads both tensors, of one shape and on the CPU, side by side; integers as such, because f64 cannot hold all of i64.
-static bool all_near(const sa_tensor *a, const sa_tensor *b, const tolerance *wanted) {
+static bool all_near(const sa_tensor *a, const sa_tensor *b, const sa_tolerance *wanted) {
   const bool integers = is_integer(a) && is_integer(b);
   union {
     double real[CHUNK];
@@ -141,14 +145,16 @@ static bool all_near(const sa_tensor *a, const sa_tensor *b, const tolerance *wa
     sa_stream_read(&b_elements, &y, integers ? SA_I64 : SA_F64, CHUNK);
     for (int64_t k = 0; k < count; k++) {
       const bool near =
-          integers ? integers_near(x.integer[k], y.integer[k], wanted) : reals_near(x.real[k], y.real[k], wanted);
+          integers ? sa_integers_near(x.integer[k], y.integer[k], wanted) : sa_reals_near(x.real[k], y.real[k], wanted);
       if (!near) return false;
     }
   }
   return true;
 }
 
-static int compare(const sa_tensor *a, const sa_tensor *b, const tolerance *wanted, int *result) {
+static int compare(const sa_tensor *a, const sa_tensor *b, const sa_tolerance *wanted, int *result) {
+  const sa_backend *backend = a->device == b->device ? sa_backend_of("sa_allclose", a->device) : NULL;
+  if (backend && backend->all_near) return backend->all_near(a, b, wanted, result);
   sa_tensor a_host, b_host;
   int status = sa_tensor_on_host(&a_host, a);
   if (status) return status;
@@ -169,7 +175,7 @@ static int check_pair(const char *function, const sa_tensor *a, const sa_tensor 
 int sa_equal(const sa_tensor *a, const sa_tensor *b, int *result) {
   const int status = check_pair(__func__, a, b, result);
   if (status) return status;
-  if (a->dtype == b->dtype && sa_tensor_same_shape(a, b)) return compare(a, b, &(tolerance){0}, result);
+  if (a->dtype == b->dtype && sa_tensor_same_shape(a, b)) return compare(a, b, &(sa_tolerance){0}, result);
   *result = 0;
   return SA_OK;
 }
@@ -181,5 +187,5 @@ int sa_allclose(const sa_tensor *a, const sa_tensor *b, double atol, double rtol
   if (!(rtol >= 0)) return sa_fail(SA_INVALID, __func__, "rtol: got %g, wanted a number >= 0", rtol);
   if (!sa_tensor_same_shape(a, b))
     return sa_fail(SA_INVALID, __func__, "b: is %s, wanted the shape of a, %s", sa_describe(b), sa_describe(a));
-  return compare(a, b, &(tolerance){atol, rtol, equal_nan}, result);
+  return compare(a, b, &(sa_tolerance){atol, rtol, equal_nan}, result);
 }

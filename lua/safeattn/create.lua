@@ -202,14 +202,14 @@ local function pointed_to(data)
   return element, consts > 0, rest ~= "*" and ffi.sizeof(data) or nil
 end
 
-local pointer_options = {dtype = true, stride = true, owner = true, requires_grad = true}
+local pointer_options = {dtype = true, device = true, stride = true, owner = true, requires_grad = true}
 
 --- A tensor on memory that something else owns; nothing is copied. The pointer and `owner` are kept alive as long as
 -- the tensor and its views are.
 -- @param data an FFI pointer or array; on const memory the tensor refuses to be written
 -- @param shape a table of counts
--- @param options dtype (default: what the pointer points to; a must for half types and void pointers); stride, in
---   elements (default: row-major); owner, any Lua value; requires_grad
+-- @param options dtype (default: what the pointer points to; a must for half types and void pointers); device, that the
+--   memory is on ("cpu"); stride, in elements (default: row-major); owner, any Lua value; requires_grad
 function create.from_pointer(data, shape, options)
   options = core.options("from_pointer", options, pointer_options)
   local element, constant, bytes
@@ -221,7 +221,7 @@ function create.from_pointer(data, shape, options)
     fail("from_pointer", nil, "dtype: got none for %s, which does not say it, wanted %s", core.describe(data),
       core.alternatives(core.dtypes))
   end
-  local dtype = common("from_pointer", options, dtype_of_element[element])
+  local dtype, device = common("from_pointer", options, dtype_of_element[element])
   local sizes, ndim = core.shape("from_pointer", "shape", shape)
   local stride
   if options.stride ~= nil then
@@ -230,7 +230,7 @@ function create.from_pointer(data, shape, options)
     if count ~= ndim then fail("from_pointer", nil, "stride: got %d strides, wanted %d", count, ndim) end
   end
   local handle = tensor.handle()
-  call("from_pointer", lib.sa_tensor_borrow, handle, ffi.cast("void *", data), dtype, lib.SA_CPU, ndim, sizes, stride)
+  call("from_pointer", lib.sa_tensor_borrow, handle, ffi.cast("void *", data), dtype, device, ndim, sizes, stride)
   if bytes then
     local ends = ffi.new("const char *[2]")
     lib.sa_tensor_extent(handle, ends, ends + 1)

@@ -29,6 +29,12 @@ local sa = {
   mask = require "safeattn.mask",
 }
 
+do
+  local cuda = require "safeattn.cuda"
+  sa.synchronize = cuda.synchronize
+  sa.cuda = {memory = cuda.memory, empty_cache = cuda.empty_cache, stream = cuda.stream}
+end
+
 for name, constructor in pairs(create) do sa[name] = constructor end
 for name, operation in pairs(operations) do sa[name] = operation end
 for name, attention in pairs(require "safeattn.sdpa") do sa[name] = attention end

@@ -19,6 +19,9 @@ local Tensor = {}
 -- many bytes a collection is forced; the next one comes when what is left has grown by the factor.
 local LEAST_LIMIT, GROWTH = 256 * 2 ^ 20, 1.4
 local limit = LEAST_LIMIT
+-- Of the devices: more by far, for the memory of one GPU may be full of tensors that live.
+local LEAST_DEVICE_LIMIT = 8 * 2 ^ 30
+local device_limit = LEAST_DEVICE_LIMIT
 local memory_use = ffi.new("sa_memory_use")
 
 local function held_bytes()
@@ -27,9 +30,10 @@ local function held_bytes()
 end
 
 local function collect_past_limit()
-  if held_bytes() <= limit then return end
+  if held_bytes() <= limit and tonumber(lib.sa_device_bytes()) <= device_limit then return end
   collectgarbage()
   limit = math.max(LEAST_LIMIT, GROWTH * held_bytes())
+  device_limit = math.max(LEAST_DEVICE_LIMIT, GROWTH * tonumber(lib.sa_device_bytes()))
 end
 
 local Handle = ffi.typeof("sa_tensor")

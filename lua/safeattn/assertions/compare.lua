@@ -47,7 +47,8 @@ function compare.difference(got, want, options)
     return tostring(got) .. "\nhas not the shape of\n" .. tostring(want)
   end
   local shape = got.shape
-  local a, b = got:detach():to("f64"):contiguous(), want:detach():to("f64"):contiguous()
+  local exact = {dtype = "f64", device = "cpu"}
+  local a, b = got:detach():to(exact):contiguous(), want:detach():to(exact):contiguous()
   local x, y = a:data(), b:data()
   local atol, rtol, nan_agrees = options.atol or 0, options.rtol or 0, options.nonfinite == "same"
   local count, worst, worst_excess = 0, 0, -1

@@ -1,4 +1,5 @@
-// exp, log, tanh and the normal distribution in f32 for the loops of the tape, in C that vectorises
+// exp, log, tanh and the normal distribution in f32 for the loops of the tape, in C that vectorises; CUDA devices use
+// them too
 //
 // The choices of two values in them become vectors only under -fno-trapping-math.
 #ifndef SAFEATTN_KERNELS_CPU_FUNCTIONS_H
@@ -14,7 +15,7 @@
 
 // exp(x + low) = 2^n (1 + r + r^2 p(r)), n = round(x / ln 2), |r| <= ln 2 / 2; low is what x was rounded by. NaN stays
 // NaN through r.
-static inline float sa_exp_f32_parts(float x, float low, int32_t *n) {
+SA_EVERYWHERE float sa_exp_f32_parts(float x, float low, int32_t *n) {
   const float shifter = 0x1.8p23f;  // adding it rounds to an integer, which then is in the low bits
   const float shifted = x * 0x1.715476p0f + shifter;
   const float rounded = shifted - shifter;
@@ -28,12 +29,12 @@ static inline float sa_exp_f32_parts(float x, float low, int32_t *n) {
   return (p * (r * r) + r) + 1.0f;
 }
 
-static inline float sa_power_of_two(int32_t n) {
+SA_EVERYWHERE float sa_power_of_two(int32_t n) {
   return sa_f32_of_bits((uint32_t)(n + 127) << 23);
 }
 
 // exp(x + low). The scale is applied in two steps, so that results may be subnormal or overflow.
-static inline float sa_exp_f32_sum(float x, float low) {
+SA_EVERYWHERE float sa_exp_f32_sum(float x, float low) {
   const float below = x > 89.0f ? 89.0f : x;  // both ends are past infinity and zero
   const float inside = below < -104.0f ? -104.0f : below;
   int32_t n;
@@ -42,13 +43,13 @@ static inline float sa_exp_f32_sum(float x, float low) {
   return p * sa_power_of_two(half) * sa_power_of_two(n - half);
 }
 
-static inline float sa_exp_f32(float x) {
+SA_EVERYWHERE float sa_exp_f32(float x) {
   return sa_exp_f32_sum(x, 0.0f);
 }  // within 1 ulp
 
 // exp for x <= 0: results below the smallest normal number are 0. A subnormal operand costs 150 cycles, and rows of
 // softmax weights are full of them as soon as a bias is large.
-static inline float sa_weight_f32(float x) {
+SA_EVERYWHERE float sa_weight_f32(float x) {
   const float smallest = -0x1.5d589ep6f;  // ln 2^-126
   const float inside = x < smallest ? smallest : x;
   int32_t n;
@@ -57,13 +58,13 @@ static inline float sa_weight_f32(float x) {
   return x < smallest ? 0.0f : weight;
 }
 
-static inline double sa_weight_f64(double x) {
+SA_EVERYWHERE double sa_weight_f64(double x) {
   return x < -0x1.6232bdd7abcd2p9 ? 0.0 : exp(x);
 }
 
 // Within 1 ulp. x = 2^e (1 + f), sqrt(1/2) <= 1 + f < sqrt(2); log(1 + f) = 2 atanh(s), s = f / (2 + f), which is
 // f - s (f - R(s^2)) with the terms of atanh's series in R.
-static inline float sa_log_f32(float x) {
+SA_EVERYWHERE float sa_log_f32(float x) {
   const bool small = x < 0x1p-126f;
   const float normal = small ? x * 0x1p23f : x;
   const uint32_t bits = sa_bits_of_f32(normal);
@@ -78,7 +79,7 @@ static inline float sa_log_f32(float x) {
 }
 
 // Within 3 ulp: 1 - 2 / (exp(2x) + 1), and the polynomial below 0.4, where that would cancel.
-static inline float sa_tanh_f32(float x) {
+SA_EVERYWHERE float sa_tanh_f32(float x) {
   static const float terms[] = {TANH_TERMS_f32};
   const float magnitude = fabsf(x), square = x * x;
   const float inside = magnitude > 20.0f ? 20.0f : magnitude;
@@ -91,7 +92,7 @@ static inline float sa_tanh_f32(float x) {
 // The standard normal distribution, within 5 ulp: its series near 0; elsewhere log(erfc(z) exp(z^2) / t), t = 1 / (1 +
 // z/2), is a polynomial in t to 1e-8 for all z >= 0 (interpolated at Chebyshev's points). The tail is computed as a
 // tail, so that it does not cancel, and its exponent as a sum of two parts, or its rounding would show 4 ulp at z = 2.
-static inline float sa_normal_f32(float x) {
+SA_EVERYWHERE float sa_normal_f32(float x) {
   static const float terms[] = {-0.148811626f,  0.148840285f, 0.14048364f,    -0.248501404f,
                                 -0.0473114387f, 0.296174068f, -0.0395941327f, -0.406901133f,
                                 0.0947626167f,  1.36811885f,  -0.563156786f};
@@ -114,7 +115,7 @@ static inline float sa_normal_f32(float x) {
   return magnitude < 0.7f ? 0.5f + x * q : large;
 }
 
-static inline float sa_normal_density_f32(float x) {
+SA_EVERYWHERE float sa_normal_density_f32(float x) {
   return 0.398942280f * sa_exp_f32(-0.5f * x * x);
 }
 

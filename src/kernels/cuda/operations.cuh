@@ -29,4 +29,44 @@ int sa_cuda_settle(const char *function, int device);
 int sa_cuda_copy(sa_tensor *to, const sa_tensor *from);
 int sa_cuda_fill(sa_tensor *t, double value);
 
+// random.cu
+int sa_cuda_draw(sa_tensor *t, uint64_t seed, bool normal, float most);
+int sa_cuda_arange(sa_tensor *t, double start, double step);
+
+// stats.cu
+int sa_cuda_totals(const sa_tensor *t, double scale, sa_totals *out);
+int sa_cuda_all_near(const sa_tensor *a, const sa_tensor *b, const sa_tolerance *wanted, int *result);
+
+// pack.cu
+int sa_cuda_pack(const sa_tensor *matrix, double at_most, uint64_t *bits, int64_t words);
+
+// The operations of the tape.
+int sa_cuda_unary(int op, const sa_tensor *x, const sa_tensor *y);
+int sa_cuda_unary_backward(int op, const sa_tensor *x, const sa_tensor *y, const sa_tensor *dy, const sa_tensor *dx);
+int sa_cuda_binary(int op, const sa_tensor *a, const sa_tensor *b, const sa_tensor *y);
+int sa_cuda_where(const sa_tensor *condition, const sa_tensor *a, const sa_tensor *b, const sa_tensor *y);
+int sa_cuda_reduce(int op, const sa_tensor *x, uint32_t dims, const sa_tensor *y);
+int sa_cuda_softmax(const sa_tensor *x, int dim, int dead_rows, const sa_tensor *y);
+int sa_cuda_softmax_backward(const sa_tensor *x, const sa_tensor *y, const sa_tensor *dy, int dim, int dead_rows,
+                             const sa_tensor *dx);
+int sa_cuda_matmul(const sa_tensor *a, const sa_tensor *b, const sa_tensor *y);
+int sa_cuda_merge(const sa_tensor *const *outs, const sa_tensor *const *lses, int64_t parts, const sa_tensor *out,
+                  const sa_tensor *lse);
+int sa_cuda_merge_backward(const sa_tensor *const *outs, const sa_tensor *const *lses, int64_t parts,
+                           const sa_tensor *out, const sa_tensor *lse, const sa_tensor *dout, const sa_tensor *dlse,
+                           const sa_tensor *const *douts, const sa_tensor *const *dlses);
+int sa_cuda_layernorm(const sa_tensor *x, const sa_tensor *weight, const sa_tensor *bias, double epsilon,
+                      const sa_tensor *y);
+int sa_cuda_layernorm_backward(const sa_tensor *x, const sa_tensor *weight, double epsilon, const sa_tensor *dy,
+                               const sa_tensor *dx, const sa_tensor *dweight, const sa_tensor *dbias);
+int64_t sa_cuda_stray_id(const sa_tensor *ids, int64_t base, int64_t count, const int64_t *ignore, int64_t *value);
+int sa_cuda_embedding(const sa_tensor *table, const sa_tensor *ids, int64_t base, const sa_tensor *y);
+int sa_cuda_embedding_backward(const sa_tensor *ids, int64_t base, const sa_tensor *dy, const sa_tensor *dtable);
+int sa_cuda_cross_entropy(const sa_tensor *x, const sa_tensor *ids, int64_t base, int64_t ignore,
+                          const sa_tensor *loss);
+int sa_cuda_cross_entropy_backward(const sa_tensor *x, const sa_tensor *ids, int64_t base, int64_t ignore,
+                                   const sa_tensor *dloss, const sa_tensor *dx);
+int sa_cuda_adamw(const sa_tensor *parameter, const sa_tensor *gradient, const sa_tensor *moment1,
+                  const sa_tensor *moment2, const sa_adamw_options *options);
+
 #endif

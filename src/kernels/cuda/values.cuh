@@ -39,7 +39,7 @@ static __device__ __forceinline__ int64_t sa_wide(int64_t x) {
 static __device__ __forceinline__ float sa_narrow(double x) {
   uint64_t bits;
   memcpy(&bits, &x, sizeof bits);
-  const uint32_t nan = (uint32_t)(bits >> 32) & 0x80000000u | 0x7fc00000u | (uint32_t)(bits >> 29) & 0x3fffffu;
+  const uint32_t nan = ((uint32_t)(bits >> 32) & 0x80000000u) | 0x7fc00000u | ((uint32_t)(bits >> 29) & 0x3fffffu);
   return x != x ? sa_f32_of_bits(nan) : (float)x;
 }
 static __device__ __forceinline__ double sa_widen(float x) {
