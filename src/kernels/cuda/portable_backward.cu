@@ -116,23 +116,24 @@ static Real *take(char **memory, int64_t count) {
   return taken;
 }
 
-static int run_dtype(const backward_job &job, const backward_rows<float> &rows) {
-  switch (job.p.dtype) {
-    case SA_BF16:
-      return sa_cuda_backward_bf16(job, rows);
-    case SA_F16:
-      return sa_cuda_backward_f16(job, rows);
-    default:
-      return sa_cuda_backward_f32(job, rows);
-  }
-}
+template <class Real>
+struct width_kernels {
+  int (*up_to_64)(const backward_job &job, const backward_rows<Real> &rows);
+  int (*up_to_128)(const backward_job &job, const backward_rows<Real> &rows);
+  int (*up_to_256)(const backward_job &job, const backward_rows<Real> &rows);
+};
 
-static int run_dtype(const backward_job &job, const backward_rows<double> &rows) {
-  return sa_cuda_backward_f64(job, rows);
-}
+static const width_kernels<float> of_bf16 = {sa_cuda_backward_bf16_64, sa_cuda_backward_bf16_128,
+                                             sa_cuda_backward_bf16_256},
+                                  of_f16 = {sa_cuda_backward_f16_64, sa_cuda_backward_f16_128,
+                                            sa_cuda_backward_f16_256},
+                                  of_f32 = {sa_cuda_backward_f32_64, sa_cuda_backward_f32_128,
+                                            sa_cuda_backward_f32_256};
+static const width_kernels<double> of_f64 = {sa_cuda_backward_f64_64, sa_cuda_backward_f64_128,
+                                             sa_cuda_backward_f64_256};
 
 template <class Element, class Real>
-static int run_backward(const backward_job &job) {
+static int run_backward(const backward_job &job, const width_kernels<Real> &kernels) {
   const sa_problem &p = job.p;
   backward_rows<Real> rows = {};
   rows.padded = (p.queries + SA_TILE - 1) / SA_TILE * SA_TILE;
@@ -152,7 +153,11 @@ static int run_backward(const backward_job &job) {
   if (!status && grid)
     status = sa_cuda_launch(backward_name, prepare_rows<Element, Real>, dim3(grid), dim3(256), 0, job.stream, p,
                             job.plan, rows);
-  if (!status) status = run_dtype(job, rows);
+  const int64_t width = p.width > p.value_width ? p.width : p.value_width;
+  if (!status)
+    status = width <= 64    ? kernels.up_to_64(job, rows)
+             : width <= 128 ? kernels.up_to_128(job, rows)
+                            : kernels.up_to_256(job, rows);
   if (!status && p.dsinks.data && p.heads)
     status = sa_cuda_launch(backward_name, sum_shares<Real>, dim3((unsigned)p.heads), dim3(256), 0, job.stream, p,
                             p.dsinks, (const Real *)rows.sink_share, rows.padded);
@@ -178,12 +183,12 @@ int sa_cuda_portable_backward(const sa_problem *p) {
   job.aligned.dout = rows_aligned(p->dout, bytes);
   switch (p->dtype) {
     case SA_BF16:
-      return run_backward<__nv_bfloat16, float>(job);
+      return run_backward<__nv_bfloat16, float>(job, of_bf16);
     case SA_F16:
-      return run_backward<__half, float>(job);
+      return run_backward<__half, float>(job, of_f16);
     case SA_F32:
-      return run_backward<float, float>(job);
+      return run_backward<float, float>(job, of_f32);
     default:
-      return run_backward<double, double>(job);
+      return run_backward<double, double>(job, of_f64);
   }
 }

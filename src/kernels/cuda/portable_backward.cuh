@@ -412,12 +412,13 @@ static __global__ void __launch_bounds__(32 * WARPS)
       __syncthreads();
     }
     if (idle) return;
-    multiply_columns<P, ROW, BLOCKS, SLICE>(dv, weights, douts, column, careful);
-    multiply_columns<P, ROW, BLOCKS, SLICE>(dk, ds, queries, column, careful);
+    // Before the rest, so that the pairs need not be kept in registers.
     if (careful) {
       give_nonfinite<P, BLOCKS, SLICE>(dv, weights, visible, bad_dout, dout_source(step.head), step.first, column);
       give_nonfinite<P, BLOCKS, SLICE>(dk, ds, visible, bad_query, query_source(step.head), step.first, column);
     }
+    multiply_columns<P, ROW, BLOCKS, SLICE>(dv, weights, douts, column, careful);
+    multiply_columns<P, ROW, BLOCKS, SLICE>(dk, ds, queries, column, careful);
   };
 
   for (bool careful = false;; careful = true) {
@@ -660,8 +661,8 @@ static __global__ void __launch_bounds__(32 * WARPS)
       __syncthreads();
     }
     if (idle) return;
-    multiply_columns<P, ROW, BLOCKS, SLICE>(dq, ds, keys, column, careful);
     if (careful) give_nonfinite<P, BLOCKS, SLICE>(dq, ds, visible, bad, key_source, first, column);
+    multiply_columns<P, ROW, BLOCKS, SLICE>(dq, ds, keys, column, careful);
   };
 
   for (bool careful = false;; careful = true) {
@@ -1044,10 +1045,18 @@ static int launch_backward(const backward_job &job, const backward_rows<typename
   return status;
 }
 
-// Of portable_backward_<dtype>.cu: the kernels of one dtype.
-int sa_cuda_backward_bf16(const backward_job &job, const backward_rows<float> &rows);
-int sa_cuda_backward_f16(const backward_job &job, const backward_rows<float> &rows);
-int sa_cuda_backward_f32(const backward_job &job, const backward_rows<float> &rows);
-int sa_cuda_backward_f64(const backward_job &job, const backward_rows<double> &rows);
+// Of portable_backward_<dtype>_<width>.cu: the kernels of one dtype, for widths up to that.
+int sa_cuda_backward_bf16_64(const backward_job &job, const backward_rows<float> &rows);
+int sa_cuda_backward_bf16_128(const backward_job &job, const backward_rows<float> &rows);
+int sa_cuda_backward_bf16_256(const backward_job &job, const backward_rows<float> &rows);
+int sa_cuda_backward_f16_64(const backward_job &job, const backward_rows<float> &rows);
+int sa_cuda_backward_f16_128(const backward_job &job, const backward_rows<float> &rows);
+int sa_cuda_backward_f16_256(const backward_job &job, const backward_rows<float> &rows);
+int sa_cuda_backward_f32_64(const backward_job &job, const backward_rows<float> &rows);
+int sa_cuda_backward_f32_128(const backward_job &job, const backward_rows<float> &rows);
+int sa_cuda_backward_f32_256(const backward_job &job, const backward_rows<float> &rows);
+int sa_cuda_backward_f64_64(const backward_job &job, const backward_rows<double> &rows);
+int sa_cuda_backward_f64_128(const backward_job &job, const backward_rows<double> &rows);
+int sa_cuda_backward_f64_256(const backward_job &job, const backward_rows<double> &rows);
 
 #endif

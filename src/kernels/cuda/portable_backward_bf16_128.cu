@@ -1,0 +1,11 @@
+// the backward pass on mma.sync in bf16 for widths up to 128
+//
+// Kernels may spill: the gradients of a block fill the registers; what they keep in memory instead is read once a step,
+// outside the loops of products.
+#include "kernels/cuda/portable_backward.cuh"
+
+int sa_cuda_backward_bf16_128(const backward_job &job, const backward_rows<float> &rows) {
+  typedef backward_shape<products_bf16, 128, 4, 64, 2, 4, 64, 2, 128, 128> plain;
+  typedef backward_shape<products_bf16, 128, 4, 32, 2, 4, 32, 2, 128, 128> general;
+  return launch_backward<plain, general>(job, rows);
+}

@@ -1,0 +1,10 @@
+// the backward pass on mma.sync in f16 for widths up to 256
+//
+// Kernels may spill: the gradients of a block fill the registers; what they keep in memory instead is read once a step,
+// outside the loops of products.
+#include "kernels/cuda/portable_backward.cuh"
+
+int sa_cuda_backward_f16_256(const backward_job &job, const backward_rows<float> &rows) {
+  typedef backward_shape<products_f16, 256, 4, 32, 1, 4, 32, 1, 128, 128> shape;
+  return launch_backward<shape, shape>(job, rows);
+}

@@ -1,0 +1,10 @@
+// the backward pass on mma.sync in f64 for widths up to 128
+//
+// Kernels may spill: the gradients of a block fill the registers; what they keep in memory instead is read once a step,
+// outside the loops of products.
+#include "kernels/cuda/portable_backward.cuh"
+
+int sa_cuda_backward_f64_128(const backward_job &job, const backward_rows<double> &rows) {
+  typedef backward_shape<products_f64, 128, 2, 16, 1, 2, 16, 1, 64, 64> shape;
+  return launch_backward<void, shape>(job, rows);
+}
