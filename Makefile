@@ -185,6 +185,13 @@ bench: needs-demo
 	@$(BUILD_ALL)
 	@$(IN_TREE) $(LUAJIT) bench/attention.lua $(BENCH)
 
+##> speed on a GPU beside PyTorch's back ends, saved as build/bench-gpu.json (BENCH="quick masked", PEERS=--flex)
+.PHONY: bench-gpu
+bench-gpu: needs-demo
+	@$(BUILD_ALL)
+	@$(IN_TREE) $(LUAJIT) bench/gpu/attention.lua $(BENCH)
+	-@python3 bench/gpu/peers.py build/bench-gpu.json $(PEERS)
+
 ##> luacheck and clang-format
 .PHONY: lint
 lint: needs-lint
