@@ -23,6 +23,10 @@ static int element_bytes(int dtype) {
   return dtype == SA_F64 ? 8 : dtype == SA_F32 ? 4 : 2;
 }
 
+static tile_source source_of(const sa_operand &x, int bytes, int64_t rows, int64_t width) {
+  return tile_source{(const char *)x.data, x.stride[2] * bytes, rows, (int)width * bytes, rows_aligned(x, bytes)};
+}
+
 int sa_cuda_portable_forward(const sa_problem *p) {
   cudaStream_t stream;
   const int status = sa_cuda_use(forward_name, p->device, &stream);
@@ -35,9 +39,9 @@ int sa_cuda_portable_forward(const sa_problem *p) {
   job.p = *p;
   job.plan = *plan;
   job.group = p->heads / p->key_heads;
-  job.q_aligned = rows_aligned(p->q, bytes);
-  job.k_aligned = rows_aligned(p->k, bytes);
-  job.v_aligned = rows_aligned(p->v, bytes);
+  job.q = source_of(p->q, bytes, p->queries, p->width);
+  job.k = source_of(p->k, bytes, p->keys, p->width);
+  job.v = source_of(p->v, bytes, p->keys, p->value_width);
   job.out_aligned = rows_aligned(p->out, bytes);
   switch (p->dtype) {
     case SA_BF16:

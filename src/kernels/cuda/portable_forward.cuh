@@ -9,7 +9,8 @@
 typedef struct forward_job {
   sa_problem p;
   sa_device_plan plan;
-  bool q_aligned, k_aligned, v_aligned, out_aligned;
+  tile_source q, k, v;  // of the first head
+  bool out_aligned;
   int64_t group;        // query heads that share a key head
   int64_t items;        // of all
   int64_t swath;        // heads whose blocks run together, since their keys and values fit the second-level cache
@@ -109,8 +110,8 @@ static __device__ __forceinline__ void load_queries(const forward_job &job, cons
   typedef typename C::element element;
   const sa_problem &p = job.p;
   if (!C::PACKED) {
-    const tile_source source =
-        tile_source_of(p.q, sizeof(element), block.batch, block.head, p.queries, p.width, job.q_aligned);
+    tile_source source = job.q;
+    source.data += (block.batch * p.q.stride[0] + block.head * p.q.stride[1]) * (int64_t)sizeof(element);
     load_tile<element, C::ROW, C::QUERIES, C::THREADS>(tile, source, block.query, threadIdx.x);
     return;
   }
@@ -435,13 +436,15 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
 
   const score_rule<real> rule = score_rule_of<real>(p, block.batch, block.head);
   const dropout_rule dropout = dropout_rule_of(p, block.batch, block.head);
-  const tile_source keys =
-      tile_source_of(p.k, sizeof(element), block.batch, block.key_head, p.keys, p.width, job.k_aligned);
-  tile_source values =
-      tile_source_of(p.v, sizeof(element), block.batch, block.key_head, p.keys, p.value_width, job.v_aligned);
-  values.data += block.value_part * C::VALUE_ROW;
-  values.bytes -= block.value_part * C::VALUE_ROW;
-  if (values.bytes > C::VALUE_ROW) values.bytes = C::VALUE_ROW;
+  // All but the place is the same in every block, and stays in the constant bank.
+  tile_source keys = job.k, values = job.v;
+  keys.data += (block.batch * p.k.stride[0] + block.key_head * p.k.stride[1]) * (int64_t)sizeof(element);
+  values.data += (block.batch * p.v.stride[0] + block.key_head * p.v.stride[1]) * (int64_t)sizeof(element);
+  if (C::VALUE_WIDTH < C::WIDTH) {
+    values.data += block.value_part * C::VALUE_ROW;
+    values.bytes -= block.value_part * C::VALUE_ROW;
+    if (values.bytes > C::VALUE_ROW) values.bytes = C::VALUE_ROW;
+  }
 
   load_tile<element, C::ROW, C::KEYS, C::THREADS>(shared + C::KEY_TILE, keys, step_key<C>(step), threadIdx.x);
   copy_async_commit();
@@ -695,8 +698,8 @@ static __device__ __forceinline__ void write_weights(const forward_job &job, con
       put_real(&to[(block.query + row) * p.weights.stride[2] + key * p.weights.stride[3]], (real)0);
   __syncthreads();
   const score_rule<real> rule = score_rule_of<real>(p, block.batch, block.head);
-  const tile_source keys =
-      tile_source_of(p.k, sizeof(element), block.batch, block.key_head, p.keys, p.width, job.k_aligned);
+  tile_source keys = job.k;
+  keys.data += (block.batch * p.k.stride[0] + block.key_head * p.k.stride[1]) * (int64_t)sizeof(element);
   forward_step step = {walk_start(block.runs, 0, block.tiles), 0};
   uint32_t bits[C::FOLD][2] = {};
   for (bool entered = true; step.walk.left;) {
