@@ -142,6 +142,17 @@ test-asan: needs-test
 	SAFEATTN_QUICK=1 SAFEATTN_LIB=$(CURDIR)/$(ASAN)/core.so ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" busted $(BUSTED_FLAGS)
 
+# The specs that run on a CUDA device as they do on the CPU; those of the CPU's own threads, files and pictures do not.
+GPU_SPECS = $(foreach name,cuda cuda_attention attention masked property forward softmax pointwise reduce matmul merge \
+	embedding layers autograd gradcheck random tensor cast view optim hooks,spec/$(name)_spec.lua)
+
+##> the properties of attention and of the tape on a CUDA device (BUSTED_FLAGS="spec/masked_spec.lua" for a part)
+.PHONY: test-gpu
+test-gpu: needs-test
+	@$(BUILD_ALL)
+	SAFEATTN_TEST_DEVICE=cuda SAFEATTN_REQUIRE_CUDA=1 SAFEATTN_CUDA_POISON=1 busted \
+		$(or $(BUSTED_FLAGS),$(GPU_SPECS))
+
 ##> the CUDA part for a machine without a GPU, for tests (build/emulated/cuda.so; spec/emulator/README.md)
 .PHONY: emulated
 EMULATED = $(BUILD)/emulated

@@ -4,6 +4,7 @@
 -- known. Its first row is a random draw, of which the weights are known to four digits; their logarithms (with a fifth
 -- digit that makes them sum to 1) stand in for the draw, since softmax does not see a constant that is added to a row.
 local sa = require "safeattn"
+local device = os.getenv "DEVICE" or "cpu"
 
 local inf, nan = math.huge, 0 / 0
 
@@ -22,7 +23,7 @@ local function title(text) print("\n" .. text .. "\n" .. ("-"):rep(#text)) end
 local function matrix(fill)
   local rows = {{}, {fill, fill, fill, fill}}
   for i, weight in ipairs {0.53773, 0.27293, 0.06922, 0.12012} do rows[1][i] = math.log(weight) end
-  return sa.tensor(rows, {requires_grad = true})
+  return sa.tensor(rows, {requires_grad = true, device = device})
 end
 
 title "1. Today's answer is NaN, and slicing it away looks like a way out"
@@ -42,13 +43,13 @@ end
 
 title "3. Where the NaN comes from: a softmax of nothing but -inf is 0/0"
 for _, stance in ipairs {"nan", "uniform", "zero"} do
-  local row = sa.softmax(sa.full({4}, -inf), {dead_rows = stance})
+  local row = sa.softmax(sa.full({4}, -inf, {device = device}), {dead_rows = stance})
   print(("%-12s"):format(stance), row_text(row))
 end
 
 title "4. A large negative number instead of -inf attends to everything alike"
 do
-  print("-1e6        ", row_text(sa.softmax(sa.full({4}, -1e6))))
+  print("-1e6        ", row_text(sa.softmax(sa.full({4}, -1e6, {device = device}))))
   local x = matrix(-1e6)
   sa.softmax(x):select(1, 1):sum():backward()
   print("gradient    ", row_text(x.grad:select(1, 1)), row_text(x.grad:select(1, 2)))
@@ -56,23 +57,24 @@ do
 end
 
 title "5. A NaN that somebody put there stays: only a row without a visible entry is zeroed"
-print("zero        ", row_text(sa.softmax(sa.tensor {0.1, 0.2, 0.3, nan}, {dead_rows = "zero"})))
-print("zero        ", row_text(sa.softmax(sa.tensor {1, inf, 1, 1}, {dead_rows = "zero"})))
+print("zero        ", row_text(sa.softmax(sa.tensor({0.1, 0.2, 0.3, nan}, {device = device}), {dead_rows = "zero"})))
+print("zero        ", row_text(sa.softmax(sa.tensor({1, inf, 1, 1}, {device = device}), {dead_rows = "zero"})))
 
 title "6. The same in attention: one shared weight, two queries, the second sees nothing"
 -- q = x * w, so a NaN in the second row's gradient reaches w although the loss reads the first row only. The mask is
 -- added to the scores, as PyTorch does it.
 for _, stance in ipairs {"nan", "uniform", "zero", "sa.sdpa"} do
-  local x = sa.tensor {{1, 2}, {3, 4}}
-  local w = sa.tensor({0.5, -0.25}, {requires_grad = true})
-  local k, v = sa.tensor {{1, 0}, {0, 1}}, sa.tensor {{1, 2}, {3, 5}}
-  local visible = sa.tensor({{true, true}, {false, false}})
+  local x = sa.tensor({{1, 2}, {3, 4}}, {device = device})
+  local w = sa.tensor({0.5, -0.25}, {requires_grad = true, device = device})
+  local k = sa.tensor({{1, 0}, {0, 1}}, {device = device})
+  local v = sa.tensor({{1, 2}, {3, 5}}, {device = device})
+  local visible = sa.tensor({{true, true}, {false, false}}, {device = device})
   local out
   if stance == "sa.sdpa" then
     out = sa.sdpa(x * w, k, v, {mask = visible})
   else
     local scores = sa.matmul(x * w, k:transpose(1, 2)) * (1 / math.sqrt(2))
-    local bias = sa.where(visible, sa.zeros {2, 2}, -inf)
+    local bias = sa.where(visible, sa.zeros({2, 2}, {device = device}), -inf)
     out = sa.matmul(sa.softmax(scores + bias, {dead_rows = stance}), v)
   end
   out:select(1, 1):sum():backward()

@@ -9,6 +9,7 @@
 --
 --   luajit examples/train_lines.lua [steps [a text file]]
 local sa = require "safeattn"
+local device = os.getenv "DEVICE" or "cpu"
 
 local steps, batch_size, rate = tonumber(arg[1]) or 600, 8, 6e-3
 local width, heads, layers, longest = 64, 4, 2, 96
@@ -62,7 +63,7 @@ local function padded(texts, entry)
     rows[b] = {}
     for i = 1, count do rows[b][i] = entry(text, i, b) end
   end
-  return sa.tensor(rows, {dtype = "i32"}), lengths
+  return sa.tensor(rows, {dtype = "i32", device = device}), lengths
 end
 
 local function character(text, i) return i <= #text and id_of[text:sub(i, i)] or id_of[END] end
@@ -112,10 +113,10 @@ local function parameter(name, t)
 end
 
 local function matrix(name, rows, columns, size)
-  return parameter(name, sa.randn({rows, columns}, {seed = #parameters + 1}) * (size or rows ^ -0.5))
+  return parameter(name, sa.randn({rows, columns}, {seed = #parameters + 1, device = device}) * (size or rows ^ -0.5))
 end
 
-local function norm(name) return parameter(name .. ".norm", sa.ones {width}) end
+local function norm(name) return parameter(name .. ".norm", sa.ones({width}, {device = device})) end
 
 local function new_attention(name)
   return {
@@ -136,16 +137,16 @@ model.norm, model.out = norm "last", matrix("out", width, vocabulary, 0.01)
 
 -- Within a line a head prefers what is near, each by its own slope: the model need not learn first what "before" is.
 local function nearness(length)
-  local here = sa.arange(length)
+  local here = sa.arange(length, {device = device})
   local apart = (here:view(length, 1) - here:view(1, length)):abs()
   local slopes = {}
   for head = 1, heads do slopes[head] = -2 ^ (3 - 2 * head) end
-  return apart * sa.tensor(slopes):view(heads, 1, 1)
+  return apart * sa.tensor(slopes, {device = device}):view(heads, 1, 1)
 end
 
 -- The three answers, composed from products and a softmax as one would without a fused attention.
 local function composed(q, k, v, mask, bias, dead_rows)
-  local hidden = (-mask):dense {B = q:size(1), H = 1, L = q:size(3), S = k:size(3)}
+  local hidden = (-mask):dense {B = q:size(1), H = 1, L = q:size(3), S = k:size(3)}:to(device)
   local scores = sa.matmul(q, k:transpose(-1, -2)) * q:size(4) ^ -0.5
   if bias then scores = scores + bias end
   return sa.matmul(sa.softmax(sa.masked_fill(scores, hidden, -math.huge), {dead_rows = dead_rows}), v)

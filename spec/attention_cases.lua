@@ -5,6 +5,7 @@ local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
 
 local ffi, lib, bit = core.ffi, core.lib, require "bit"
+local device = require("spec.helper").device
 
 local cases = {}
 
@@ -17,10 +18,14 @@ end
 
 -- Engines
 
---- Every engine of this machine: the reference, and the fused kernels on each instruction set.
+--- Every engine that is under test: the reference, and the fused kernels on each instruction set, or those of the
+-- device that the specs run on.
 cases.engines = {{backend = "reference"}}
 cases.fused = {}
-do
+if device ~= "cpu" then
+  cases.fused = {{backend = "fused", device = device}}
+  cases.engines = {{backend = "reference", device = device}, cases.fused[1]}
+else
   local info = ffi.new("sa_host_info")
   lib.sa_info(info)
   for isa in ffi.string(info.isas):gmatch("%S+") do
@@ -42,6 +47,31 @@ function cases.with(engine, f)
   lib.sa_set_isa("auto")
   if not ok then error(result, 0) end
   return result
+end
+
+-- Places
+
+-- A tensor of the same contents and strides where an engine wants it.
+local function moved(t, to)
+  if t.device == to then return t end
+  local count, single = 1, t
+  for d, size in ipairs(t.shape) do
+    count = count + math.max(size - 1, 0) * t:stride(d)
+    if t:stride(d) == 0 and size > 1 then single = single:narrow(d, 1, 1) end
+  end
+  local memory = t.dtype == "bool" and sa.full({count}, true, {device = to})
+    or sa.full({count}, core.is_float[t.handle.dtype] and 0 / 0 or 0, {dtype = t.dtype, device = to})
+  sa.from_pointer(memory:data(), single.shape, {stride = t:stride(), dtype = t.dtype, device = to, owner = memory})
+    :copy(single)
+  return sa.from_pointer(memory:data(), t.shape, {stride = t:stride(), dtype = t.dtype, device = to, owner = memory})
+end
+
+--- A tensor, or a table of them (what is no tensor is left as it is), on the device of an engine, with their strides.
+function cases.place(t, engine)
+  if tensor.is(t) then return moved(t, engine.device or "cpu") end
+  local placed = {}
+  for name, x in pairs(t) do placed[name] = tensor.is(x) and moved(x, engine.device or "cpu") or x end
+  return placed
 end
 
 -- Contents
@@ -268,7 +298,7 @@ local defaults = {
 -- * `extras_dtype`: of bias, sinks and slopes
 -- * `sinks` ("huge": finite, but some hide all keys), `alibi`, `dlse`, `weights`: true to have them
 -- * `layout`: one of cases.layouts; `values`: one of cases.contents; `seed`
--- * `backend`, `isa`, `threads`: the engine, when only one is meant
+-- * `backend`, `isa`, `threads`, `device`: the engine, when only one is meant
 function cases.complete(c)
   local full = setmetatable({}, {__index = defaults})
   for name, value in pairs(c) do full[name] = value end
@@ -364,18 +394,18 @@ end
 
 -- A given `out`, poisoned, inside a larger buffer: at odd places of wider rows, or with a few elements on both sides.
 -- The second result says whether all around it is as it was.
-local function guarded_out(c, shape)
+local function guarded_out(c, shape, engine)
   local wide = c.layout == "padded" or c.layout == "sparse"
   local last = shape[#shape]
   if wide then
     local buffer_shape = {unpack(shape)}
     buffer_shape[#shape] = last + 3
-    local buffer = sa.full(buffer_shape, 0 / 0, {dtype = c.dtype})
+    local buffer = sa.full(buffer_shape, 0 / 0, {dtype = c.dtype, device = engine.device})
     local left, right = buffer:narrow(-1, 1, 1), buffer:narrow(-1, last + 2, 2)
     return buffer:narrow(-1, 2, last), function() return all_nan(left, right) end
   end
   local n, guard = size_of(shape), 19
-  local buffer = sa.full({n + 2 * guard}, 0 / 0, {dtype = c.dtype})
+  local buffer = sa.full({n + 2 * guard}, 0 / 0, {dtype = c.dtype, device = engine.device})
   local before, behind = buffer:narrow(1, 1, guard), buffer:narrow(1, guard + n + 1, guard)
   return buffer:narrow(1, guard + 1, n):view(shape), function() return all_nan(before, behind) end
 end
@@ -383,19 +413,20 @@ end
 --- Forward and backward of a case on an engine: a table of out, lse, weights, dq, dk, dv, dbias, dsinks, dalibi.
 function cases.run(c, o, engine)
   return cases.with(engine, function()
-    local options = cases.options(c, o)
+    o = cases.place(o, engine)
+    local options = cases.place(cases.options(c, o), engine)
     options.backend = engine.backend
     local out_shape = o.q.shape
     out_shape[#out_shape] = c.value_width
     local intact
-    options.out, intact = guarded_out(c, out_shape)
+    options.out, intact = guarded_out(c, out_shape, engine)
     local run = sa.forward(o.q, o.k, o.v, options)
     local g = run:backward(o.dout, o.dlse)
     if not intact() then error("out: memory around the given buffer was written: " .. cases.line(c, engine), 0) end
-    return {
+    return cases.place({
       out = run.out, lse = run.lse, weights = run.weights, dq = g.dq, dk = g.dk, dv = g.dv, dbias = g.dbias,
       dsinks = g.dsinks, dalibi = g.dalibi,
-    }
+    }, {device = "cpu"})
   end)
 end
 
@@ -478,7 +509,8 @@ function cases.difference(got, want, relative, norm_relative, absolute)
   if table.concat(got.shape, ",") ~= table.concat(want.shape, ",") then
     return string.format("shape {%s}, wanted {%s}", table.concat(got.shape, ","), table.concat(want.shape, ","))
   end
-  local a, b = got:to("f64"):contiguous(), want:to("f64"):contiguous()
+  local exact = {dtype = "f64", device = "cpu"}
+  local a, b = got:to(exact):contiguous(), want:to(exact):contiguous()
   local x, y, n = a:data(), b:data(), a:numel()
   local largest = 0
   for i = 0, n - 1 do
@@ -532,7 +564,7 @@ end
 --- Runs a case on its engine, or on all (or those given), and raises what is wrong.
 function cases.check(given, engines)
   local c = cases.complete(given)
-  if c.backend then engines = {{backend = c.backend, isa = c.isa, threads = c.threads}} end
+  if c.backend then engines = {{backend = c.backend, isa = c.isa, threads = c.threads, device = c.device}} end
   local o = cases.operands(c)
   local want = cases.oracle(c, o)
   local problems = {}

@@ -203,8 +203,9 @@ describe("what is visible reaches exactly who sees it:", function()
         -- In f16 no product of 16 leaves f32, so there the scale does it; the reference computes in f64.
         local overflows = dtype == "f64" or engine.backend == "fused"
         cases.with(engine, function()
-          local run = sa.forward(sa.full({2, 16}, x, {dtype = dtype}), sa.full({3, 16}, -x, {dtype = dtype}),
-            sa.ones({3, 4}, {dtype = dtype}), {backend = engine.backend, scale = dtype == "f16" and 1e38 or 1})
+          local of = {dtype = dtype, device = engine.device}
+          local run = sa.forward(sa.full({2, 16}, x, of), sa.full({3, 16}, -x, of), sa.ones({3, 4}, of),
+            {backend = engine.backend, scale = dtype == "f16" and 1e38 or 1})
           assert.equal(overflows and 8 or 0, run.out:stats().nan)
           assert.equal(overflows and 2 or 0, run.lse:stats().nan)
         end)

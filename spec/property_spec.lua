@@ -36,7 +36,7 @@ end
 
 -- Rows of dim 3 in another order.
 local function reordered(t, order)
-  local result = sa.empty(t.shape, {dtype = t.dtype})
+  local result = sa.empty(t.shape, {dtype = t.dtype, device = t.device})
   for n, from in ipairs(order) do result:narrow(3, n, 1):copy(t:narrow(3, from, 1)) end
   return result
 end
@@ -50,7 +50,7 @@ describe("attention:", function()
     for n, from in ipairs(order) do moved:narrow(4, n, 1):copy(visible:narrow(4, from, 1)) end
     each_engine(function(dtype, engine)
       local c = cases.complete {dtype = dtype, queries = 80, keys = 150, width = 24}
-      local o = cases.operands(c)
+      local o = cases.place(cases.operands(c), engine)
       local function attend(k, v, mask)
         return cases.with(engine, function()
           local run = sa.forward(o.q, k, v, {mask = mask, backend = engine.backend})
@@ -69,7 +69,7 @@ describe("attention:", function()
   it("parts of the keys, merged by their LSE, give the whole", function()
     each_engine(function(dtype, engine)
       local c = cases.complete {dtype = dtype, queries = 80, keys = 150, width = 24}
-      local o = cases.operands(c)
+      local o = cases.place(cases.operands(c), engine)
       local function part(mask, first, count)
         return cases.with(engine, function()
           return sa.forward(o.q, o.k:narrow(3, first, count), o.v:narrow(3, first, count),
@@ -99,10 +99,11 @@ describe("attention:", function()
         local c = {dtype = dtype}
         for name, value in pairs(given) do c[name] = value end
         c = cases.complete(c)
-        local o = cases.operands(c)
+        local o = cases.place(cases.operands(c), engine)
         local first
         for _, threads in ipairs {1, 1, 2, 3, 7} do
-          local results = cases.run(c, o, {backend = engine.backend, isa = engine.isa, threads = threads})
+          local results = cases.run(c, o, {backend = engine.backend, isa = engine.isa, device = engine.device,
+          threads = threads})
           first = first or results
           same_results(results, first)
         end
@@ -116,7 +117,7 @@ describe("attention:", function()
         dtype = dtype, queries = 140, keys = 131, bias = "1hls", sinks = true, alibi = true, mask = "dead",
         dropout = 0.1,
       }
-      local o = cases.operands(c)
+      local o = cases.place(cases.operands(c), engine)
       local options = cases.options(c, o)
       options.backend = engine.backend
       cases.with(engine, function()
@@ -134,11 +135,11 @@ describe("attention:", function()
   it("a mask, the same mask as bools, and as a bias of -inf say the same", function()
     each_engine(function(dtype, engine)
       local c = cases.complete {dtype = dtype, queries = 140, keys = 131}
-      local o = cases.operands(c)
+      local o = cases.place(cases.operands(c), engine)
       for _, mask in ipairs {m.causal("bottom-right"), m.window(9, 30), m.random(0.1, 3), m.prefix(5) - m.causal()} do
         local dense = mask:dense {B = 1, H = 1, L = 140, S = 131}
-        local bias = sa.where(dense, sa.zeros(dense.shape, {dtype = dtype}),
-          sa.full(dense.shape, -math.huge, {dtype = dtype}))
+        local bias = cases.place(sa.where(dense, sa.zeros(dense.shape, {dtype = dtype}),
+          sa.full(dense.shape, -math.huge, {dtype = dtype})), engine)
         local results = {}
         for n, options in ipairs {{mask = mask}, {mask = dense}, {bias = bias}} do
           options.backend = engine.backend
@@ -156,15 +157,15 @@ describe("attention:", function()
 
   it("the three stances of softmax agree on live rows, and with the weights of attention", function()
     each_engine(function(dtype, engine)
-      local q = sa.randn({1, 1, 70, 8}, {dtype = dtype, seed = 1})
-      local k = sa.randn({1, 1, 90, 8}, {dtype = dtype, seed = 2})
+      local q = sa.randn({1, 1, 70, 8}, {dtype = dtype, seed = 1, device = engine.device})
+      local k = sa.randn({1, 1, 90, 8}, {dtype = dtype, seed = 2, device = engine.device})
       local mask = m.random(0.03, 2)
-      local dense = mask:dense {B = 1, H = 1, L = 70, S = 90}
+      local dense = cases.place(mask:dense {B = 1, H = 1, L = 70, S = 90}, engine)
       local weights = cases.with(engine, function()
         return sa.forward(q, k, k, {mask = mask, scale = 1, weights = true, backend = engine.backend}).weights
       end)
       local scores = sa.matmul(q:to("f64"), k:to("f64"):transpose(3, 4))
-      scores = sa.where(dense, scores, sa.full(scores.shape, -math.huge, {dtype = "f64"}))
+      scores = sa.where(dense, scores, sa.full(scores.shape, -math.huge, {dtype = "f64", device = engine.device}))
       local zero = sa.softmax(scores)
       near(dtype, weights, zero)
       local dead = 0
@@ -185,11 +186,11 @@ describe("attention:", function()
     for _, engine in ipairs(cases.fused) do
       cases.with(engine, function()
         local function random(shape, seed)
-          return sa.randn(shape, {dtype = "f64", seed = seed, requires_grad = true})
+          return sa.randn(shape, {dtype = "f64", seed = seed, requires_grad = true, device = engine.device})
         end
         local inputs = {random({1, 2, 5, 3}, 1), random({1, 1, 7, 3}, 2), random({1, 1, 7, 2}, 3), random({5, 1}, 4),
           random({2}, 5), random({2}, 6)}
-        local mix = sa.randn({1, 2, 5}, {dtype = "f64", seed = 7})
+        local mix = sa.randn({1, 2, 5}, {dtype = "f64", seed = 7, device = engine.device})
         local ok, report = sa.gradcheck(function(q, k, v, bias, sinks, alibi)
           local out, more = sa.sdpa(q, k, v, {
             backend = "fused", bias = bias, sinks = sinks, alibi = alibi, softcap = 1.5, mask = m.random(0.8, 5),

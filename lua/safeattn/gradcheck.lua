@@ -65,7 +65,7 @@ end
 local function weighted_sum(outputs)
   local total
   for i, out in ipairs(outputs) do
-    local weights = create.randn(out.shape, {dtype = "f64", seed = 7000 + i})
+    local weights = create.randn(out.shape, {dtype = "f64", seed = 7000 + i, device = out.device})
     local part = (out:to("f64") * weights):sum()
     total = total and total + part or part
   end

@@ -1,0 +1,103 @@
+-- attention on CUDA devices: random configurations, sizes beyond 32 bits, two runs, beside the definition in f64
+
+local helper = require "spec.helper"
+local sa = require "safeattn"
+local cases = require "spec.attention_cases"
+
+local engines = {{backend = "fused", device = "cuda"}}
+local dtypes = {"f32", "f64", "f16", "bf16"}
+
+local function one_of(uniform, list)
+  return list[math.floor(uniform() * #list) + 1]
+end
+
+-- A configuration drawn from a seed.
+local function draw(seed)
+  local uniform = cases.generator(seed)
+  local function chance(p) return uniform() < p end
+  local dtype = one_of(uniform, dtypes)
+  local key_heads, group = one_of(uniform, {1, 2, 3}), one_of(uniform, {1, 1, 2, 4})
+  local lengths = {1, 2, 7, 33, 63, 64, 65, 127, 128, 129, 190, 257, 300}
+  local widths = {8, 16, 24, 33, 40, 64, 64, 80, 96, 128, 128, 160, 192, 256}
+  local width = one_of(uniform, widths)
+  local c = {
+    dtype = dtype, seed = seed % 1000 + 1, batch = one_of(uniform, {1, 2, 3}), key_heads = key_heads,
+    heads = key_heads * group, queries = one_of(uniform, lengths), keys = one_of(uniform, lengths), width = width,
+    value_width = chance(0.3) and one_of(uniform, widths) or width, layout = one_of(uniform, cases.layouts),
+    values = one_of(uniform, {"normal", "normal", "spread", "heavy", "ties"}),
+    mask = chance(0.6) and one_of(uniform, cases.masks) or nil,
+    causal = chance(0.3) and one_of(uniform, {"top-left", "bottom-right"}) or nil,
+    window = chance(0.2) and {math.floor(uniform() * 100), math.floor(uniform() * 30)} or nil,
+    softcap = chance(0.15) and 3 or nil, dropout = chance(0.15) and 0.2 or nil, weights = chance(0.2),
+    sinks = chance(0.2), alibi = chance(0.2), dlse = chance(0.5),
+  }
+  if chance(0.35) then
+    c.bias = one_of(uniform, {"bhls", "1hls", "b1ls", "ls", "b11s", "1s"})
+    c.bias_values = one_of(uniform, {"normal", "inf"})
+    c.extras_dtype = dtype ~= "f64" and chance(0.5) and "f32" or nil
+  end
+  return c
+end
+
+helper.describe_cuda("attention on a CUDA device", function()
+  local first = tonumber(os.getenv "SAFEATTN_SEED") or os.time() % 1000000
+  local count = os.getenv "SAFEATTN_QUICK" and 20 or 200
+
+  it(string.format("%d random configurations from SAFEATTN_SEED=%d on", count, first), function()
+    local problems = {}
+    for n = 0, count - 1 do
+      local ok, problem = pcall(cases.check, draw(first + n), engines)
+      if not ok then problems[#problems + 1] = string.format("seed %d: %s", first + n, tostring(problem)) end
+    end
+    if #problems > 0 then
+      error(string.format("%d of %d configurations are wrong:\n%s", #problems, count,
+        table.concat(problems, "\n", 1, math.min(#problems, 10))), 0)
+    end
+  end)
+
+  it("gives the same bits twice", function()
+    for n = 1, 12 do
+      local c = cases.complete(draw(7000 + n))
+      local o = cases.operands(c)
+      local one, two = cases.run(c, o, engines[1]), cases.run(c, o, engines[1])
+      for name, t in pairs(one) do assert.tensor.bitwise(two[name], t) end
+    end
+  end)
+
+  if not os.getenv "SAFEATTN_QUICK" then
+    it("of 65537 batches of 2 heads", function()
+      cases.check({dtype = "bf16", queries = 2, keys = 3, batch = 65537, heads = 2, key_heads = 1, width = 8,
+        bias = "b1ls"}, engines)
+    end)
+
+    it("where L S exceeds 2^32, by a plan", function()
+      local length, rows, keys = 65537, 90, 400
+      for _, dtype in ipairs {"bf16", "f32"} do
+        local function operand(seed)
+          return sa.randn({1, 1, length, 64}, {seed = seed, dtype = dtype, device = "cuda"})
+        end
+        local q, k, v, dout = operand(1), operand(2), operand(3), operand(4)
+        local run = sa.forward(q, k, v, {mask = sa.mask.window(300, 5)})
+        local g = run:backward(dout)
+        -- The last rows, whose pairs lie beyond 2^32, by the definition.
+        local function last(t, n)
+          return t:narrow(3, length - n + 1, n):to {dtype = "f64", device = "cpu"}
+        end
+        local exact = sa.forward(last(q, rows), last(k, keys), last(v, keys),
+          {mask = sa.mask.window(300, 5, "bottom-right"), backend = "reference"})
+        local tolerance = dtype == "f32" and 1e-5 or 2e-2
+        assert.tensor.near(last(run.out, rows), exact.out, {atol = tolerance})
+        assert.tensor.near(last(g.dq, rows), exact:backward(last(dout, rows)).dq, {atol = tolerance})
+        assert.equal(0, run.out:stats().nan + g.dk:stats().nan + g.dv:stats().nan)
+        if dtype == "bf16" then
+          -- The same mask as 4 GiB of bools on the device.
+          local place = sa.arange(length, {device = "cuda"})
+          local apart = place:view(1, length) - place:view(length, 1)
+          local visible = sa.where(apart:le(5), apart:ge(-300), sa.full({}, false, {device = "cuda"}))
+          apart:free()
+          assert.tensor.bitwise(sa.forward(q, k, v, {mask = visible}).out, run.out)
+        end
+      end
+    end)
+  end
+end)

@@ -1,0 +1,234 @@
+-- CUDA devices: memory, copies, streams, masks that lie there, and what is said when something is missing
+
+local helper = require "spec.helper"
+local child = require "spec.child"
+local sa = require "safeattn"
+
+local nan = 0 / 0
+local dtypes = {"f32", "f64", "f16", "bf16", "bool", "i32", "i64"}
+local on = {device = "cuda"}
+
+describe("without a CUDA device", function()
+  -- Whatever there is, a library that cannot be opened stands for it.
+  local absent = {environment = {SAFEATTN_CUDA_LIB = "/nowhere/cuda.so"}}
+
+  it("sa.devices, sa.info and the error of a tensor there say what is missing", function()
+    local output = child.must_run([[
+local sa = require "safeattn"
+local devices, why = sa.devices()
+print(#devices, devices[1], why)
+print(sa.info().cuda)
+print(select(2, pcall(sa.zeros, {2}, {device = "cuda"})))
+print(select(2, pcall(function() return sa.ones({2}):to("cuda:1") end)))
+print(select(2, pcall(sa.cuda.memory)))
+print(select(2, pcall(sa.cuda.stream)))
+sa.synchronize()
+sa.synchronize("cpu")
+print(sa.ones({3}):sum():item())
+]], absent)
+    local missing = "the CUDA part cannot be loaded: /nowhere/cuda.so: cannot open shared object file"
+    assert.matches("^1\tcpu\tnone: " .. missing, output)
+    local _, times = output:gsub("device: got cuda:%d, but " .. missing .. "[^\n]*; wanted cpu", "")
+    assert.equal(4, times, output)
+    assert.matches("\n3\n$", output)
+  end)
+
+  it("a library that is no CUDA part is refused", function()
+    local output = child.must_run('print(select(2, require("safeattn").devices()))',
+      {environment = {SAFEATTN_CUDA_LIB = "libm.so.6"}})
+    assert.matches("libm.so.6 is no CUDA part of safeattn", output)
+  end)
+end)
+
+-- Tensors of every dtype with all that is odd in it.
+local function sample(dtype, shape)
+  local t = sa.randn(shape, {seed = 3}) * 300
+  t:view(-1):narrow(1, 1, 4):copy(sa.tensor {nan, math.huge, -math.huge, 0})
+  return t:to(dtype)
+end
+
+-- The same elements, NaN with NaN.
+local function same(got, want)
+  assert.equal(want.dtype, got.dtype)
+  assert.tensor.same(got:to("cpu"), want:to("cpu"))
+end
+
+helper.describe_cuda("CUDA tensors", function()
+  it("are made, read, written and printed there", function()
+    for _, dtype in ipairs(dtypes) do
+      local t = sa.full({2, 3}, 1, {dtype = dtype, device = "cuda"})
+      assert.equal("cuda:0", t.device)
+      assert.same(sa.full({2, 3}, 1, {dtype = dtype}):totable(), t:totable())
+      t:set(2, 3, 0)
+      local zero, one = 0, 1
+      if dtype == "bool" then zero, one = false, true end
+      assert.same({one, zero}, {t:get(2, 2), t:get(2, 3)})
+    end
+    assert.equal(7, sa.full({}, 7, on):item())
+    local t = sa.tensor({{1, 2}, {3, 4}}, on)
+    assert.matches("^f32%[2,2%] cuda:0 contiguous\nmin 1  max 4 .*1    2\n.*3    4", tostring(t))
+    assert.same({}, sa.zeros({0, 3}, on):totable())
+  end)
+
+  it("are copied both ways and within, from and to every dtype and any strides", function()
+    for _, from in ipairs(dtypes) do
+      for _, to in ipairs(dtypes) do
+        local t = sample(from, {5, 6, 7})
+        local there = t:to("cuda")
+        same(there, t)
+        same(there:to(to), t:to(to))
+        same(there:permute(3, 1, 2):to(to), t:permute(3, 1, 2):to(to))
+        same(there:narrow(2, 2, 3):to {dtype = to, device = "cpu"}, t:narrow(2, 2, 3):to(to))
+        same(t:transpose(1, 3):to {dtype = to, device = "cuda"}, t:transpose(1, 3):to(to))
+        same(sa.zeros({7, 5, 6}, {dtype = to}):permute(2, 3, 1):copy(there), t:to(to))
+        same(sa.zeros({7, 5, 6}, {dtype = to, device = "cuda"}):permute(2, 3, 1):copy(t), t:to(to))
+      end
+    end
+  end)
+
+  it("are copied from one device to another", function()
+    if not sa.devices()[3] then return pending("there is one device") end
+    local t = sample("bf16", {5, 6, 7})
+    local there = t:to("cuda:1")
+    assert.equal("cuda:1", there.device)
+    same(there:transpose(1, 2):to("cuda:0"), t:transpose(1, 2))
+    same(sa.zeros({7, 6, 5}, {device = "cuda:1"}):transpose(1, 3):copy(t:to("cuda:0")), t:to("f32"))
+    assert.matches("cuda:0, wanted cuda:1", helper.message_of(function() return there + t:to("cuda:0") end))
+  end)
+
+  it("stay on their device in arithmetic, and say when another does not", function()
+    local a, b = sa.ones({3}, on), sa.ones {3}
+    assert.equal("cuda:0", (a + a * 2).device)
+    assert.matches("on cpu, wanted cuda:0", helper.message_of(function() return a + b end))
+  end)
+
+  it("of foreign memory are that memory", function()
+    local owner = sa.zeros({6}, on)
+    local t = sa.from_pointer(owner:data(), {3, 2}, {device = "cuda", stride = {2, 1}, owner = owner})
+    t:select(2, 1):fill(5)
+    assert.same({5, 0, 5, 0, 5, 0}, owner:totable())
+  end)
+
+  it("draw the numbers of the CPU", function()
+    for _, dtype in ipairs {"f32", "f64", "f16", "bf16"} do
+      local function drawn(draw, device)
+        return draw({3, 1001}, {seed = 0x123456789abcdef0ULL, dtype = dtype, device = device})
+      end
+      assert.tensor.bitwise(drawn(sa.rand, "cuda"):to("cpu"), drawn(sa.rand, "cpu"))
+      local ulp = ({f32 = 2 ^ -22, f64 = 2 ^ -51, f16 = 2 ^ -9, bf16 = 2 ^ -6})[dtype]
+      assert.tensor.near(drawn(sa.randn, "cuda"), drawn(sa.randn, "cpu"), {rtol = ulp})
+    end
+  end)
+
+  it("have the statistics of the CPU", function()
+    for _, dtype in ipairs(dtypes) do
+      local t = sample(dtype, {70, 90})
+      local got, want = t:to("cuda"):stats(), t:stats()
+      for name, value in pairs(want) do
+        local size = name == "mean" and math.max(want.max, -want.min) or math.abs(value)
+        assert.is_true(math.abs(got[name] - value) <= 1e-12 * size, dtype .. " " .. name)
+      end
+    end
+    local t = sa.full({3}, 1e200, {dtype = "f64", device = "cuda"})
+    assert.equal(math.sqrt(3) * 1e200, t:stats().norm)
+    assert.is_true(sa.equal(t, t:clone()))
+    assert.is_false(sa.equal(t, t * 2))
+    assert.is_true(sa.allclose(t, t * (1 + 1e-7)))
+  end)
+end)
+
+helper.describe_cuda("the memory of a CUDA device", function()
+  local function collect()
+    collectgarbage()
+    collectgarbage()
+  end
+
+  it("is counted, kept when released, and given back", function()
+    collect()
+    sa.cuda.empty_cache()
+    local before = sa.cuda.memory()
+    assert.equal(0, before.cached)
+    local t = sa.empty({2 ^ 20}, on)
+    local pointer = tostring(t:data())
+    local with = sa.cuda.memory()
+    assert.equal(4 * 2 ^ 20, with.bytes - before.bytes)
+    assert.equal(1, with.blocks - before.blocks)
+    assert.is_true(with.peak >= with.bytes and with.total >= with.free)
+    t:free()
+    assert.equal(4 * 2 ^ 20, sa.cuda.memory().cached)
+    t = sa.empty({2 ^ 20}, on)
+    assert.equal(pointer, tostring(t:data()))
+    t:free()
+    sa.cuda.empty_cache()
+    assert.equal(0, sa.cuda.memory().cached)
+  end)
+
+  it("that is refused is an error with CUDA's text, after which all goes on", function()
+    local message = helper.message_of(sa.zeros, {2 ^ 44}, on)
+    assert.matches("safeattn%.zeros: out of memory: 70368744177664 bytes were refused by cuda:0: out of memory",
+      message)
+    assert.equal(3, sa.ones({3}, on):sum():item())
+    assert.equal(3, sa.ones({3}):sum():item())
+  end)
+
+  it("of a device that is not there is refused by name", function()
+    assert.matches("got cuda:63, wanted one of the %d", helper.message_of(sa.zeros, {1}, {device = "cuda:63"}))
+  end)
+end)
+
+helper.describe_cuda("streams", function()
+  it("are made, used and released; memory goes from one to the other in safety", function()
+    local stream = sa.cuda.stream()
+    local sum = stream:use(function()
+      local t = sa.ones({1000}, on)
+      return (t + t):sum()
+    end)
+    stream:synchronize()
+    assert.equal(2000, sum:item())
+    for n = 1, 50 do
+      local t = sa.full({10000}, n, on)
+      local other = stream:use(function() return sa.full({10000}, -n, on) end)
+      t:free()
+      stream:synchronize()
+      assert.equal(-n, other:get(10000))
+    end
+    assert.has_error(function() stream:use(function() error("inside") end) end)
+    stream:release()
+    assert.matches("was released", helper.message_of(stream.synchronize, stream))
+  end)
+
+  it("of others are adopted by their pointer", function()
+    local made = sa.cuda.stream()
+    local adopted = sa.cuda.stream {pointer = made.pointer}
+    assert.equal(6, adopted:use(function() return sa.full({2}, 3, on):sum():item() end))
+    adopted:synchronize()
+    assert.equal(6, made:use(function() return sa.full({2}, 3, on):sum():item() end))
+    made:release()
+    assert.matches("pointer: got 5, wanted a cudaStream_t", helper.message_of(sa.cuda.stream, {pointer = 5}))
+  end)
+
+  it("are waited for", function()
+    sa.synchronize()
+    sa.synchronize("cuda")
+  end)
+end)
+
+helper.describe_cuda("masks of CUDA tensors", function()
+  it("are packed there to the bits of the CPU", function()
+    local sizes = {B = 3, H = 2, L = 140, S = 208}
+    for _, shape in ipairs {{3, 2, 140, 208}, {3, 1, 140, 208}, {140, 208}, {1, 1, 1, 208}, {2, 140, 1}} do
+      local visible = sa.rand(shape, {seed = 4}):lt(0.5)
+      local function dense(t) return sa.mask.dense(t):dense(sizes) end
+      assert.is_true(sa.equal(dense(visible:to("cuda")), dense(visible)))
+      local rank = #shape
+      local turned = visible:transpose(rank - 1, rank):contiguous():transpose(rank - 1, rank)
+      assert.is_true(sa.equal(dense(turned:to("cuda")), dense(visible)))
+      local function additive(t) return sa.mask.additive(t, {at_most = -0.5}):dense(sizes) end
+      for _, dtype in ipairs {"f32", "f64", "f16", "bf16"} do
+        local bias = sa.randn(shape, {seed = 5, dtype = dtype})
+        bias:view(-1):set(1, nan)
+        assert.is_true(sa.equal(additive(bias:to("cuda")), additive(bias)))
+      end
+    end
+  end)
+end)
