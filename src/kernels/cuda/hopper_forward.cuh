@@ -46,7 +46,9 @@ enum {
   // 128 * 40 + 256 * 232 are the 384 * 168 registers that a block is launched with.
   FORWARD_PRODUCER_REGISTERS = 40,
   FORWARD_CONSUMER_REGISTERS = 232,
-  FORWARD_ITEMS = 4,     // that may be on their way through a block at once
+  // Items on their way through a block at once. The next is found once this one is begun, which needs the buffer of Q
+  // of the third before it; the one before that has then been written, so six would do.
+  FORWARD_ITEMS = 8,
   FORWARD_GROUPS = 256,  // of heads, that are put in order
   // Named barriers.
   FORWARD_CLEANED = 1,
@@ -59,6 +61,8 @@ enum {
 
 // A thread's part of the sum of a step that makes it raise the row's maximum.
 #define FORWARD_GROW 1024.f
+// Above its maximum by less than this (log2), a score overflows neither by itself nor in a sum.
+#define FORWARD_JUMP 100.f
 
 // A launch. Steps along a dim of K, V or Q that is broadcast are 0, else 1 (tensor_map.cuh).
 typedef struct forward_call {
@@ -95,6 +99,10 @@ typedef struct forward_item {
   int32_t batch, head, key_head, tile;
   int32_t count;  // of runs
   const sa_run *runs;
+  void *out;  // its first row
+  float *lse;
+  uint8_t *dead_rows;
+  float sink;                   // in units of log2, -inf when there are none
   uint16_t dead[SA_TILE / 16];  // a bit a query that sees no key or lies beyond the last
 } forward_item;
 
@@ -144,6 +152,26 @@ static __device__ __forceinline__ int64_t forward_plane_rows(const forward_call 
   return sa_device_plane(c.plan, batch, head) * c.plan.row_tiles;
 }
 
+// The logit of a head's sink, in units of log2; -inf when there are no sinks.
+static __device__ __forceinline__ float forward_sink(const sa_operand &sinks, int head) {
+  if (!sinks.data) return forward_minus_infinity();
+  const int64_t at = head * sinks.stride[1];
+  float x;
+  if (sinks.dtype == SA_F32) {
+    x = ((const float *)sinks.data)[at];
+  } else if (sinks.dtype == SA_BF16) {
+    x = __bfloat162float(((const __nv_bfloat16 *)sinks.data)[at]);
+  } else {
+    x = __half2float(((const __half *)sinks.data)[at]);
+  }
+  return x * 1.44269504f;
+}
+
+// The first row of a tile, in elements of `x`.
+static __device__ __forceinline__ int64_t forward_offset(const sa_operand &x, int batch, int head, int tile) {
+  return batch * x.stride[0] + head * x.stride[1] + (int64_t)tile * SA_TILE * x.stride[2];
+}
+
 // The warp that takes work items from the counter and looks them up, one ahead of the warp that loads.
 template <class SHAPE>
 struct forward_finder {
@@ -187,6 +215,10 @@ struct forward_finder {
       item.tile = tile;
       item.count = count;
       item.runs = runs;
+      item.out = (uint16_t *)c.out.data + forward_offset(c.out, batch, head, tile);
+      item.lse = c.lse.data ? (float *)c.lse.data + forward_offset(c.lse, batch, head, tile) : NULL;
+      item.dead_rows = c.dead.data ? (uint8_t *)c.dead.data + forward_offset(c.dead, batch, head, tile) : NULL;
+      item.sink = forward_sink(c.sinks, head);
     }
     hand_over();
     return true;
@@ -352,33 +384,7 @@ struct forward_loader {
   bool careful = false;
 };
 
-// A sink's logit, in units of log2.
-static __device__ __forceinline__ float forward_sink(const sa_operand &sinks, int head) {
-  const int64_t at = head * sinks.stride[1];
-  float x;
-  if (sinks.dtype == SA_F32) {
-    x = ((const float *)sinks.data)[at];
-  } else if (sinks.dtype == SA_BF16) {
-    x = __bfloat162float(((const __nv_bfloat16 *)sinks.data)[at]);
-  } else {
-    x = __half2float(((const __half *)sinks.data)[at]);
-  }
-  return x * 1.44269504f;
-}
-
-// A row that sees no key.
-static __device__ __forceinline__ void forward_write_row(const forward_call &c, int batch, int head, int row, float lse,
-                                                         bool dead) {
-  if (c.lse.data) {
-    ((float *)c.lse.data)[batch * c.lse.stride[0] + head * c.lse.stride[1] + row * c.lse.stride[2]] = lse;
-  }
-  if (c.dead.data) {
-    ((uint8_t *)c.dead.data)[batch * c.dead.stride[0] + head * c.dead.stride[1] + row * c.dead.stride[2]] = dead;
-  }
-}
-
 // The producer warpgroup's idle warps write the rows of tiles that see no key at all.
-template <class SHAPE>
 static __device__ __forceinline__ void forward_fill_dead(const forward_call &c, int warp, int warps) {
   const int lane = threadIdx.x % 32;
   for (int64_t base = ((int64_t)blockIdx.x * warps + warp) * 32; base < c.items;
@@ -395,15 +401,18 @@ static __device__ __forceinline__ void forward_fill_dead(const forward_call &c, 
       const int flat = at / c.plan.row_tiles, tile = at % c.plan.row_tiles;
       const int batch = flat / c.heads, head = flat % c.heads;
       const int rows = min(SA_TILE, c.queries - tile * SA_TILE), pieces = c.value_width / 8;
-      typename SHAPE::type *out = (typename SHAPE::type *)c.out.data + batch * c.out.stride[0] +
-                                  head * c.out.stride[1] + (int64_t)tile * SA_TILE * c.out.stride[2];
+      uint16_t *out = (uint16_t *)c.out.data + forward_offset(c.out, batch, head, tile);
 #pragma unroll 1
       for (int x = lane; x < rows * pieces; x += 32) {
         *(uint4 *)(out + x / pieces * c.out.stride[2] + x % pieces * 8) = make_uint4(0, 0, 0, 0);
       }
-      const float lse = c.sinks.data ? forward_sink(c.sinks, head) * 0.69314718f : forward_minus_infinity();
+      float *lse = (float *)c.lse.data + forward_offset(c.lse, batch, head, tile);
+      uint8_t *dead = (uint8_t *)c.dead.data + forward_offset(c.dead, batch, head, tile);
 #pragma unroll 1
-      for (int r = lane; r < rows; r += 32) forward_write_row(c, batch, head, tile * SA_TILE + r, lse, true);
+      for (int r = lane; r < rows; r += 32) {
+        if (c.lse.data) lse[r * c.lse.stride[2]] = forward_sink(c.sinks, head) * 0.69314718f;
+        if (c.dead.data) dead[r * c.dead.stride[2]] = 1;
+      }
     }
   }
 }
@@ -421,6 +430,7 @@ struct forward_consumer {
   float top[2];           // the kept maximum, in units of log2
   float shift[2];         // its negative, or 0 while it is -inf
   float sum[2];           // this thread's part
+  float low[2];           // what the careful path takes off the scores besides: the rounding of a huge maximum
   bool all_seen;          // every row of the warp has a maximum
   int number = 0;         // of the item at hand
   int done, done_before;  // its steps, and those of the item before
@@ -485,35 +495,68 @@ struct forward_consumer {
     shift[r] = maximum == forward_minus_infinity() ? 0.f : -maximum;
   }
 
-  // Raises the maximum of rows whose sum of this step overflows under the kept one, or that have a score of +inf. All
-  // others keep it, so that they get the same bits. Whether O must be scaled, by a.
-  __device__ __forceinline__ bool raise_maxima(float (&a)[2]) {
-    float x[2], t[4] = {0.f, 0.f, 0.f, 0.f};
-    row_maxima(x);
+  // The exponentials of a thread's scores, summed as softmax() does.
+  __device__ __forceinline__ void sums(float (&t)[2]) {
+    float part[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < scores; i += 2) {
-      t[i & 3] += exp2_fast(fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]));
-      t[(i & 3) + 1] += exp2_fast(fmaf(s[i + 1], c.scale_log2, shift[i >> 1 & 1]));
+      part[i & 3] += exp2_fast(fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]));
+      part[(i & 3) + 1] += exp2_fast(fmaf(s[i + 1], c.scale_log2, shift[i >> 1 & 1]));
     }
-    t[0] += t[1], t[2] += t[3];
+    t[0] = part[0] + part[1];
+    t[1] = part[2] + part[3];
+  }
+
+  // Raises the maximum of rows whose sum of this step overflows under the kept one. All others keep it, so that they
+  // get the same bits. Whether O must be scaled, by a.
+  template <bool CAREFUL>
+  __device__ __forceinline__ bool raise_maxima(float (&a)[2]) {
+    float x[2], t[2];
+    row_maxima(x);
+    sums(t);
     bool any = false;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const uint32_t quads = __ballot_sync(~0u, t[2 * r] == -forward_minus_infinity());
+      const uint32_t quads = __ballot_sync(~0u, t[r] == -forward_minus_infinity());
       a[r] = 1.f;
       if (quads >> (lane & 28) & 15) {
         a[r] = exp2_fast(top[r] - x[r]);
+        if (CAREFUL && x[r] > top[r]) low[r] = 0.f;
         keep(r, x[r]);
         sum[r] *= a[r];
         any = true;
       }
     }
+    if (CAREFUL) settle_huge();
     return __any_sync(~0u, any);
+  }
+
+  // A maximum beyond 2^30 is rounded by more than an exponential can take: what is left of the greatest score is taken
+  // off all scores of the row. Without it the row would have no finite sum, and no bits to keep.
+  __device__ __forceinline__ void settle_huge() {
+    float most[2] = {forward_minus_infinity(), forward_minus_infinity()};
+#pragma unroll
+    for (int i = 0; i < scores; i++) {
+      most[i >> 1 & 1] = fmaxf(most[i >> 1 & 1], fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const float left = forward_quad_max(most[r]), size = fabsf(top[r]);
+      // Only of the step that has the maximum: in the others `left` is as far below as the scores are.
+      if (low[r] == 0.f && size > 0x1p30f && fabsf(left) > 100.f && fabsf(left) < size * 0x1p-22f) low[r] = left;
+    }
+  }
+
+  template <bool CAREFUL>
+  __device__ __forceinline__ float exponential(int i) {
+    const float x = fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]);
+    return exp2_fast(CAREFUL ? x - low[i >> 1 & 1] : x);
   }
 
   // S to P (halves, as the A operand) under the row's kept maximum. Whether O must be scaled, by a.
   template <bool CAREFUL>
-  __device__ __forceinline__ bool softmax(bool fresh, bool partial, uint2 bits, uint32_t (&p)[pairs], float (&a)[2]) {
+  __device__ __forceinline__ bool softmax(bool fresh, bool wary, bool partial, uint2 bits, uint32_t (&p)[pairs],
+                                          float (&a)[2]) {
     if (partial) {  // selected, never added: whatever a masked score is, it vanishes
 #pragma unroll
       for (int i = 0; i < scores; i++) {
@@ -523,27 +566,30 @@ struct forward_consumer {
     }
     if (fresh) {
       sum[0] = sum[1] = 0.f;
+      if (CAREFUL) low[0] = low[1] = 0.f;
       keep(0, forward_minus_infinity()), keep(1, forward_minus_infinity());
     }
-    bool look = fresh;
-    if (!fresh && !all_seen) {
+    bool look = fresh || wary;
+    if (!look && !all_seen) {
       look = __any_sync(~0u, (top[0] == forward_minus_infinity() && (!partial || bits.x)) ||
                                  (top[1] == forward_minus_infinity() && (!partial || bits.y)));
     }
+    bool jumps = CAREFUL;
     if (look) {  // a row without a maximum has nothing in sum and O yet
       float x[2];
       row_maxima(x);
       if (top[0] == forward_minus_infinity()) keep(0, x[0]);
       if (top[1] == forward_minus_infinity()) keep(1, x[1]);
+      jumps |= wary && __any_sync(~0u, x[0] > top[0] + FORWARD_JUMP || x[1] > top[1] + FORWARD_JUMP);
       all_seen = __all_sync(~0u, top[0] != forward_minus_infinity() && top[1] != forward_minus_infinity());
     }
     bool rescale = false;
-    if (CAREFUL) rescale = raise_maxima(a);
+    if (jumps) rescale = raise_maxima<CAREFUL>(a);
     float t[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < scores; i += 2) {
-      s[i] = exp2_fast(fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]));
-      s[i + 1] = exp2_fast(fmaf(s[i + 1], c.scale_log2, shift[i >> 1 & 1]));
+      s[i] = exponential<CAREFUL>(i);
+      s[i + 1] = exponential<CAREFUL>(i + 1);
       t[i & 3] += s[i], t[(i & 3) + 1] += s[i + 1];
       if (!SHAPE::packs_late) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
     }
@@ -590,32 +636,33 @@ struct forward_consumer {
   // Writes the rows of item `of`, whose maxima and sums are given, and notes the item when they are not finite.
   __device__ __forceinline__ void write_item(int of, const float (&maximum)[2], const float (&part)[2], bool note) {
     const forward_item &item = shared.item[of % FORWARD_ITEMS];
-    const int row0 = item.tile * SA_TILE + warp * 16;  // the warp's first
+    const int rows = min(c.queries - item.tile * SA_TILE - warp * 16, 16);  // of the warp; none or less beyond the end
     const uint32_t dead_bits = item.dead[warp];
     bool dead[2], bad = false;
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
+      const int row = lane / 4 + 8 * r;
+      dead[r] = dead_bits >> row & 1;
+      const float sink = item.sink;
       float total = forward_quad_sum(part[r]), base = maximum[r], weight = 1.f;
-      dead[r] = dead_bits >> (lane / 4 + 8 * r) & 1;
-      float lse = forward_minus_infinity();
-      if (c.sinks.data) {
-        const float sink = forward_sink(c.sinks, item.head);
-        lse = sink * 0.69314718f;
-        base = fmaxf(maximum[r], sink);
-        if (base == forward_minus_infinity()) base = 0.f;
+      if (sink != forward_minus_infinity()) {  // its share of the sum, under the greater of both maxima
+        base = fmaxf(base, sink);
         weight = exp2_fast(maximum[r] - base);
         total = total * weight + exp2_fast(sink - base);
       }
       factor[r] = weight / total;
       bad |= !dead[r] && !(total < -forward_minus_infinity());
-      // Visible scores that are all -inf have no sum and no softmax: 0 / 0.
-      if (!dead[r]) lse = total == 0.f ? total / total : (base + __log2f(total)) * 0.69314718f;
-      const int row = row0 + lane / 4 + 8 * r;
-      if (lane % 4 == 0 && row < c.queries) forward_write_row(c, item.batch, item.head, row, lse, dead[r]);
+      // Visible scores that are all -inf have no sum and no softmax.
+      const float lse = dead[r] ? sink : total == 0.f ? __int_as_float(0x7fffffff) : base + __log2f(total);
+      if (lane % 4 == 0 && row < rows) {
+        if (item.lse) item.lse[(warp * 16 + row) * c.lse.stride[2]] = lse * 0.69314718f;
+        if (item.dead_rows) item.dead_rows[(warp * 16 + row) * c.dead.stride[2]] = dead[r];
+      }
     }
-    type *out =
-        (type *)c.out.data + item.batch * c.out.stride[0] + item.head * c.out.stride[1] + row0 * c.out.stride[2];
+    // This thread writes 16 bytes of every fourth row.
+    const int64_t stride = c.out.stride[2];
+    type *out = (type *)item.out + (warp * 16 + (lane >> 3)) * stride + (lane & 7) * 8;
     const uint32_t buffer = shared_address(shared.out[warp]);
     uint32_t seen = 0;
 #pragma unroll
@@ -637,9 +684,11 @@ struct forward_consumer {
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int row = i * 4 + (lane >> 3), piece = lane & 7, column = panel * SA_PANEL + piece * 8;
+        const int row = i * 4 + (lane >> 3), piece = lane & 7;
         const uint4 x = *(const uint4 *)(shared.out[warp] + row * 128 + ((piece ^ (row & 7)) << 4));
-        if (row0 + row < c.queries && column < c.value_width) *(uint4 *)(out + row * c.out.stride[2] + column) = x;
+        if (row < rows && panel * SA_PANEL + piece * 8 < c.value_width) {
+          *(uint4 *)(out + i * 4 * stride + panel * SA_PANEL) = x;
+        }
       }
     }
     bad |= (seen & 0x7fff7fff) != 0;
@@ -701,13 +750,16 @@ struct forward_consumer {
     issue_output(p_before, accumulate);
     const int kind = shared.step[k.at];
     const uint2 bits = read_bits(kind);
+    // Once an item of the block had to be noted, the maximum of every step is looked at, so that a workload whose
+    // scores jump often is not done twice. The bits are the same.
+    const bool wary = shared.flagged >= 0;
     wgmma_wait<1>();
     pin(s);
     release_keys(kind);
     done++;
     float a[2];
     const float top_before[2] = {top[0], top[1]}, sum_before[2] = {sum[0], sum[1]};
-    const bool rescale = softmax<false>(begins, kind & FORWARD_PARTIAL, bits, p, a);
+    const bool rescale = softmax<false>(begins, wary, kind & FORWARD_PARTIAL, bits, p, a);
     wgmma_wait<0>();
     pin(o), pin(p_before);
     release_values();
@@ -739,7 +791,7 @@ struct forward_consumer {
     const uint2 bits = read_bits(kind);
     release_keys(kind);
     done = 1;
-    softmax<false>(true, kind & FORWARD_PARTIAL, bits, p, a);
+    softmax<false>(true, false, kind & FORWARD_PARTIAL, bits, p, a);
     pack_late(p);
 #pragma unroll
     for (int i = 0; i < outs; i++) o[i] = 0.f;
@@ -777,7 +829,7 @@ struct forward_consumer {
         release_keys(kind);
         uint32_t p[pairs];
         float a[2];
-        if (softmax<true>(done == 0, kind & FORWARD_PARTIAL, bits, p, a) && done > 0) scale_output(a);
+        if (softmax<true>(done == 0, true, kind & FORWARD_PARTIAL, bits, p, a) && done > 0) scale_output(a);
         pack_late(p);
         mbarrier_wait(shared_address(&shared.v_full[v.at]), v.parity);
         clean_values();
@@ -885,7 +937,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(cons
     } else if (threadIdx.x < 64) {
       forward_finder<SHAPE>(c, shared).run();
     } else {
-      forward_fill_dead<SHAPE>(c, threadIdx.x / 32 - 2, 2);
+      forward_fill_dead(c, threadIdx.x / 32 - 2, 2);
     }
   } else {
     registers_take<FORWARD_CONSUMER_REGISTERS>();
