@@ -94,6 +94,10 @@ static __device__ __forceinline__ int4 shared_load_4i(uint32_t from) {
   return value;
 }
 
+static __device__ __forceinline__ void shared_store(uint32_t to, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
 static __device__ __forceinline__ void shared_store_4(uint32_t to, float x, float y, float z, float w) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }

@@ -1,0 +1,196 @@
+// backward attention on Hopper: what the kernels cover, their scratch memory, their launches
+//
+// Warpgroup 0 of hopper_backward_tiles has 24 registers a thread and may spill a few words: it waits most of the time.
+#include <string.h>
+
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/hopper_backward.cuh"
+
+static const char function[] = "sa_backward";
+
+// Key heads whose jobs are mixed: four where jobs wait for their turns, so that fewer wait for each other.
+enum { MIXED_HEADS = 4 };
+
+static int bucket(const sa_problem *p) {
+  const int64_t width = p->width > p->value_width ? p->width : p->value_width;
+  return width <= 64 ? 64 : width <= 128 ? 128 : 0;
+}
+
+static int64_t padded_queries(const sa_problem *p) {
+  return (p->queries + SA_TILE - 1) / SA_TILE * SA_TILE;
+}
+
+static int64_t key_columns(const sa_problem *p) {
+  return (p->keys + SA_TILE - 1) / SA_TILE;
+}
+
+static void shape_of(int64_t shape[4], const sa_problem *p, int64_t heads, int64_t rows, int64_t width) {
+  shape[0] = p->batch;
+  shape[1] = heads;
+  shape[2] = rows;
+  shape[3] = width;
+}
+
+static bool fits(const sa_problem *p, const sa_operand *x, int64_t heads, int64_t rows, int64_t width) {
+  int64_t shape[4];
+  shape_of(shape, p, heads, rows, width);
+  return !x->data || sa_cuda_tensor_map_fits(x, shape);
+}
+
+bool sa_cuda_hopper_backward_covers(const sa_problem *p) {
+  const int64_t heads = p->batch * p->heads, padded = padded_queries(p);
+  if (p->dtype != SA_BF16 && p->dtype != SA_F16) return false;
+  if (p->bias.data || p->alibi.data || p->softcap > 0 || p->dropout > 0) return false;
+  if (heads == 0 || p->queries == 0 || p->keys == 0) return false;
+  if (!bucket(p) || p->width == 0 || p->value_width == 0 || p->width % 8 || p->value_width % 8) return false;
+  if (p->queries > INT32_MAX / 2 || p->keys > INT32_MAX / 2) return false;
+  if (heads * (padded / 64) * (bucket(p) / 64) > INT32_MAX) return false;
+  if (p->batch * p->key_heads * key_columns(p) > INT32_MAX) return false;
+  // Sums of many short heads are mostly padding.
+  if (p->queries < 64 && heads * padded * bucket(p) * 4 > (int64_t)1 << 30) return false;
+  return fits(p, &p->q, p->heads, p->queries, p->width) && fits(p, &p->k, p->key_heads, p->keys, p->width) &&
+         fits(p, &p->v, p->key_heads, p->keys, p->value_width) &&
+         fits(p, &p->out, p->heads, p->queries, p->value_width) &&
+         fits(p, &p->dout, p->heads, p->queries, p->value_width) && fits(p, &p->dq, p->heads, p->queries, p->width) &&
+         fits(p, &p->dk, p->key_heads, p->keys, p->width) && fits(p, &p->dv, p->key_heads, p->keys, p->value_width);
+}
+
+// Tells TMA of an operand, in boxes of `rows` rows.
+static int map_operand(const sa_problem *p, CUtensorMap *map, const sa_operand *x, int64_t heads, int64_t length,
+                       int64_t width, int rows, int32_t *batch_step, int32_t *head_step) {
+  int64_t shape[4];
+  if (!x->data) return SA_OK;
+  shape_of(shape, p, heads, length, width);
+  if (batch_step) *batch_step = sa_cuda_tensor_map_step(x, shape, 0);
+  if (head_step) *head_step = sa_cuda_tensor_map_step(x, shape, 1);
+  return sa_cuda_tensor_map(function, map, x, shape, rows);
+}
+
+static int map_operands(const sa_problem *p, hopper_backward_call *c) {
+  const int rows = bucket(p) == 64 ? 128 : 64;
+  const int64_t queries = p->queries, keys = p->keys, width = p->width, value_width = p->value_width;
+  int status = map_operand(p, &c->q, &p->q, p->heads, queries, width, rows, &c->q_batch_step, &c->q_head_step);
+  if (!status) {
+    status = map_operand(p, &c->k, &p->k, p->key_heads, keys, width, SA_TILE, &c->k_batch_step, &c->k_head_step);
+  }
+  if (!status) {
+    status = map_operand(p, &c->v, &p->v, p->key_heads, keys, value_width, SA_TILE, &c->v_batch_step, &c->v_head_step);
+  }
+  if (!status) {
+    status = map_operand(p, &c->dout, &c->dout_values, p->heads, queries, value_width, rows, &c->dout_batch_step,
+                         &c->dout_head_step);
+  }
+  if (!status) status = map_operand(p, &c->dk, &p->dk, p->key_heads, keys, width, 64, NULL, NULL);
+  if (!status) status = map_operand(p, &c->dv, &p->dv, p->key_heads, keys, value_width, 64, NULL, NULL);
+  return status;
+}
+
+// Gives the pieces of one piece of scratch memory to a call; with `memory` NULL only counts. Returns the bytes.
+static int64_t lay_out(const sa_problem *p, hopper_backward_call *c, char *memory) {
+  const int64_t rows = p->batch * p->heads * c->padded, chunks = rows / 64 * (bucket(p) / 64);
+  char *at = memory;
+  c->dq = (float *)at;
+  at += rows * bucket(p) * 4;
+  c->lse_log2 = (float *)at;
+  at += rows * 4;
+  c->delta = (float *)at;
+  at += rows * 4;
+  c->sink_part = p->dsinks.data ? (float *)at : NULL;
+  if (p->dsinks.data) at += (rows / 64 * 4 + 255) / 256 * 256;
+  if (!p->dout.data) {  // zeros, the same for all heads
+    c->dout_values.data = at;
+    c->dout_values.dtype = p->dtype;
+    c->dout_values.stride[2] = p->value_width;
+    c->dout_values.stride[3] = 1;
+    at += (p->queries * p->value_width * 2 + 255) / 256 * 256;
+  }
+  c->zeroed = c->next_job = (int32_t *)at;
+  c->flagged = c->next_job + 2;
+  c->bad_key = c->flagged + 1;
+  c->bad_query = c->bad_key + c->jobs;
+  c->turn = c->bad_query + chunks;
+  c->zeroed_count = c->turn + chunks - c->zeroed;
+  return (char *)(c->turn + chunks) - memory;
+}
+
+template <class T, int WIDTH>
+static int launch(const sa_problem *p, const hopper_backward_call &c, cudaStream_t stream) {
+  const unsigned row_blocks = (unsigned)(c.batch * (int64_t)c.heads * (c.padded / 64));
+  const int processors = sa_cuda_properties_of(p->device)->processors;
+  const unsigned blocks = (unsigned)(c.jobs < processors ? c.jobs : processors);
+  const size_t shared = hopper_backward_shape<T, WIDTH, false>::bytes;
+  const size_t careful_shared = hopper_backward_shape<T, WIDTH, true>::bytes;
+  int status =
+      sa_cuda_launch(function, hopper_backward_rows<T, WIDTH>, row_blocks, HOPPER_BACKWARD_ROWS_THREADS, 0, stream, c);
+  if (!status && c.sink_part) {
+    status = sa_cuda_launch(function, hopper_backward_sinks<T>, (unsigned)c.heads, 32, 0, stream, c);
+  }
+  if (!c.dq_out.data && !c.dk_out.data && !c.dv_out.data) return status;
+  if (!status) {
+    status = sa_cuda_launch(function, hopper_backward_tiles<T, WIDTH, false>, blocks, HOPPER_BACKWARD_THREADS, shared,
+                            stream, c);
+  }
+  if (!status && c.dq_out.data) {
+    status = sa_cuda_launch(function, hopper_backward_convert<T, WIDTH>, row_blocks, 2 * WIDTH, 0, stream, c);
+  }
+  if (!status) {
+    status = sa_cuda_launch(function, hopper_backward_tiles<T, WIDTH, true>, blocks, HOPPER_BACKWARD_THREADS,
+                            careful_shared, stream, c);
+  }
+  return status;
+}
+
+int sa_cuda_hopper_backward(const sa_problem *p) {
+  cudaStream_t stream;
+  int status = sa_cuda_use(function, p->device, &stream);
+  if (status) return status;
+  const sa_device_plan *plan = sa_cuda_plan(function, p->plan, p->device);
+  if (!plan) return SA_NO_MEMORY;
+  hopper_backward_call c;
+  memset(&c, 0, sizeof c);
+  c.plan = *plan;
+  c.q_values = p->q;
+  c.k_values = p->k;
+  c.dout_values = p->dout;
+  c.out = p->out;
+  c.lse = p->lse;
+  c.dlse = p->dlse;
+  c.dq_out = p->dq;
+  c.dk_out = p->dk;
+  c.dv_out = p->dv;
+  c.sinks = p->sinks;
+  c.dsinks = p->dsinks;
+  c.batch = (int32_t)p->batch;
+  c.heads = (int32_t)p->heads;
+  c.key_heads = (int32_t)p->key_heads;
+  c.queries = (int32_t)p->queries;
+  c.keys = (int32_t)p->keys;
+  c.width = (int32_t)p->width;
+  c.value_width = (int32_t)p->value_width;
+  c.group = (int32_t)(p->heads / p->key_heads);
+  c.padded = (int32_t)padded_queries(p);
+  c.scale = (float)p->scale;
+  c.scale_log2 = (float)(p->scale * 1.4426950408889634);
+  c.deterministic = p->deterministic;
+  c.jobs = (int32_t)(p->batch * p->key_heads * key_columns(p));
+  c.mixed = p->deterministic ? MIXED_HEADS : 1;
+  void *scratch = sa_cuda_scratch(function, p->device, lay_out(p, &c, NULL));
+  if (!scratch) return SA_NO_MEMORY;
+  lay_out(p, &c, (char *)scratch);
+  status = map_operands(p, &c);
+  if (!status && !p->dout.data) {
+    const int64_t bytes = p->queries * p->value_width * 2;
+    status = sa_cuda_check(function, cudaMemsetAsync(c.dout_values.data, 0, (size_t)bytes, stream));
+  }
+  if (status) {
+    sa_cuda_scratch_release(p->device, scratch);
+    return status;
+  }
+  if (p->dtype == SA_BF16) {
+    status = bucket(p) == 64 ? launch<__nv_bfloat16, 64>(p, c, stream) : launch<__nv_bfloat16, 128>(p, c, stream);
+  } else {
+    status = bucket(p) == 64 ? launch<__half, 64>(p, c, stream) : launch<__half, 128>(p, c, stream);
+  }
+  sa_cuda_scratch_release(p->device, scratch);
+  return status;
+}

@@ -1,0 +1,1152 @@
+// backward attention on Hopper: TMA, wgmma and warp specialisation over the visible tiles of the plan
+//
+// A launch before and one after the product: hopper_backward_rows makes the row statistics, hopper_backward_convert
+// turns the sums of dQ, f32, into halves. Between them hopper_backward_tiles: a block per multiprocessor stays for the
+// whole launch and takes jobs from one counter. A job is a column of tiles, 128 keys of a key head, with all queries
+// that see them, of one head of the group after the other, so that dK and dV stay in registers. A step is a tile of 64
+// queries (128 at width 64).
+//
+//   warpgroup 0     gives its registers away. Warp 0 loads: K, V of a job, Q, dO, row statistics and bits of its steps,
+//   in
+//                   one stream across the jobs. Warps 1 and 2 add the dQ that warpgroups 1 and 2 leave in shared memory
+//                   to the sums in memory. Warp 3 looks up whose turn it is to add.
+//   warpgroup 1, 2  64 keys each. S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T have a key per row; dV += P^T dO
+//                   with P^T in registers, dK += dS^T Q and dQ = dS K with dS^T in shared memory. dV runs under the
+//                   arithmetic of dS, the next S and dK under that of the exponentials; dQ comes one step late, so that
+//                   the warpgroups, each of which needs the other's half of dS, may drift half a step apart.
+//
+// The producer's 24 registers may spill a few words in code that waits most of the time; the consumers' do not.
+//
+//   width  queries a step  registers: dK, dV, S, dP, P  shared memory
+//   64     128             32, 32, 64, 64, 32           213 KiB
+//   128    64              64, 64, 32, 32, 16           213 KiB
+//
+// Shared memory: K, V, three slots of Q and two of dO (Q of a step is still read by its dK when the one after the next
+// must load), two of dS, one of dQ. dS is made from the very halves of P that dV was made from, which costs a fifth
+// more rounding in dQ and dK (2.9e-3 instead of 2.35e-3 of their norm) and saves the registers of P in f32.
+//
+// The sums of dQ. Key tiles add to the rows of a tile of queries one after the other, those with most keys before them
+// first, so that the sums have the same bits every time. Each chunk of 64 x 64 sums has a counter of who is done; the
+// first stores, so that nobody has to fill with zeros. Jobs are taken in the order in which they have their turns, and
+// a job waits only for jobs taken before it: the oldest unfinished job never waits, so all come to an end. The counters
+// are zeroed by the first launch of the same call. The order of a chunk's accesses, one line for each link:
+//
+//   bulk add (async proxy) -> bulk_wait: complete, and seen by the thread that issued it
+//   -> async_proxy_fence_global: in order before that thread's ordinary accesses that follow
+//   -> store_release of the counter -> load_acquire that reads it, by the one thread that issues the next bulk add
+//   -> async_proxy_fence_global: in order before that thread's bulk copies that follow -> bulk add
+//
+// so each add happens after the one before it. The launch that converts comes later in the stream.
+//
+// A column or a chunk whose result is not finite is noted, and a last launch (CAREFUL) does all columns that touch one
+// again: the same products in the same order, but the elements of Q, dO and K that are not finite are replaced by 0
+// where they are multiplied by P or dS, and their products then added one by one where the pair is visible. So keys and
+// rows that see nothing of the kind get the very bits of a clean run; clean inputs pay for a test of the results.
+#ifndef SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CUH
+#define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CUH
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/plan.cuh"
+#include "kernels/cuda/ptx_hopper.cuh"
+#include "kernels/cuda/tensor_map.cuh"
+
+enum {
+  HOPPER_BACKWARD_THREADS = 384,
+  // 128 * 24 + 256 * 240 are the 384 * 168 registers that a block is launched with.
+  HOPPER_BACKWARD_PRODUCER_REGISTERS = 24,
+  HOPPER_BACKWARD_CONSUMER_REGISTERS = 240,
+  HOPPER_BACKWARD_CHUNK = 64,  // rows and columns of the sums of dQ that are added at once
+  HOPPER_BACKWARD_TURNS = 4,   // tiles whose turn is known ahead
+  HOPPER_BACKWARD_ROWS_THREADS = 256,
+  // Named barriers; those per warpgroup are two.
+  HOPPER_BACKWARD_BOTH = 1,
+  HOPPER_BACKWARD_DQ_FULL = 2,
+  HOPPER_BACKWARD_DQ_EMPTY = 4,
+  HOPPER_BACKWARD_WARPGROUP = 6
+};
+
+// A call. Steps along a dim of Q, K, V or dO that is broadcast are 0, else 1 (tensor_map.cuh).
+typedef struct hopper_backward_call {
+  CUtensorMap q, k, v, dout, dk, dv;
+  sa_device_plan plan;
+  sa_operand q_values, k_values, dout_values, out, lse, dlse, dq_out, dk_out, dv_out, sinks, dsinks;
+  int32_t batch, heads, key_heads, queries, keys, width, value_width;
+  int32_t group;   // heads that read one key head
+  int32_t padded;  // queries, to whole tiles
+  int32_t q_batch_step, q_head_step, k_batch_step, k_head_step, v_batch_step, v_head_step, dout_batch_step,
+      dout_head_step;
+  float scale, scale_log2;
+  int32_t deterministic;
+  // Jobs: `jobs` columns of key heads; those of `mixed` neighbouring key heads take turns, so that neighbours in the
+  // order add to different sums.
+  int32_t jobs, mixed;
+  float *dq;         // sums: chunks of [batch, head, padded / 64, width / 64], each [8][128][4] as wgmma leaves them
+  float *lse_log2;   // [batch, head, padded], in the order of hopper_backward_slot: -lse * log2(e)
+  float *delta;      // likewise: rowsum(dO * O) - dLSE
+  float *sink_part;  // [batch, head, padded / 64], or NULL
+  // Counters and notes, all 0 at first.
+  int32_t *zeroed;
+  int64_t zeroed_count;
+  int32_t *next_job;   // two: of the launch, and of the careful one
+  int32_t *flagged;    // whether anything is
+  int32_t *bad_key;    // [batch, key head, column]
+  int32_t *bad_query;  // as chunks of dq
+  int32_t *turn;       // likewise: how many have added
+} hopper_backward_call;
+
+// Row statistics lie so that the four rows of which a thread has accumulators in two neighbouring groups of eight are
+// one load of 16 bytes.
+static __device__ __forceinline__ int hopper_backward_slot(int row) {
+  return (row & ~15) | (row % 8 / 2) * 4 | (row / 8 & 1) * 2 | (row & 1);
+}
+
+template <class T, int WIDTH, bool CAREFUL>
+struct hopper_backward_shape {
+  using type = T;
+  static constexpr int width = WIDTH, panels = WIDTH / SA_PANEL;
+  static constexpr int queries = WIDTH == 64 ? 128 : 64;  // of a step
+  static constexpr int steps = SA_TILE / queries;         // of a tile
+  static constexpr int halves = queries / 64;             // words of bits a thread has of a step
+  // The careful launch keeps a copy of K and has fewer slots instead.
+  static constexpr int q_slots = CAREFUL ? 2 : 3, dout_slots = CAREFUL ? 1 : 2;
+  static constexpr uint32_t key_bytes = SA_TILE * WIDTH * 2, query_bytes = queries * WIDTH * 2,
+                            ds_bytes = queries * SA_TILE * 2, panel_bytes = SA_TILE * 128, slab_bytes = 64 * 128,
+                            dq_bytes = 64 * 64 * 4, bits_bytes = halves * 1024;
+  // Shared memory, from where it starts.
+  static constexpr uint32_t k = 0, v = k + key_bytes, q = v + key_bytes, dout = q + q_slots * query_bytes,
+                            ds = dout + dout_slots * query_bytes, dq = ds + 2 * ds_bytes, clean_k = dq + 2 * dq_bytes,
+                            lse = clean_k + (CAREFUL ? key_bytes : 0), delta = lse + q_slots * queries * 4,
+                            bits = delta + dout_slots * queries * 4, step = bits + q_slots * bits_bytes,
+                            job = step + q_slots * 16, turn = job + 2 * 16, bad_q = turn + HOPPER_BACKWARD_TURNS * 16,
+                            bad_dout = bad_q + (CAREFUL ? 4 * queries : 0),
+                            bad_k = bad_dout + (CAREFUL ? 4 * queries : 0),
+                            k_full = bad_k + (CAREFUL ? 4 * SA_TILE : 0), k_empty = k_full + 8, v_full = k_empty + 8,
+                            v_empty = v_full + 8, job_full = v_empty + 8, job_empty = job_full + 16,
+                            ds_done = job_empty + 16,  // [warpgroup][parity of the step]
+      q_full = ds_done + 32, q_empty = q_full + 8 * q_slots, dout_full = q_empty + 8 * q_slots,
+                            dout_empty = dout_full + 8 * dout_slots, turn_full = dout_empty + 8 * dout_slots,
+                            turn_empty = turn_full + 8 * HOPPER_BACKWARD_TURNS,
+                            bytes = turn_empty + 8 * HOPPER_BACKWARD_TURNS;
+  static_assert(bytes <= 227 << 10, "shared memory of a block");
+};
+
+// Products of D[64][N], unrolled, none waits. Operands in shared memory that are K-major lie in panels PANEL_A, PANEL_B
+// bytes apart.
+template <class T, int STEPS, uint32_t PANEL_A, uint32_t PANEL_B, int N>
+static __device__ __forceinline__ void hopper_product_rows_rows(float (&d)[N], uint32_t a, uint32_t b) {
+  wgmma_first<T, 0, 0>(d, a, b);
+#pragma unroll
+  for (int k = 1; k < STEPS; k++) {
+    wgmma<T, 0, 0>(d, a + ((k / 4 * PANEL_A + k % 4 * 32) >> 4), b + ((k / 4 * PANEL_B + k % 4 * 32) >> 4));
+  }
+}
+
+// D += A B: A in registers, B MN-major.
+template <class T, int STEPS, int N>
+static __device__ __forceinline__ void hopper_product_registers(float (&d)[N], const uint32_t *a, uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < STEPS; k++) wgmma_rows<T, 1>(d, a + 4 * k, b + (k * 2048 >> 4));
+}
+
+// D += A B: A K-major, B MN-major.
+template <class T, int STEPS, uint32_t PANEL_A, int N>
+static __device__ __forceinline__ void hopper_product_rows_columns(float (&d)[N], uint32_t a, uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < STEPS; k++) {
+    wgmma<T, 0, 1>(d, a + ((k / 4 * PANEL_A + k % 4 * 32) >> 4), b + (k * 2048 >> 4));
+  }
+}
+
+// D = A B: both MN-major.
+template <class T, int STEPS, int N>
+static __device__ __forceinline__ void hopper_product_columns_columns(float (&d)[N], uint32_t a, uint32_t b) {
+  wgmma_first<T, 1, 1>(d, a, b);
+#pragma unroll
+  for (int k = 1; k < STEPS; k++) wgmma<T, 1, 1>(d, a + (k * 2048 >> 4), b + (k * 2048 >> 4));
+}
+
+// The halves of a pair as floats.
+template <class T>
+static __device__ __forceinline__ float hopper_low(uint32_t pair) {
+  if constexpr (std::is_same<T, __half>::value) {
+    return __half2float(__ushort_as_half((unsigned short)pair));
+  } else {
+    return __uint_as_float(pair << 16);
+  }
+}
+
+template <class T>
+static __device__ __forceinline__ float hopper_high(uint32_t pair) {
+  if constexpr (std::is_same<T, __half>::value) {
+    return __half2float(__ushort_as_half((unsigned short)(pair >> 16)));
+  } else {
+    return __uint_as_float(pair & 0xffff0000u);
+  }
+}
+
+template <class T>
+static __device__ __forceinline__ bool hopper_nonfinite(uint32_t half) {
+  const uint32_t exponent = std::is_same<T, __half>::value ? 0x7c00 : 0x7f80;
+  return (half & exponent) == exponent;
+}
+
+// The pair with 0 for what is not finite.
+template <class T>
+static __device__ __forceinline__ uint32_t hopper_cleaned(uint32_t pair) {
+  return (hopper_nonfinite<T>(pair) ? 0 : pair & 0xffffu) | (hopper_nonfinite<T>(pair >> 16) ? 0 : pair & 0xffff0000u);
+}
+
+static __device__ __forceinline__ int hopper_warp_sum(int x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  return x;
+}
+
+static __device__ __forceinline__ float hopper_warp_sum_f(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  return x;
+}
+
+template <class T>
+static __device__ __forceinline__ T *hopper_rows(const sa_operand &x, int batch, int head) {
+  return (T *)x.data + batch * x.stride[0] + head * x.stride[1];
+}
+
+// A job as the producer finds it.
+typedef struct hopper_backward_job {
+  int column, steps, batch, key_head;  // steps: 0 when no query sees these keys, -1 when there is no job
+} hopper_backward_job;
+
+// The warps of warpgroup 0.
+template <class SHAPE, bool CAREFUL>
+struct hopper_backward_producer {
+  using type = typename SHAPE::type;
+  const hopper_backward_call &c;
+  const uint32_t base;
+  const int lane = threadIdx.x % 32;
+
+  __device__ __forceinline__ hopper_backward_producer(const hopper_backward_call &call, uint32_t start)
+      : c(call), base(start) {}
+
+  __device__ __forceinline__ int64_t plane(int batch, int head) const { return sa_device_plane(c.plan, batch, head); }
+
+  // The runs of a column are col_runs[*start .. start[1]).
+  __device__ __forceinline__ const int64_t *runs_of(int batch, int head, int column) const {
+    return c.plan.col_start + plane(batch, head) * c.plan.col_tiles + column;
+  }
+
+  __device__ __forceinline__ int chunk(int batch, int head, int row_tile) const {
+    return ((batch * c.heads + head) * (c.padded / 64) + row_tile * 2) * SHAPE::panels;
+  }
+
+  __device__ __forceinline__ int tiles_of(const hopper_backward_job &job) const {
+    int tiles = 0;
+#pragma unroll 1
+    for (int head = job.key_head * c.group; head < (job.key_head + 1) * c.group; head++) {
+      const int64_t *start = runs_of(job.batch, head, job.column);
+      const sa_run *run = c.plan.col_runs + start[0] + lane;
+#pragma unroll 1
+      for (int left = (int)(start[1] - start[0]) - lane; left > 0; left -= 32, run += 32) tiles += run->count;
+    }
+    return hopper_warp_sum(tiles);
+  }
+
+  // Whether the careful launch has to do a job: its keys are flagged, or queries that see them.
+  __device__ __forceinline__ bool flagged(const hopper_backward_job &job) const {
+    bool bad = c.bad_key[(job.batch * c.key_heads + job.key_head) * c.plan.col_tiles + job.column];
+#pragma unroll 1
+    for (int head = job.key_head * c.group; head < (job.key_head + 1) * c.group; head++) {
+      const int64_t *start = runs_of(job.batch, head, job.column);
+#pragma unroll 1
+      for (int64_t r = start[0]; r < start[1]; r++) {
+        const sa_run run = c.plan.col_runs[r];
+        const int32_t *notes = c.bad_query + chunk(job.batch, head, run.first);
+#pragma unroll 1
+        for (int n = lane; n < run.count * 2 * SHAPE::panels; n += 32) bad |= notes[n] != 0;
+      }
+    }
+    return __any_sync(~0u, bad);
+  }
+
+  __device__ __forceinline__ hopper_backward_job next_job() {
+#pragma unroll 1
+    for (;;) {
+      int id = 0;
+      if (lane == 0) id = atomicAdd(c.next_job + CAREFUL, 1);
+      id = __shfl_sync(~0u, id, 0);
+      if (id >= c.jobs) return {0, -1, 0, 0};
+      const int columns = c.plan.col_tiles, span = c.mixed * columns, first = id / span * c.mixed;
+      const int heads = min(c.mixed, c.batch * c.key_heads - first), in_span = id % span;
+      const int flat = first + in_span % heads, rank = in_span / heads;
+      hopper_backward_job job;
+      job.batch = flat / c.key_heads;
+      job.key_head = flat % c.key_heads;
+      job.column = CAREFUL || c.deterministic
+                       ? columns - 1 - rank
+                       : c.plan.col_order[plane(job.batch, job.key_head * c.group) * columns + rank];
+      if (CAREFUL && !flagged(job)) continue;
+      job.steps = tiles_of(job) * SHAPE::steps;
+      return job;
+    }
+  }
+
+  // One lane of warp 0: the boxes of an operand.
+  __device__ __forceinline__ void load(uint32_t to, const CUtensorMap *map, int row, int rows, int head, int batch,
+                                       uint32_t barrier) {
+#pragma unroll
+    for (int panel = 0; panel < SHAPE::panels; panel++) {
+      tma_load(to + panel * rows * 128, map, panel * SA_PANEL, row, head, batch, barrier);
+    }
+  }
+
+  int loaded = 0, jobs = 0;  // steps and jobs so far
+
+  // Of job n, which is at hand: looked up again where it is needed, as registers are few.
+  __device__ __forceinline__ int job_column(int n) const {
+    return shared_load(base + SHAPE::job + 16 * (n & 1));
+  }
+  __device__ __forceinline__ int job_batch(int n) const {
+    return shared_load(base + SHAPE::job + 16 * (n & 1) + 8);
+  }
+  __device__ __forceinline__ int job_key_head(int n) const {
+    return shared_load(base + SHAPE::job + 16 * (n & 1) + 12);
+  }
+
+  __device__ __forceinline__ void load_keys(int n) {
+    mbarrier_wait(base + SHAPE::k_empty, (jobs & 1) ^ 1);
+    mbarrier_arrive_expect(base + SHAPE::k_full, SHAPE::key_bytes);
+    load(base + SHAPE::k, &c.k, job_column(n) * SA_TILE, SA_TILE, job_key_head(n) * c.k_head_step,
+         job_batch(n) * c.k_batch_step, base + SHAPE::k_full);
+  }
+
+  __device__ __forceinline__ void load_values(int n) {
+    mbarrier_wait(base + SHAPE::v_empty, (jobs & 1) ^ 1);
+    mbarrier_arrive_expect(base + SHAPE::v_full, SHAPE::key_bytes);
+    load(base + SHAPE::v, &c.v, job_column(n) * SA_TILE, SA_TILE, job_key_head(n) * c.v_head_step,
+         job_batch(n) * c.v_batch_step, base + SHAPE::v_full);
+  }
+
+  __device__ __forceinline__ int64_t statistics(int batch, int head, int query) const {
+    return (int64_t)(batch * c.heads + head) * c.padded + query;
+  }
+
+  // Q of a step, the statistics and bits that its scores need.
+  __device__ __forceinline__ void load_queries(int batch, int head, int query, int pattern) {
+    const int slot = loaded % SHAPE::q_slots;
+    const uint32_t full = base + SHAPE::q_full + 8 * slot;
+    mbarrier_wait(base + SHAPE::q_empty + 8 * slot, (loaded / SHAPE::q_slots & 1) ^ 1);
+    shared_store_4i(base + SHAPE::step + 16 * slot, pattern >= 0, query, head, 0);
+    mbarrier_arrive_expect(full, SHAPE::query_bytes + SHAPE::queries * 4 + (pattern >= 0 ? SHAPE::bits_bytes : 0));
+    load(base + SHAPE::q + slot * SHAPE::query_bytes, &c.q, query, SHAPE::queries, head * c.q_head_step,
+         batch * c.q_batch_step, full);
+    bulk_load(base + SHAPE::lse + slot * SHAPE::queries * 4, c.lse_log2 + statistics(batch, head, query),
+              SHAPE::queries * 4, full);
+    if (pattern < 0) return;
+    bulk_load(base + SHAPE::bits + slot * SHAPE::bits_bytes,
+              c.plan.col_bits + (int64_t)pattern * 512 + query % SA_TILE / 64 * 256, SHAPE::bits_bytes, full);
+  }
+
+  __device__ __forceinline__ void load_dout(int batch, int head, int query) {
+    const int slot = loaded % SHAPE::dout_slots;
+    const uint32_t full = base + SHAPE::dout_full + 8 * slot;
+    mbarrier_wait(base + SHAPE::dout_empty + 8 * slot, (loaded / SHAPE::dout_slots & 1) ^ 1);
+    mbarrier_arrive_expect(full, SHAPE::query_bytes + SHAPE::queries * 4);
+    load(base + SHAPE::dout + slot * SHAPE::query_bytes, &c.dout, query, SHAPE::queries, head * c.dout_head_step,
+         batch * c.dout_batch_step, full);
+    bulk_load(base + SHAPE::delta + slot * SHAPE::queries * 4, c.delta + statistics(batch, head, query),
+              SHAPE::queries * 4, full);
+  }
+
+  // Q of the first step, V, dO, K, then Q and dO of each step.
+  __device__ __forceinline__ void load_job(int n) {
+    bool first = true;
+#pragma unroll 1
+    for (int in_group = 0; in_group < c.group; in_group++) {
+      const int64_t *start = runs_of(job_batch(n), job_key_head(n) * c.group + in_group, job_column(n));
+      const sa_run *run = c.plan.col_runs + start[0];
+#pragma unroll 1
+      for (int left = (int)(start[1] - start[0]); left > 0; left--, run++) {
+        const int pattern = run->pattern, end = (run->first + run->count) * SA_TILE;
+#pragma unroll 1
+        for (int query = run->first * SA_TILE; query < end; query += SHAPE::queries) {
+          load_queries(job_batch(n), job_key_head(n) * c.group + in_group, query, pattern);
+          if (first) load_values(n);
+          load_dout(job_batch(n), job_key_head(n) * c.group + in_group, query);
+          if (first) load_keys(n);
+          first = false;
+          loaded++;
+        }
+      }
+    }
+    if (!first) jobs++;
+  }
+
+  __device__ __forceinline__ void run_loads() {
+#pragma unroll 1
+    for (int n = 0;; n++) {
+      const hopper_backward_job job = next_job();
+      if (lane == 0) {
+        mbarrier_wait(base + SHAPE::job_empty + 8 * (n & 1), (n >> 1 & 1) ^ 1);
+        shared_store_4i(base + SHAPE::job + 16 * (n & 1), job.column, job.steps, job.batch, job.key_head);
+        mbarrier_arrive(base + SHAPE::job_full + 8 * (n & 1));
+      }
+      if (job.steps < 0) return;
+      if (lane == 0) load_job(n);
+      __syncwarp();
+    }
+  }
+
+  __device__ __forceinline__ int4 wait_job(int n) {
+    mbarrier_wait(base + SHAPE::job_full + 8 * (n & 1), n >> 1 & 1);
+    return shared_load_4i(base + SHAPE::job + 16 * (n & 1));
+  }
+
+  __device__ __forceinline__ void release_job(int n) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(base + SHAPE::job_empty + 8 * (n & 1));
+  }
+
+  // The key tiles that add to a row of tiles before `column` does, and all.
+  __device__ __forceinline__ int2 count_turns(int batch, int head, int row, int column) const {
+    const int64_t *start = c.plan.row_start + plane(batch, head) * c.plan.row_tiles + row;
+    const sa_run *keys = c.plan.row_runs + start[0] + lane;
+    int before = 0, all = 0;
+#pragma unroll 1
+    for (int left = (int)(start[1] - start[0]) - lane; left > 0; left -= 32, keys += 32) {
+      before += max(0, keys->first + keys->count - max(keys->first, column + 1));
+      all += keys->count;
+    }
+    return make_int2(hopper_warp_sum(before), hopper_warp_sum(all));
+  }
+
+  // Tells the warps that add whose turn they have to wait for: {first chunk of the tile, turn, turns in all}.
+  __device__ __forceinline__ void run_turns() {
+    int told = 0;
+#pragma unroll 1
+    for (int n = 0;; n++) {
+      if (wait_job(n).y < 0) return;
+#pragma unroll 1
+      for (int in_group = 0; in_group < c.group; in_group++) {
+        const int64_t *start = runs_of(job_batch(n), job_key_head(n) * c.group + in_group, job_column(n));
+        const sa_run *run = c.plan.col_runs + start[0];
+#pragma unroll 1
+        for (int left = (int)(start[1] - start[0]); left > 0; left--, run++) {
+          int row = run->first;
+#pragma unroll 1
+          for (int rows = run->count; rows > 0; rows--, row++) {
+            const int head = job_key_head(n) * c.group + in_group;
+            const int2 turn = count_turns(job_batch(n), head, row, job_column(n));
+            const int slot = told % HOPPER_BACKWARD_TURNS;
+            if (lane == 0) {
+              mbarrier_wait(base + SHAPE::turn_empty + 8 * slot, (told / HOPPER_BACKWARD_TURNS & 1) ^ 1);
+              shared_store_4i(base + SHAPE::turn + 16 * slot, chunk(job_batch(n), head, row), turn.x, turn.y, 0);
+              mbarrier_arrive(base + SHAPE::turn_full + 8 * slot);
+            }
+            __syncwarp();
+            told++;
+          }
+        }
+      }
+      release_job(n);
+    }
+  }
+
+  // Sums of dQ that are finished and flagged: as halves to their place.
+  __device__ __forceinline__ void convert(int chunk) {
+    const int panel = chunk % SHAPE::panels, rest = chunk / SHAPE::panels, q64 = rest % (c.padded / 64);
+    const int flat = rest / (c.padded / 64);
+    type *dq = hopper_rows<type>(c.dq_out, flat / c.heads, flat % c.heads);
+#pragma unroll 1
+    for (int n = lane; n < 8 * 128; n += 32) {
+      const float4 sums = __ldcg((const float4 *)(c.dq + (int64_t)chunk * 4096) + n);
+      const int t = n % 128, row = q64 * 64 + t / 32 * 16 + t % 32 / 4, column = panel * 64 + n / 128 * 8 + t % 4 * 2;
+      if (column >= c.width) continue;
+      type *to = dq + row * c.dq_out.stride[2] + column;
+      if (row < c.queries) *(uint32_t *)to = pack_halves<type>(sums.x * c.scale, sums.y * c.scale);
+      if (row + 8 < c.queries) {
+        *(uint32_t *)(to + 8 * c.dq_out.stride[2]) = pack_halves<type>(sums.z * c.scale, sums.w * c.scale);
+      }
+    }
+  }
+
+  // Takes dQ of warpgroup 1 + w out of shared memory: 64 queries, all columns at width 64, else half of them.
+  __device__ __forceinline__ void run_adds(int w) {
+    const bool ordered = CAREFUL || c.deterministic;
+    const uint32_t from = base + SHAPE::dq + w * SHAPE::dq_bytes;
+    int read = 0;  // tiles so far
+#pragma unroll 1
+    for (int n = 0;; n++) {
+      const int steps = wait_job(n).y;
+      if (steps < 0) return;
+      int tile = 0, turn = 0, turns = 0, chunk = 0, seen = 0;
+      bool wanted = true;
+      auto look = [&](int step) {  // at the tile and the counter of a step
+        if (step % SHAPE::steps == 0) {
+          const int slot = read % HOPPER_BACKWARD_TURNS;
+          mbarrier_wait(base + SHAPE::turn_full + 8 * slot, read / HOPPER_BACKWARD_TURNS & 1);
+          const int4 entry = shared_load_4i(base + SHAPE::turn + 16 * slot);
+          __syncwarp();
+          if (lane == 0) mbarrier_arrive(base + SHAPE::turn_empty + 8 * slot);
+          read++;
+          tile = entry.x;
+          turns = entry.z;
+          // The careful launch counts on from where the first one ended.
+          turn = entry.y + (CAREFUL && c.deterministic ? turns : 0);
+        }
+        chunk = tile + (SHAPE::width == 64 ? w : step % 2 * SHAPE::panels + w);
+        if (CAREFUL) wanted = c.bad_query[chunk];
+        if (ordered && wanted) seen = load_acquire(c.turn + chunk);
+      };
+      if (steps > 0) look(0);
+#pragma unroll 1
+      for (int step = 0; step < steps; step++) {
+        if (ordered && wanted) {
+          while (seen != turn) seen = load_acquire(c.turn + chunk);
+          async_proxy_fence_global();
+        }
+        named_barrier_sync(HOPPER_BACKWARD_DQ_FULL + w, 160);
+        if (lane == 0 && wanted) {
+          if (ordered && turn == (CAREFUL && c.deterministic ? turns : 0)) {
+            bulk_store(c.dq + (int64_t)chunk * 4096, from, SHAPE::dq_bytes);
+          } else {
+            bulk_add(c.dq + (int64_t)chunk * 4096, from, SHAPE::dq_bytes);
+          }
+          bulk_commit();
+        }
+        const int added = wanted ? chunk : -1, next = turn + 1;
+        const bool finished = CAREFUL && wanted && next == turns * (c.deterministic ? 2 : 1);
+        if (step + 1 < steps) look(step + 1);  // while the copy runs
+        if (lane == 0) bulk_wait_read<0>();
+        __syncwarp();
+        named_barrier_arrive(HOPPER_BACKWARD_DQ_EMPTY + w, 160);
+        if (ordered && lane == 0 && added >= 0) {
+          bulk_wait<0>();
+          async_proxy_fence_global();
+          store_release(c.turn + added, next);
+        }
+        if (finished) {
+          __syncwarp();
+          convert(added);
+        }
+      }
+      release_job(n);
+    }
+  }
+};
+
+// A thread of the two warpgroups that multiply. Its keys of the warpgroup's 64 are row() and row() + 8.
+template <class SHAPE, bool CAREFUL>
+struct hopper_backward_consumer {
+  using type = typename SHAPE::type;
+  static constexpr int scores = SHAPE::queries / 2, pairs = SHAPE::queries / 4, sums = SHAPE::width / 2;
+
+  const hopper_backward_call &c;
+  const uint32_t base;
+  const int lane = threadIdx.x % 32, w, t = threadIdx.x % 128, warp = threadIdx.x % 128 / 32;
+  // Where this lane's rows of 16 bytes go by store_matrices: row and swizzled piece.
+  const uint32_t store_row, store_piece;
+  float dk[sums], dv[sums], s[scores], dp[scores];
+  uint32_t p[pairs];
+  int4 job;
+
+  __device__ __forceinline__ hopper_backward_consumer(const hopper_backward_call &call, uint32_t start, int group)
+      : c(call),
+        base(start),
+        w(group),
+        store_row((group * 64 + threadIdx.x % 128 / 32 * 16 + (threadIdx.x & 15)) * 128),
+        store_piece(((threadIdx.x % 32 >> 4) ^ (threadIdx.x & 7)) << 4) {}
+
+  __device__ __forceinline__ int row() const { return warp * 16 + lane / 4; }
+
+  __device__ __forceinline__ uint32_t slab() const { return w * (SHAPE::slab_bytes >> 4); }
+
+  __device__ __forceinline__ void arrive(uint32_t barrier) {
+    if (lane == 0) mbarrier_arrive(base + barrier);
+  }
+
+  // S^T = K Q^T.
+  __device__ __forceinline__ void start_scores(int g) {
+    const int slot = g % SHAPE::q_slots;
+    mbarrier_wait(base + SHAPE::q_full + 8 * slot, g / SHAPE::q_slots & 1);
+    wgmma_fence();
+    hopper_product_rows_rows<type, SHAPE::width / 16, SHAPE::panel_bytes, SHAPE::queries * 128>(
+        s, wgmma_operand(base + SHAPE::k, 0) + slab(),
+        wgmma_operand(base + SHAPE::q, 0) + slot * (SHAPE::query_bytes >> 4));
+    wgmma_commit();
+  }
+
+  // dP^T = V dO^T.
+  __device__ __forceinline__ void start_dp(int g) {
+    const int slot = g % SHAPE::dout_slots;
+    mbarrier_wait(base + SHAPE::dout_full + 8 * slot, g / SHAPE::dout_slots & 1);
+    wgmma_fence();
+    hopper_product_rows_rows<type, SHAPE::width / 16, SHAPE::panel_bytes, SHAPE::queries * 128>(
+        dp, wgmma_operand(base + SHAPE::v, 0) + slab(),
+        wgmma_operand(base + SHAPE::dout, 0) + slot * (SHAPE::query_bytes >> 4));
+    wgmma_commit();
+  }
+
+  // dV += P^T dO.
+  __device__ __forceinline__ void start_dv(int g) {
+    wgmma_fence();
+    hopper_product_registers<type, SHAPE::queries / 16>(
+        dv, p,
+        wgmma_operand(base + SHAPE::dout, SHAPE::queries * 128) + g % SHAPE::dout_slots * (SHAPE::query_bytes >> 4));
+    wgmma_commit();
+  }
+
+  // dK += dS^T Q: dS^T from shared memory, there are no registers for it (C7512).
+  __device__ __forceinline__ void start_dk(int g) {
+    wgmma_fence();
+    hopper_product_rows_columns<type, SHAPE::queries / 16, SHAPE::panel_bytes>(
+        dk, wgmma_operand(base + SHAPE::ds, 0) + slab() + (g & 1) * (SHAPE::ds_bytes >> 4),
+        wgmma_operand(base + SHAPE::q, SHAPE::queries * 128) + g % SHAPE::q_slots * (SHAPE::query_bytes >> 4));
+    wgmma_commit();
+  }
+
+  // dQ = dS K of 64 queries and 64 columns, once the other warpgroup's half of dS is there.
+  __device__ __forceinline__ void start_dq(float (&dq)[32], int g) {
+    const uint32_t half = 2 * slab();
+    mbarrier_wait(base + SHAPE::ds_done + 16 * (1 - w) + 8 * (g & 1), g >> 1 & 1);
+    wgmma_fence();
+    hopper_product_columns_columns<type, SA_TILE / 16>(
+        dq,
+        wgmma_operand(base + SHAPE::ds, SHAPE::panel_bytes) + (SHAPE::width == 64 ? half : 0) +
+            (g & 1) * (SHAPE::ds_bytes >> 4),
+        wgmma_operand(base + (CAREFUL ? SHAPE::clean_k : SHAPE::k), SHAPE::panel_bytes) +
+            (SHAPE::width == 64 ? 0 : half));
+    wgmma_commit();
+  }
+
+  // Masked entries of a PARTIAL tile become 0, whatever they held.
+  __device__ __forceinline__ void select_visible(float (&x)[scores], int slot) {
+    if (shared_load(base + SHAPE::step + 16 * slot)) {
+#pragma unroll
+      for (int h = 0; h < SHAPE::halves; h++) {
+        const uint32_t bits = shared_load(base + SHAPE::bits + slot * SHAPE::bits_bytes + h * 1024 + w * 512 + t * 4);
+#pragma unroll
+        for (int i = 0; i < 32; i++) x[h * 32 + i] = bits >> i & 1 ? x[h * 32 + i] : 0.f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void hand_over(float (&dq)[32], bool first) {
+    if (!first) named_barrier_sync(HOPPER_BACKWARD_DQ_EMPTY + w, 160);  // a job finds the buffer free
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      shared_store_4(base + SHAPE::dq + w * SHAPE::dq_bytes + i * 2048 + t * 16, dq[4 * i], dq[4 * i + 1],
+                     dq[4 * i + 2], dq[4 * i + 3]);
+    }
+    async_proxy_fence();
+    named_barrier_arrive(HOPPER_BACKWARD_DQ_FULL + w, 160);
+  }
+
+  __device__ __forceinline__ void store_pairs(int g, const uint32_t *x) {
+    const uint32_t to = base + SHAPE::ds + (g & 1) * SHAPE::ds_bytes + store_row;
+#pragma unroll
+    for (int k = 0; k < SHAPE::queries / 16; k++) {
+      store_matrices(to + k / 4 * SHAPE::panel_bytes + (store_piece ^ (k % 4 * 32)), x + 4 * k);
+    }
+  }
+
+  // The second half of a step: P, under dP and dK of the step before. dV is left running.
+  template <bool FIRST>
+  __device__ __forceinline__ void probabilities(int g) {
+    const int slot = g % SHAPE::q_slots;
+    start_dp(g);
+    wgmma_wait<CAREFUL ? 0 : FIRST ? 1 : 2>();  // S is there
+#pragma unroll
+    for (int j = 0; j < SHAPE::queries / 16; j++) {
+      const float4 lse = shared_load_4(base + SHAPE::lse + slot * SHAPE::queries * 4 + j * 64 + (lane & 3) * 16);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const float minus = i < 4 ? (i & 1 ? lse.y : lse.x) : (i & 1 ? lse.w : lse.z);
+        s[8 * j + i] = exp2_fast(fmaf(s[8 * j + i], c.scale_log2, minus));
+      }
+    }
+    select_visible(s, slot);
+#pragma unroll
+    for (int i = 0; i < pairs; i++) p[i] = pack_halves<type>(s[2 * i], s[2 * i + 1]);
+    if constexpr (CAREFUL) clean_queries<FIRST>(g);
+    start_dv(g);
+    if constexpr (CAREFUL) {
+      wgmma_wait<0>();
+      repair_dv(g);
+    } else {
+      wgmma_wait<1>();  // dP and dK of the step before are there
+      if (!FIRST) arrive(SHAPE::q_empty + 8 * ((g - 1) % SHAPE::q_slots));
+    }
+  }
+
+  // The first half: dS, then dQ of the step before, whose other half has had a whole step to arrive, the next S, and
+  // dK.
+  template <bool FIRST, bool MORE>
+  __device__ __forceinline__ void gradients(int g) {
+    const int slot = g % SHAPE::q_slots, dout_slot = g % SHAPE::dout_slots;
+    uint32_t ds[pairs];
+#pragma unroll
+    for (int j = 0; j < SHAPE::queries / 16; j++) {
+      const float4 delta =
+          shared_load_4(base + SHAPE::delta + dout_slot * SHAPE::queries * 4 + j * 64 + (lane & 3) * 16);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const int x = 8 * j + i;
+        const float probability = x & 1 ? hopper_high<type>(p[x / 2]) : hopper_low<type>(p[x / 2]);
+        dp[x] = probability * (dp[x] - (i < 4 ? (i & 1 ? delta.y : delta.x) : (i & 1 ? delta.w : delta.z)));
+      }
+    }
+    select_visible(dp, slot);  // again: 0 * NaN must be 0 here
+#pragma unroll
+    for (int i = 0; i < pairs; i++) ds[i] = pack_halves<type>(dp[2 * i], dp[2 * i + 1]);
+    float dq[32];
+    if constexpr (FIRST) {
+      stores_read();
+    } else {
+      start_dq(dq, g - 1);
+      if constexpr (CAREFUL) {
+        wgmma_wait<0>();
+        repair_dq(dq, g - 1);
+        arrive(SHAPE::q_empty + 8 * ((g - 1) % SHAPE::q_slots));
+      }
+    }
+    store_pairs(g, ds);
+    async_proxy_fence();
+    wgmma_wait<FIRST ? 0 : 1>();  // dV is there
+    arrive(SHAPE::dout_empty + 8 * dout_slot);
+    if constexpr (MORE) {
+      start_scores(g + 1);
+    } else {
+      arrive(SHAPE::v_empty);
+    }
+    named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
+    start_dk(g);
+    if constexpr (CAREFUL) {
+      wgmma_wait<0>();
+      repair_dk(g);
+    } else if constexpr (!FIRST) {
+      wgmma_wait<MORE ? 2 : 1>();  // dQ of the step before is there
+    }
+    arrive(SHAPE::ds_done + 16 * w + 8 * (g & 1));  // dS of this step may be read; the other buffer is free
+    if constexpr (!FIRST) hand_over(dq, first_dq);
+    if constexpr (!FIRST) first_dq = false;
+  }
+
+  bool first_dq;  // of a job
+
+  // The dV and dK of the job before have left the buffers of dS and dQ.
+  __device__ __forceinline__ void stores_read() {
+    if (t == 0) bulk_wait_read<0>();
+    named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
+  }
+
+  __device__ __forceinline__ void write_zeros() {
+    const int key = job.x * SA_TILE + w * 64 + t / 2;
+    const uint4 zero = make_uint4(0, 0, 0, 0);
+    if (key >= c.keys) return;
+    if (c.dk_out.data) {
+      type *to = hopper_rows<type>(c.dk_out, job.z, job.w) + key * c.dk_out.stride[2];
+      for (int piece = t % 2; piece < c.width / 8; piece += 2) *(uint4 *)(to + piece * 8) = zero;
+    }
+    if (c.dv_out.data) {
+      type *to = hopper_rows<type>(c.dv_out, job.z, job.w) + key * c.dv_out.stride[2];
+      for (int piece = t % 2; piece < c.value_width / 8; piece += 2) *(uint4 *)(to + piece * 8) = zero;
+    }
+  }
+
+  // Halves of a gradient to the panels from `to` on, `panel` bytes apart; returns what note_nonfinite saw.
+  __device__ __forceinline__ uint32_t store_gradient(const float (&x)[sums], float factor, uint32_t to,
+                                                     uint32_t panel) {
+    uint32_t seen = 0;
+#pragma unroll
+    for (int k = 0; k < SHAPE::width / 16; k++) {
+      uint32_t halves[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        halves[i] = pack_halves<type>(x[8 * k + 2 * i] * factor, x[8 * k + 2 * i + 1] * factor);
+        seen = note_nonfinite<type>(seen, halves[i]);
+      }
+      store_matrices(to + k / 4 * panel + store_row + (store_piece ^ (k % 4 * 32)), halves);
+    }
+    return seen;
+  }
+
+  // dV leaves through this warpgroup's rows of the buffers of dS, dK through its buffer of dQ.
+  __device__ __forceinline__ void finish() {
+    named_barrier_sync(HOPPER_BACKWARD_BOTH, 256);  // the other warpgroup has read dS for its last dQ
+    uint32_t seen = store_gradient(dv, 1.f, base + SHAPE::ds, SHAPE::panel_bytes);
+    named_barrier_sync(HOPPER_BACKWARD_DQ_EMPTY + w, 160);
+    const uint32_t dk_at = base + SHAPE::dq + w * (SHAPE::dq_bytes - SHAPE::slab_bytes);
+    seen |= store_gradient(dk, c.scale, dk_at, SHAPE::slab_bytes);
+    if (!CAREFUL && seen) {
+      c.bad_key[(job.z * c.key_heads + job.w) * c.plan.col_tiles + job.x] = *c.flagged = 1;
+    }
+    async_proxy_fence();
+    named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
+    if (t == 0) {
+      const uint32_t from = w * SHAPE::slab_bytes;
+#pragma unroll
+      for (int panel = 0; panel < SHAPE::panels; panel++) {
+        if (c.dv_out.data) {
+          tma_store(&c.dv, panel * SA_PANEL, job.x * SA_TILE + w * 64, job.w, job.z,
+                    base + SHAPE::ds + panel * SHAPE::panel_bytes + from);
+        }
+        if (c.dk_out.data) {
+          tma_store(&c.dk, panel * SA_PANEL, job.x * SA_TILE + w * 64, job.w, job.z,
+                    dk_at + panel * SHAPE::slab_bytes + from);
+        }
+      }
+      bulk_commit();
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    int g = 0, kv_parity = 0;  // steps are counted across the jobs: they name the slots
+#pragma unroll 1
+    for (int n = 0;; n++) {
+      mbarrier_wait(base + SHAPE::job_full + 8 * (n & 1), n >> 1 & 1);
+      job = shared_load_4i(base + SHAPE::job + 16 * (n & 1));
+      if (job.y < 0) break;
+      if (job.y == 0) {
+        write_zeros();
+      } else {
+        const int end = g + job.y;
+#pragma unroll
+        for (int i = 0; i < sums; i++) dk[i] = dv[i] = 0.f;
+        first_dq = true;
+        // The loop turns where only dV and dK are in flight: ptxas serialises products whose result crosses a back edge
+        // and is then read (C7514).
+        mbarrier_wait(base + SHAPE::k_full, kv_parity);
+        if constexpr (CAREFUL) clean_keys();
+        start_scores(g);
+        mbarrier_wait(base + SHAPE::v_full, kv_parity);
+        kv_parity ^= 1;
+        probabilities<true>(g);
+        if (job.y == 1) {
+          gradients<true, false>(g++);
+        } else {
+          gradients<true, true>(g++);
+          probabilities<false>(g);
+#pragma unroll 1
+          for (; g + 1 < end; g++) {
+            gradients<false, true>(g);
+            probabilities<false>(g + 1);
+          }
+          gradients<false, false>(g++);
+        }
+        float dq[32];
+        start_dq(dq, g - 1);
+        wgmma_wait<0>();
+        if constexpr (CAREFUL) repair_dq(dq, g - 1);
+        arrive(SHAPE::k_empty);
+        arrive(SHAPE::q_empty + 8 * ((g - 1) % SHAPE::q_slots));
+        hand_over(dq, first_dq);
+        finish();
+      }
+      __syncwarp();
+      arrive(SHAPE::job_empty + 8 * (n & 1));
+    }
+    if (t == 0) bulk_wait_read<0>();
+  }
+
+  // The careful launch. Everything below waits for all products first; speed does not matter here.
+
+  // One thread a row: to `to` with 0 for what is not finite, and a note whether there was any.
+  __device__ __forceinline__ void clean_row(uint32_t from, uint32_t to, int row, int rows, uint32_t note) {
+    bool bad = false;
+    for (int panel = 0; panel < SHAPE::panels; panel++) {
+      for (int piece = 0; piece < 8; piece++) {
+        const uint32_t at = (panel * rows + row) * 128 + piece * 16;
+        const int4 x = shared_load_4i(from + at);
+        const int4 y = make_int4(hopper_cleaned<type>(x.x), hopper_cleaned<type>(x.y), hopper_cleaned<type>(x.z),
+                                 hopper_cleaned<type>(x.w));
+        bad |= x.x != y.x || x.y != y.y || x.z != y.z || x.w != y.w;
+        shared_store_4i(to + at, y.x, y.y, y.z, y.w);
+      }
+    }
+    shared_store(note + 4 * row, bad);
+  }
+
+  // Both warpgroups see the copy after the barriers of the first step.
+  __device__ __forceinline__ void clean_keys() {
+    const int thread = w * 128 + t;
+    if (thread < SA_TILE) {
+      clean_row(base + SHAPE::k, base + SHAPE::clean_k, thread, SA_TILE, base + SHAPE::bad_k);
+    }
+    async_proxy_fence();
+  }
+
+  // Once S and dP are there: P to shared memory, where repair_dv looks it up, and Q and dO cleaned in their place.
+  template <bool FIRST>
+  __device__ __forceinline__ void clean_queries(int g) {
+    const int thread = w * 128 + t, row = thread % SHAPE::queries;
+    if (FIRST) stores_read();
+    named_barrier_sync(HOPPER_BACKWARD_BOTH, 256);
+    store_pairs(g, p);
+    if (thread < 2 * SHAPE::queries) {
+      const bool is_q = thread < SHAPE::queries;
+      const uint32_t at = base + (is_q ? SHAPE::q + g % SHAPE::q_slots * SHAPE::query_bytes
+                                       : SHAPE::dout + g % SHAPE::dout_slots * SHAPE::query_bytes);
+      clean_row(at, at, row, SHAPE::queries, base + (is_q ? SHAPE::bad_q : SHAPE::bad_dout));
+    }
+    async_proxy_fence();
+    named_barrier_sync(HOPPER_BACKWARD_BOTH, 256);
+  }
+
+  // What P^T or dS^T of a step has for a key and a query.
+  __device__ __forceinline__ float weight(int g, int key, int query) {
+    const uint32_t at = SHAPE::ds + (g & 1) * SHAPE::ds_bytes + query / 64 * SHAPE::panel_bytes + key * 128 +
+                        ((query % 64 / 8 ^ key % 8) << 4) + (query % 8 / 2 << 2);
+    const uint32_t pair = shared_load(base + at);
+    return query & 1 ? hopper_high<type>(pair) : hopper_low<type>(pair);
+  }
+
+  __device__ __forceinline__ bool visible(int slot, int key, int query) {
+    if (!shared_load(base + SHAPE::step + 16 * slot)) return true;
+    const uint32_t word = query / 64 * 256 + key / 64 * 128 + key % 64 / 16 * 32 + key % 8 * 4 + query % 8 / 2;
+    const uint32_t bit = query % 64 / 8 * 4 + key % 16 / 8 * 2 + query % 2;
+    return shared_load(base + SHAPE::bits + slot * SHAPE::bits_bytes + word * 4) >> bit & 1;
+  }
+
+  // Adds the products of a thread's two rows with the elements of a row of Q, dO or K that are not finite. `source` is
+  // at the column of d[0], of which `columns` are left.
+  template <int N>
+  __device__ __forceinline__ void add_nonfinite(float (&d)[N], const type *source, int columns, float weight0,
+                                                float weight1, bool visible0, bool visible1) {
+#pragma unroll
+    for (int n = 0; n < N / 4; n++) {
+      if (8 * n >= columns) continue;
+      const uint32_t pair = *(const uint32_t *)(source + 8 * n);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const uint32_t half = pair >> 16 * i & 0xffff;
+        if (!hopper_nonfinite<type>(half)) continue;
+        const float x = hopper_low<type>(half);
+        if (visible0) d[4 * n + i] += weight0 * x;
+        if (visible1) d[4 * n + 2 + i] += weight1 * x;
+      }
+    }
+  }
+
+  // dV and dK: the thread's keys, all queries of the step.
+  __device__ __forceinline__ void repair_keys(float (&d)[sums], int g, uint32_t notes, const sa_operand &operand,
+                                              int width) {
+    const int slot = g % SHAPE::q_slots, key = w * 64 + row();
+    const int4 step = shared_load_4i(base + SHAPE::step + 16 * slot);
+    const type *source = hopper_rows<type>(operand, job.z, step.z) + step.y * operand.stride[2] + lane % 4 * 2;
+#pragma unroll 1
+    for (int i = 0; i < SHAPE::queries; i++) {
+      if (!shared_load(base + notes + 4 * i)) continue;
+      add_nonfinite(d, source + i * operand.stride[2], width - lane % 4 * 2, weight(g, key, i), weight(g, key + 8, i),
+                    visible(slot, key, i), visible(slot, key + 8, i));
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void repair_dv(int g) {
+    repair_keys(dv, g, SHAPE::bad_dout, c.dout_values, c.value_width);
+  }
+
+  __device__ __forceinline__ void repair_dk(int g) {
+    repair_keys(dk, g, SHAPE::bad_q, c.q_values, c.width);
+  }
+
+  // The thread's queries, all keys of the job.
+  __device__ __forceinline__ void repair_dq(float (&dq)[32], int g) {
+    const int slot = g % SHAPE::q_slots, query = (SHAPE::width == 64 ? w * 64 : 0) + row();
+    const int column = (SHAPE::width == 64 ? 0 : w * 64) + lane % 4 * 2;
+    const int64_t stride = c.k_values.stride[2];
+    const type *source = hopper_rows<type>(c.k_values, job.z, job.w) + job.x * SA_TILE * stride + column;
+#pragma unroll 1
+    for (int j = 0; j < SA_TILE; j++) {
+      if (!shared_load(base + SHAPE::bad_k + 4 * j)) continue;
+      add_nonfinite(dq, source + j * stride, c.width - column, weight(g, j, query), weight(g, j, query + 8),
+                    visible(slot, j, query), visible(slot, j, query + 8));
+    }
+  }
+};
+
+template <class T, int WIDTH, bool CAREFUL>
+__global__ void __launch_bounds__(HOPPER_BACKWARD_THREADS, 1)
+    hopper_backward_tiles(const __grid_constant__ hopper_backward_call c) {
+  using SHAPE = hopper_backward_shape<T, WIDTH, CAREFUL>;
+  const uint8_t *memory = dynamic_shared<uint8_t>();
+  const uint32_t base = dynamic_shared_address(memory);
+  const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
+  if (CAREFUL && !*c.flagged) return;
+
+  if (threadIdx.x == 0) {
+    if (shared_address(memory) != base) __trap();
+    mbarrier_init(base + SHAPE::k_full, 1);
+    mbarrier_init(base + SHAPE::v_full, 1);
+    mbarrier_init(base + SHAPE::k_empty, 8);
+    mbarrier_init(base + SHAPE::v_empty, 8);
+    for (int i = 0; i < 2; i++) {
+      mbarrier_init(base + SHAPE::job_full + 8 * i, 1);
+      mbarrier_init(base + SHAPE::job_empty + 8 * i, 8 + 3);
+    }
+    for (int i = 0; i < 4; i++) mbarrier_init(base + SHAPE::ds_done + 8 * i, 4);
+    for (int i = 0; i < SHAPE::q_slots; i++) {
+      mbarrier_init(base + SHAPE::q_full + 8 * i, 1);
+      mbarrier_init(base + SHAPE::q_empty + 8 * i, 8);
+    }
+    for (int i = 0; i < SHAPE::dout_slots; i++) {
+      mbarrier_init(base + SHAPE::dout_full + 8 * i, 1);
+      mbarrier_init(base + SHAPE::dout_empty + 8 * i, 8);
+    }
+    for (int i = 0; i < HOPPER_BACKWARD_TURNS; i++) {
+      mbarrier_init(base + SHAPE::turn_full + 8 * i, 1);
+      mbarrier_init(base + SHAPE::turn_empty + 8 * i, 2);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    registers_give_back<HOPPER_BACKWARD_PRODUCER_REGISTERS>();
+    hopper_backward_producer<SHAPE, CAREFUL> producer(c, base);
+    if (warp == 0) {
+      producer.run_loads();
+    } else if (warp == 3) {
+      producer.run_turns();
+    } else {
+      producer.run_adds(warp - 1);
+    }
+  } else {
+    registers_take<HOPPER_BACKWARD_CONSUMER_REGISTERS>();
+    hopper_backward_consumer<SHAPE, CAREFUL> consumer(c, base, warp / 4 - 1);
+    consumer.run();
+  }
+}
+
+template <class T>
+static __device__ __forceinline__ float hopper_backward_sink(const hopper_backward_call &c, int head) {
+  const int64_t at = head * c.sinks.stride[1];
+  return c.sinks.dtype == SA_F32 ? ((const float *)c.sinks.data)[at]
+                                 : hopper_low<T>(((const uint16_t *)c.sinks.data)[at]);
+}
+
+// The rows of Q, 64 a block: their statistics, and the zeros that the launches after this one count on. The sums of dQ
+// are zeroed where they are added to in any order.
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
+    hopper_backward_rows(const __grid_constant__ hopper_backward_call c) {
+  enum { LANES = WIDTH / 8, AT_ONCE = HOPPER_BACKWARD_ROWS_THREADS / LANES, ROUNDS = 64 / AT_ONCE };
+  __shared__ float part[HOPPER_BACKWARD_ROWS_THREADS / 32];
+  const int blocks = c.padded / 64, flat = blockIdx.x / blocks, first = blockIdx.x % blocks * 64;
+  const int batch = flat / c.heads, head = flat % c.heads, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+  for (int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; n < c.zeroed_count;
+       n += (int64_t)gridDim.x * blockDim.x) {
+    c.zeroed[n] = 0;
+  }
+  if (!c.deterministic) {
+    float4 *sums = (float4 *)(c.dq + (int64_t)blockIdx.x * 64 * WIDTH);
+    for (int n = threadIdx.x; n < 64 * WIDTH / 4; n += HOPPER_BACKWARD_ROWS_THREADS) sums[n] = make_float4(0, 0, 0, 0);
+  }
+  const T *out = hopper_rows<T>(c.out, batch, head), *dout = hopper_rows<T>(c.dout_values, batch, head);
+  const uint64_t *dead_rows =
+      c.plan.dead_rows + sa_device_plane(c.plan, batch, head) * ((c.queries + 63) / 64) + first / 64;
+  const uint64_t dead_bits = first < c.queries ? *dead_rows : ~(uint64_t)0;
+  uint4 x[ROUNDS], y[ROUNDS];
+#pragma unroll
+  for (int n = 0; n < ROUNDS; n++) {
+    const int row = first + n * AT_ONCE + group;
+    x[n] = y[n] = make_uint4(0, 0, 0, 0);
+    if (row >= c.queries || lane * 8 >= c.value_width) continue;
+    x[n] = *(const uint4 *)(out + row * c.out.stride[2] + lane * 8);
+    y[n] = *(const uint4 *)(dout + row * c.dout_values.stride[2] + lane * 8);
+  }
+  float sink_sum = 0;
+#pragma unroll
+  for (int n = 0; n < ROUNDS; n++) {
+    const int row = first + n * AT_ONCE + group;
+    const uint32_t *a = (const uint32_t *)&x[n], *b = (const uint32_t *)&y[n];
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      sum = fmaf(hopper_low<T>(a[i]), hopper_low<T>(b[i]), fmaf(hopper_high<T>(a[i]), hopper_high<T>(b[i]), sum));
+    }
+#pragma unroll
+    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (lane != 0) continue;
+    const bool beyond = row >= c.queries, dead = beyond || dead_bits >> row % 64 & 1;
+    float lse = 0, delta = 0;
+    if (!beyond) {
+      lse = ((const float *)c.lse.data)[batch * c.lse.stride[0] + head * c.lse.stride[1] + row * c.lse.stride[2]];
+      if (c.dlse.data) {
+        delta =
+            -((const float *)c.dlse.data)[batch * c.dlse.stride[0] + head * c.dlse.stride[1] + row * c.dlse.stride[2]];
+      }
+    }
+    if (!dead) delta += sum;
+    if (c.sink_part && !beyond) {
+      // A dead row is all sink.
+      const float share = dead ? 1.f : expf(hopper_backward_sink<T>(c, head) - lse);
+      sink_sum -= share * delta;
+    }
+    const int64_t at = (int64_t)flat * c.padded + hopper_backward_slot(row);
+    // Visible scores that are all -inf are NaN; a dead row has no pair that is not masked, this only keeps it tidy.
+    c.lse_log2[at] = dead ? -INFINITY : lse == -INFINITY ? NAN : -lse * 1.44269504f;
+    c.delta[at] = dead ? 0.f : delta;
+  }
+  if (!c.sink_part) return;
+  sink_sum = hopper_warp_sum_f(sink_sum);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sink_sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int n = 1; n < HOPPER_BACKWARD_ROWS_THREADS / 32; n++) sink_sum += part[n];
+  c.sink_part[blockIdx.x] = sink_sum;
+}
+
+// A head a block: the sum of what its rows gave the sink.
+template <class T>
+__global__ void __launch_bounds__(32) hopper_backward_sinks(const __grid_constant__ hopper_backward_call c) {
+  const int head = blockIdx.x, blocks = c.padded / 64;
+  float sum = 0;
+  for (int64_t n = threadIdx.x; n < (int64_t)c.batch * blocks; n += 32) {
+    sum += c.sink_part[(n / blocks * c.heads + head) * blocks + n % blocks];
+  }
+  sum = hopper_warp_sum_f(sum);
+  if (threadIdx.x > 0) return;
+  if (c.dsinks.dtype == SA_F32) {
+    ((float *)c.dsinks.data)[head * c.dsinks.stride[1]] = sum;
+  } else {
+    ((uint16_t *)c.dsinks.data)[head * c.dsinks.stride[1]] = (uint16_t)pack_halves<T>(sum, 0.f);
+  }
+}
+
+// 64 rows of dQ a block: from sums, chunks as wgmma left them, to halves, row by row. Rows that see no key have no
+// sums.
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(2 * WIDTH) hopper_backward_convert(const __grid_constant__ hopper_backward_call c) {
+  enum { PANELS = WIDTH / SA_PANEL, PIECES = WIDTH / 8 };
+  __shared__ uint32_t halves[64][WIDTH / 2 + 4];
+  const int blocks = c.padded / 64, flat = blockIdx.x / blocks, q64 = blockIdx.x % blocks;
+  const int batch = flat / c.heads, head = flat % c.heads, panel = threadIdx.x / 128, t = threadIdx.x % 128;
+  const int64_t *start = c.plan.row_start + sa_device_plane(c.plan, batch, head) * c.plan.row_tiles + q64 / 2;
+  const bool none = start[0] == start[1];
+  const int chunk = blockIdx.x * PANELS + panel, row = t / 32 * 16 + t % 32 / 4;
+  const float4 *from = (const float4 *)(c.dq + (int64_t)chunk * 4096);
+  uint32_t seen = 0;
+  float4 sums[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) sums[i] = none ? make_float4(0, 0, 0, 0) : from[i * 128 + t];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const uint32_t upper = pack_halves<T>(sums[i].x * c.scale, sums[i].y * c.scale);
+    const uint32_t lower = pack_halves<T>(sums[i].z * c.scale, sums[i].w * c.scale);
+    seen = note_nonfinite<T>(note_nonfinite<T>(seen, upper), lower);
+    halves[row][panel * 32 + i * 4 + t % 4] = upper;
+    halves[row + 8][panel * 32 + i * 4 + t % 4] = lower;
+  }
+  if (seen) c.bad_query[chunk] = *c.flagged = 1;
+  __syncthreads();
+  T *dq = hopper_rows<T>(c.dq_out, batch, head);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int n = i * 2 * WIDTH + threadIdx.x, to = q64 * 64 + n / PIECES, piece = n % PIECES;
+    if (to >= c.queries || piece * 8 >= c.width) continue;
+    *(uint4 *)(dq + to * c.dq_out.stride[2] + piece * 8) = *(const uint4 *)&halves[n / PIECES][piece * 4];
+  }
+}
+
+#endif
