@@ -4,13 +4,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "backend.h"
 #include "kernels/cpu/copy.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/operations.h"
 #include "matmul.h"
+#include "memory.h"
 #include "status.h"
+#include "threads.h"
 
 // Tiers in rising order; the last one that the machine can run is the default.
 static const struct {
@@ -98,6 +101,30 @@ void sa_info(sa_host_info *out) {
 
 double sa_measure_peak(int dtype) {
   return kernels_in_force()->measure_peak(dtype);
+}
+
+enum { READ_PIECE = 1 << 20, READ_PIECES = 512 };  // more than caches hold
+
+static void read_piece(void *memory, int64_t piece, int worker) {
+  kernels_in_force()->read_memory((const char *)memory + piece * READ_PIECE, READ_PIECE);
+}
+
+double sa_measure_read(void) {
+  void *memory = sa_allocate(__func__, (int64_t)READ_PIECE * READ_PIECES);
+  if (!memory) return 0;
+  memset(memory, 1, (size_t)READ_PIECE * READ_PIECES);
+  double best = 0;
+  for (int attempt = 0; attempt < 5; attempt++) {
+    struct timespec from, to;
+    clock_gettime(CLOCK_MONOTONIC, &from);
+    sa_parallel(sa_threads(0), READ_PIECES, read_piece, memory);
+    clock_gettime(CLOCK_MONOTONIC, &to);
+    const double seconds = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
+    const double rate = (double)READ_PIECE * READ_PIECES / seconds;
+    if (rate > best) best = rate;
+  }
+  sa_release(memory);
+  return best;
 }
 
 static const sa_attention_kernels *choose_fused(const sa_problem *p, bool backward) {

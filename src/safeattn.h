@@ -347,6 +347,8 @@ bool sa_interrupted(void);
 int sa_catch_interrupts(bool on);  // SIGINT (Ctrl-C) turns the flag on, or does again what it did before
 // For measurements: fused multiply-adds per second, in flops, of one core, for f32 or f64 on the ISA in force.
 double sa_measure_peak(int dtype);
+// Likewise: bytes per second that the calling thread's threads read together from memory, 0 when there is none to read.
+double sa_measure_read(void);
 
 /*  7. Devices
  *

@@ -51,7 +51,7 @@ static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backwar
   const sa_problem *p = job->p;
   const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
   return (NAME(backward_room)){
-      .packed_query = NAME(take)(room, p->width * NAME(ROW)),
+      .packed_query = NAME(take)(room, NAME(query_room)(p)),
       .packed_dout = NAME(take)(room, p->value_width * NAME(ROW)),
       .query = NAME(take)(room, QUERIES * width),
       .dout = NAME(take)(room, QUERIES * value_width),
@@ -90,7 +90,7 @@ static double NAME(stored_lse)(const NAME(block) * block, int i) {
 // Peaks and sums of a block's rows, as the forward found them.
 static void NAME(gather_again)(const NAME(block) * block, const NAME(backward_room) * room) {
   const sa_problem *p = block->p;
-  NAME(pack_query)(block, room->packed_query);
+  NAME(pack_query)(block, 0, room->packed_query);
   NAME(gathered) again = room->again;
   for (int i = 0; i < QUERIES; i++) {
     again.peak[i] = -(REAL)INFINITY;
@@ -100,7 +100,7 @@ static void NAME(gather_again)(const NAME(block) * block, const NAME(backward_ro
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
     const REAL *key =
-        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, false, room->key_rows, &stride);
+        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few, room->key_rows, &stride);
     memcpy(room->factor, again.peak, sizeof *room->factor * block->vectors * LANES);
     NAME(score)(block, &stretch, key, stride, room->packed_query, &room->stretch, room->factor);
     NAME(soften)(block, stretch.count, room->stretch.scores, room->factor, &again, room->delta, NULL);
@@ -113,7 +113,7 @@ static void NAME(prepare)(void *argument, int64_t item, int worker) {
   const NAME(backward_job) *job = argument;
   const sa_problem *p = job->p;
   const int64_t head = item / job->blocks;
-  const NAME(block) block = NAME(block_at)(p, head / p->heads, head % p->heads, item % job->blocks);
+  const NAME(block) block = NAME(block_at)(p, head / p->heads, head % p->heads, item % job->blocks, 1);
   const NAME(backward_room) room =
       NAME(take_backward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job);
   const int width = (int)p->value_width;
@@ -132,7 +132,7 @@ static void NAME(prepare)(void *argument, int64_t item, int worker) {
     // A row that sees only its sink gives it all its weight.
     NAME(row_scale) scale = {INFINITY, 1, sink, 1};
     if (!dead && coarse) {
-      scale = NAME(scale_row)(&block, room.again.peak[i], room.again.sum[i]);
+      scale = NAME(scale_row)(&block, i, room.again.peak[i], room.again.sum[i]);
     } else if (!dead) {
       const double lse = NAME(stored_lse)(&block, i);
       scale = (NAME(row_scale)){block.plain ? lse * 1.4426950408889634 : lse, 1, lse, exp(sink - lse)};
@@ -187,23 +187,50 @@ static void NAME(give_to_keys)(const NAME(block) * block, int keys, const uint64
   }
 }
 
-// dS^T = P^T (dP^T - delta), masked pairs 0; dropout acts on P in dV and on dP here. `weights` becomes what dV wants.
-static void NAME(differentiate)(const NAME(block) * block, int keys, const uint64_t *visible, const uint64_t *kept,
-                                const REAL *delta, REAL *weights, REAL *dscores) {
-  const NAME(vector) zero = NAME(set)(0), more = NAME(set)((REAL)(1 / (1 - block->p->dropout)));
+// What turns S^T and dP^T into P^T and dS^T; NULL: nothing is masked, everything is kept, no factor.
+typedef struct NAME(pairing) {
+  const uint64_t *visible, *kept;
+  const REAL *base, *factor, *delta;  // [QUERIES]
+} NAME(pairing);
+
+static inline __attribute__((always_inline)) void NAME(differentiate_so)(const NAME(block) * block, int keys,
+                                                                         NAME(pairing) by, bool plain, REAL *scores,
+                                                                         REAL *dscores) {
+  const NAME(vector) unit = NAME(set)(block->unit), zero = NAME(set)(0);
+  const NAME(vector) more = NAME(set)((REAL)(1 / (1 - block->p->dropout)));
   for (int j = 0; j < block->vectors; j++) {
-    const NAME(vector) base = NAME(load)(delta + j * LANES);
-    for (int r = 0; r < keys; r++) {
-      REAL *w = weights + r * NAME(ROW) + j * LANES, *ds = dscores + r * NAME(ROW) + j * LANES;
-      const NAME(vector) weight = NAME(load)(w);
-      NAME(vector) dweight = NAME(load)(ds);
-      if (kept) {
-        dweight = NAME(select)(kept[r] >> (j * LANES), dweight * more, zero);
-        NAME(store)(w, NAME(select)(kept[r] >> (j * LANES), weight * more, zero));
+    const NAME(vector) base = NAME(load)(by.base + j * LANES), delta = NAME(load)(by.delta + j * LANES);
+    const NAME(vector) factor = by.factor ? NAME(load)(by.factor + j * LANES) : zero;
+    REAL *s = scores + j * LANES, *ds = dscores + j * LANES;
+    for (int r = 0; r < keys; r++, s += NAME(ROW), ds += NAME(ROW)) {
+      NAME(vector) x = NAME(load)(s) - base;
+      if (!plain) x = x * unit;
+      NAME(vector) weight = NAME(exp2)(x);
+      if (by.factor) weight = weight * factor;
+      if (by.visible) weight = NAME(select)(by.visible[r] >> (j * LANES), weight, zero);
+      NAME(vector) dweight = NAME(load)(ds), shown = weight;
+      if (by.kept) {
+        dweight = NAME(select)(by.kept[r] >> (j * LANES), dweight * more, zero);
+        shown = NAME(select)(by.kept[r] >> (j * LANES), weight * more, zero);
       }
-      const NAME(vector) dscore = weight * (dweight - base);
-      NAME(store)(ds, visible ? NAME(select)(visible[r] >> (j * LANES), dscore, zero) : dscore);
+      NAME(store)(s, shown);
+      const NAME(vector) dscore = weight * (dweight - delta);
+      NAME(store)(ds, by.visible ? NAME(select)(by.visible[r] >> (j * LANES), dscore, zero) : dscore);
     }
+  }
+}
+
+// P^T in place of S^T, and dS^T = P^T (dP^T - delta) in place of dP^T, both 0 for masked pairs. Dropout acts on P in dV
+// and on dP in dS: `scores` becomes what dV wants.
+static void NAME(differentiate)(const NAME(block) * block, int keys, const NAME(pairing) * by, REAL *scores,
+                                REAL *dscores) {
+  NAME(pairing) own = *by;
+  if (block->plain && !own.visible && !own.kept && !own.factor) {
+    own.visible = own.kept = NULL;
+    own.factor = NULL;
+    NAME(differentiate_so)(block, keys, own, true, scores, dscores);
+  } else {
+    NAME(differentiate_so)(block, keys, own, block->plain, scores, dscores);
   }
 }
 
@@ -250,16 +277,23 @@ static void NAME(add_dbias)(const NAME(backward_job) * job, const NAME(block) * 
   }
 }
 
-// What a step of ALiBi's slope does: the sum of -|j - i - d| dS.
+// What a step of ALiBi's slope does: the sum of -|j - i - d| dS; a stretch's share per query in REAL, then in double.
 static double NAME(slope_gradient)(const NAME(block) * block, const sa_stretch *stretch, const REAL *dscores) {
+  const int64_t origin = block->query + block->p->diagonal;
+  REAL lanes[LANES];
+  for (int i = 0; i < LANES; i++) lanes[i] = (REAL)i;
   double sum = 0;
-  for (int r = 0; r < stretch->count; r++) {
-    const int64_t origin = stretch->first + r - block->query - block->p->diagonal;
-    for (int i = 0; i < block->count; i++) {
-      const int64_t distance = origin > i ? origin - i : i - origin;
+  for (int j = 0; j < block->vectors; j++) {
+    const NAME(vector) offset = NAME(load)(lanes) + NAME(set)((REAL)(j * LANES));
+    NAME(vector) share = NAME(set)(0);
+    for (int r = 0; r < stretch->count; r++) {
+      const NAME(vector) distance = NAME(magnitude)(NAME(set)((REAL)(stretch->first + r - origin)) - offset);
       // A masked pair's dS is 0, and so is its share.
-      sum -= (double)distance * dscores[r * NAME(ROW) + i];
+      share = NAME(fma)(distance, NAME(load)(dscores + r * NAME(ROW) + j * LANES), share);
     }
+    REAL shares[LANES];
+    NAME(store)(shares, share);
+    for (int i = 0; i < LANES; i++) sum -= (double)shares[i];
   }
   return sum;
 }
@@ -279,12 +313,12 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
 
   const uint64_t *visible = NAME(score)(block, stretch, key, key_stride, room->packed_query, &room->stretch, NULL);
   REAL *weights = room->stretch.scores, *dscores = room->dscores;
-  NAME(weigh)(block, keys, visible, room->base, factor ? room->factor : NULL, weights);
   NAME(product)
   (value, value_stride, 1, room->packed_dout, NAME(ROW), dscores, NAME(ROW), keys, columns, value_width, SA_FROM_ZERO,
    NULL, NULL);
   const uint64_t *kept = NAME(keep)(block, stretch, &room->stretch);
-  NAME(differentiate)(block, keys, visible, kept, room->delta, weights, dscores);
+  const NAME(pairing) by = {visible, kept, room->base, factor ? room->factor : NULL, room->delta};
+  NAME(differentiate)(block, keys, &by, weights, dscores);
 
   const int64_t offset = stretch->first - chunk * job->chunk;
   if (p->dv.data) {
@@ -377,8 +411,7 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
     room->delta[i] = absent ? 0 : job->delta[rows + i];
     factor |= room->factor[i] != 1;
   }
-  const double scale = p->scale * (block->plain ? 1.4426950408889634 : 1);
-  NAME(pack)(&p->q, block, (int)p->width, (REAL)scale, dead, room->packed_query);
+  NAME(pack_query)(block, dead, room->packed_query);
   NAME(pack)(&p->dout, block, (int)p->value_width, 1, p->dout.data ? dead : ~UINT64_C(0), room->packed_dout);
   const bool wild_query =
       NAME(copy_rows)(&p->q, block, (int)p->width, (REAL)p->scale, dead, room->query, room->wild_query);
@@ -427,7 +460,7 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
   for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
     double dslope = 0;
     for (int64_t index = 0; index < job->blocks && !sa_interrupt_pending(); index++) {
-      const NAME(block) block = NAME(block_at)(p, batch, head, index);
+      const NAME(block) block = NAME(block_at)(p, batch, head, index, 1);
       NAME(backward_block)(job, &block, chunk, wild_key, room, &dslope);
     }
     if (job->dalibi) job->dalibi[(head * p->batch + batch) * job->chunks + chunk] = dslope;

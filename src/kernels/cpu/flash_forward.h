@@ -55,7 +55,7 @@ static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(blo
   }
 }
 
-// One loop for each of its uses: with the questions inside, it took a third longer.
+// A loop for each of its uses, so that none asks what it is for at every vector.
 static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, const REAL *peak, NAME(gathered) * gathered,
                          REAL *factor, const uint64_t *kept) {
   if (kept)
@@ -100,11 +100,11 @@ static bool NAME(gather)(const NAME(block) * block, int64_t tile_first, int64_t 
     leaked = room->finite + KEYS * padded;
     memset(leaked, 0, sizeof *leaked * QUERIES * padded);
   }
-  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, tile_first, tile_end, STRETCH);
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->each, tile_first, tile_end, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
     const REAL *key =
-        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, false, room->rows, &stride);
+        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few, room->rows, &stride);
     memcpy(room->peak, gathered->peak, sizeof *room->peak * block->vectors * LANES);
     const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, room->peak);
     if (visible) {
@@ -181,14 +181,21 @@ typedef struct NAME(row_scale) {
   double sink;          // the sink's own weight
 } NAME(row_scale);
 
-static NAME(row_scale) NAME(scale_row)(const NAME(block) * block, double peak, double sum) {
+// The sink of row i's head; -inf when there is none.
+static REAL NAME(sink_of)(const NAME(block) * block, int i) {
+  const sa_operand *sinks = &block->p->sinks;
+  REAL sink = -(REAL)INFINITY;
+  if (sinks->data) NAME(read_row)(sa_at(sinks, 0, block->head + i / block->each, 0, 0), sinks->dtype, 1, &sink);
+  return sink;
+}
+
+static NAME(row_scale) NAME(scale_row)(const NAME(block) * block, int i, double peak, double sum) {
   const sa_problem *p = block->p;
   // In natural units, in which a sink near the dtype's largest number does not overflow.
   const double natural = block->plain ? 0.6931471805599453 : 1;
   double top = peak * natural, own = 0;
   if (p->sinks.data) {
-    REAL sink;
-    NAME(read_row)(sa_at(&p->sinks, 0, block->head, 0, 0), p->sinks.dtype, 1, &sink);
+    const REAL sink = NAME(sink_of)(block, i);
     if (sink > top || sink != sink) top = sink;
     own = exp(sink - top);
     sum = sum * exp(peak * natural - top) + own;
@@ -203,27 +210,24 @@ static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered) {
   const sa_problem *p = block->p;
   const int width = (int)p->value_width;
   const int64_t padded = NAME(padded)(width);
-  REAL sink = -(REAL)INFINITY;
-  if (p->sinks.data) NAME(read_row)(sa_at(&p->sinks, 0, block->head, 0, 0), p->sinks.dtype, 1, &sink);
   const double kept = 1 / (1 - p->dropout);
   for (int i = 0; i < block->count; i++) {
-    const int64_t query = block->query + i;
     REAL *o = gathered->o + i * padded;
     const bool dead = !(gathered->alive >> i & 1);
-    NAME(row_scale) row = {INFINITY, 0, sink, 1};
+    NAME(row_scale) row = {INFINITY, 0, NAME(sink_of)(block, i), 1};
     if (dead) {
       memset(o, 0, sizeof *o * width);
     } else {
       const double peak = gathered->peak[i];
-      row = NAME(scale_row)(block, peak, gathered->sum[i]);
+      row = NAME(scale_row)(block, i, peak, gathered->sum[i]);
       // What was gathered is relative to the row's own peak; a larger sink takes it down.
       const double down = row.base == peak ? 1 : exp((peak - row.base) * (block->plain ? 0.6931471805599453 : 1));
       const REAL scale = (REAL)(row.factor * down * kept);
       for (int d = 0; d < width; d++) o[d] *= scale;
     }
-    NAME(write_row)(sa_at(&p->out, block->batch, block->head, query, 0), p->out.dtype, width, o);
-    if (p->lse.data) *(REAL *)sa_at(&p->lse, block->batch, block->head, query, 0) = (REAL)row.lse;
-    if (p->dead.data) *(bool *)sa_at(&p->dead, block->batch, block->head, query, 0) = dead;
+    NAME(write_row)(NAME(row_at)(&p->out, block, i), p->out.dtype, width, o);
+    if (p->lse.data) *(REAL *)NAME(row_at)(&p->lse, block, i) = (REAL)row.lse;
+    if (p->dead.data) *(bool *)NAME(row_at)(&p->dead, block, i) = dead;
     gathered->peak[i] = (REAL)row.base;
     gathered->sum[i] = (REAL)row.factor;
   }
@@ -241,11 +245,11 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_ro
       (sa_at(&p->weights, block->batch, block->head, block->query + i, key), p->weights.dtype, count, row);
     }
   }
-  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles, STRETCH);
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->each, 0, p->plan->col_tiles, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
     const REAL *key =
-        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, false, room->rows, &stride);
+        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few, room->rows, &stride);
     const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, NULL);
     NAME(weigh)(block, stretch.count, visible, gathered->peak, gathered->sum, room->stretch.scores);
     for (int i = 0; i < block->count; i++) {
@@ -259,7 +263,7 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_ro
 
 typedef struct NAME(forward_job) {
   const sa_problem *p;
-  int64_t blocks, parts, tiles_per_part;
+  int64_t blocks, heads, parts, tiles_per_part;  // heads: of a block
   char *rooms;  // one per worker
   int64_t room_bytes;
   char *gathered;  // one per block and part, when the keys are split
@@ -276,7 +280,7 @@ static NAME(forward_room) NAME(take_forward)(sa_room *room, const sa_problem *p)
   const int64_t width = NAME(padded)(p->width);
   const int64_t value_width = NAME(padded)(p->value_width);
   return (NAME(forward_room)){
-      .query = NAME(take)(room, p->width * NAME(ROW)),
+      .query = NAME(take)(room, NAME(query_room)(p)),
       .rows = NAME(take)(room, KEYS * (width > value_width ? width : value_width)),
       .finite = NAME(take)(room, (KEYS + QUERIES) * value_width),
       .factor = NAME(take)(room, QUERIES),
@@ -299,20 +303,15 @@ static NAME(gathered) NAME(part_gathered)(const NAME(forward_job) * job, int64_t
 
 // Item -> block of queries; the last blocks first, since under a causal mask they have the most to do.
 static NAME(block) NAME(item_block)(const NAME(forward_job) * job, int64_t item) {
-  const int64_t index = job->blocks - 1 - item % job->blocks, head = item / job->blocks;
-  return NAME(block_at)(job->p, head / job->p->heads, head % job->p->heads, index);
-}
-
-static void NAME(pack_query)(const NAME(block) * block, REAL *to) {
-  const double scale = block->p->scale * (block->plain ? 1.4426950408889634 : 1);
-  NAME(pack)(&block->p->q, block, (int)block->p->width, (REAL)scale, 0, to);
+  const int64_t index = job->blocks - 1 - item % job->blocks, head = item / job->blocks * job->heads;
+  return NAME(block_at)(job->p, head / job->p->heads, head % job->p->heads, index, job->heads);
 }
 
 static void NAME(forward_whole)(void *argument, int64_t item, int worker) {
   const NAME(forward_job) *job = argument;
   NAME(forward_room) room = NAME(worker_room)(job, worker);
   const NAME(block) block = NAME(item_block)(job, item);
-  NAME(pack_query)(&block, room.query);
+  NAME(pack_query)(&block, 0, room.query);
   NAME(gather_safely)(&block, 0, job->p->plan->col_tiles, &room, &room.own);
   NAME(finish)(&block, &room.own);
   if (job->p->weights.data) NAME(write_weights)(&block, &room, &room.own);
@@ -325,7 +324,7 @@ static void NAME(forward_part)(void *argument, int64_t item, int worker) {
   const int64_t tile = item % job->parts * job->tiles_per_part;
   uint64_t *alive;
   NAME(gathered) gathered = NAME(part_gathered)(job, item, &alive);
-  NAME(pack_query)(&block, room.query);
+  NAME(pack_query)(&block, 0, room.query);
   NAME(gather_safely)(&block, tile, tile + job->tiles_per_part, &room, &gathered);
   *alive = gathered.alive;
 }
@@ -344,18 +343,20 @@ static void NAME(forward_join)(void *argument, int64_t item, int worker) {
   NAME(finish)(&block, &whole);
   if (!job->p->weights.data) return;
   const NAME(forward_room) room = NAME(worker_room)(job, worker);
-  NAME(pack_query)(&block, room.query);
+  NAME(pack_query)(&block, 0, room.query);
   NAME(write_weights)(&block, &room, &whole);
 }
 
 static int NAME(forward)(const sa_problem *p) {
-  NAME(forward_job) job = {.p = p, .blocks = (p->queries + QUERIES - 1) / QUERIES, .parts = 1};
-  const int64_t items = p->batch * p->heads * job.blocks, tiles = p->plan->col_tiles;
+  enum { SHARES = 64 };
+  NAME(forward_job) job = {.p = p, .blocks = (p->queries + QUERIES - 1) / QUERIES, .heads = 1, .parts = 1};
+  if (p->key_heads) job.heads = NAME(heads_together)(p);
+  const int64_t items = p->batch * p->heads / job.heads * job.blocks, tiles = p->plan->col_tiles;
   if (!items) return SA_OK;
   // Few queries against many keys (decoding): the keys are split, by the shape alone, so that the bits do not depend on
   // how many threads there are.
-  if (items < 16 && tiles >= 16) {
-    job.parts = (16 + items - 1) / items;
+  if (items < SHARES && tiles >= 16) {
+    job.parts = (SHARES + items - 1) / items;
     if (job.parts > tiles / 8) job.parts = tiles / 8;
   }
   job.tiles_per_part = (tiles + job.parts - 1) / job.parts;

@@ -42,7 +42,16 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
       }
     }
     const REAL *left = a, *right = b;
+#ifdef TRY_UNROLL
+#pragma GCC unroll 4
+#endif
     for (int k = 0; k < depth; k++) {
+#ifdef TRY_PREFETCH
+      if (!turned && k % 16 == 0) {
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) __builtin_prefetch(left + (rows + i) * a_stride);
+      }
+#endif
       NAME(vector) row[4];
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; j++) row[j] = NAME(load)(right + j * LANES);
@@ -151,21 +160,34 @@ static void NAME(product)(const REAL *a, int64_t a_row, int64_t a_step, const RE
   }
 }
 
+// From so many queries on, products by tiles cost no more than dot products, whose speed is that of memory.
+enum { NAME(FEW) = 8 };
+
 // One block of queries of one head, and how its scores are made.
 typedef struct NAME(block) {
   const sa_problem *p;
   int64_t batch, head, key_head, plane, query;
   int count;    // queries, at most QUERIES
+  int each;     // of one head: a block may hold those of several neighbouring heads, one head after the other
   int vectors;  // of queries
+  bool few;     // queries: scores are then dot products along the width
   bool plain;   // scores are q . k alone; they then carry log2 e in Q's scale
   REAL unit;    // times this, a difference of scores is an exponent of 2
   REAL slope;   // of ALiBi
 } NAME(block);
 
-static NAME(block) NAME(block_at)(const sa_problem *p, int64_t batch, int64_t head, int64_t index) {
+// How many heads a block holds: all that read one key head, when their queries are few and see the same keys, so that K
+// and V are read once for all of them.
+static int64_t NAME(heads_together)(const sa_problem *p) {
+  const int64_t group = p->heads / p->key_heads;
+  const bool alone = p->bias.data || p->alibi.data || p->weights.data || p->dropout > 0 || p->plan->heads != 1;
+  return alone || p->queries * group > QUERIES / 2 ? 1 : group;
+}
+
+static NAME(block) NAME(block_at)(const sa_problem *p, int64_t batch, int64_t head, int64_t index, int64_t heads) {
   const int64_t query = index * QUERIES;
   const int64_t left = p->queries - query;
-  const int count = left < QUERIES ? (int)left : QUERIES;
+  const int each = left < QUERIES ? (int)left : QUERIES, count = each * (int)heads;
   const bool plain = !p->bias.data && !p->alibi.data && p->softcap == 0;
   NAME(block)
   block = {
@@ -176,7 +198,10 @@ static NAME(block) NAME(block_at)(const sa_problem *p, int64_t batch, int64_t he
       .plane = sa_plan_plane(p->plan, batch, head),
       .query = query,
       .count = count,
+      .each = each,
       .vectors = (count + LANES - 1) / LANES,
+      // By the shape alone, so that forward and backward agree to the bit.
+      .few = p->queries * (p->heads / p->key_heads) <= NAME(FEW),
       .plain = plain,
       // In base 2 a bias of the dtype's minimum would overflow to -inf, which is a different number; so scores that
       // take a bias stay in natural units, and one multiplication more turns differences into exponents.
@@ -185,6 +210,11 @@ static NAME(block) NAME(block_at)(const sa_problem *p, int64_t batch, int64_t he
   };
   if (p->alibi.data) NAME(read_row)(sa_at(&p->alibi, 0, head, 0, 0), p->alibi.dtype, 1, &block.slope);
   return block;
+}
+
+// Where row i of a block lies.
+static inline void *NAME(row_at)(const sa_operand *x, const NAME(block) * block, int i) {
+  return sa_at(x, block->batch, block->head + i / block->each, block->query + i % block->each, 0);
 }
 
 // to = from, a square of LANES x LANES, transposed, times factor. Interleaving every row with the one half the square
@@ -221,8 +251,6 @@ static inline void NAME(transpose)(const REAL *from, int64_t from_row, REAL fact
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) NAME(store)(to + i * to_row, row[i]);
 }
-#undef SA_LOW
-#undef SA_HIGH
 
 // to[column][ROW] = factor * rows, transposed: a vector's worth of rows, `from_row` apart.
 static void NAME(turn)(const REAL *rows, int64_t from_row, int width, REAL factor, REAL *to) {
@@ -245,11 +273,75 @@ static void NAME(pack)(const sa_operand *x, const NAME(block) * block, int width
         memset(row, 0, sizeof *row * width);
       else
         NAME(read_row)
-      (sa_at(x, block->batch, block->head, block->query + first + i, 0), x->dtype, width, row);
+      (NAME(row_at)(x, block, first + i), x->dtype, width, row);
     }
     NAME(turn)(rows, SA_FUSED_WIDTH, width, factor, to + first);
   }
 }
+
+// The queries as the scores want them, times scale: packed, or, when they are few, as rows of whole vectors.
+static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, REAL *to) {
+  const sa_operand *q = &block->p->q;
+  const int width = (int)block->p->width;
+  const REAL scale = (REAL)(block->p->scale * (block->plain ? 1.4426950408889634 : 1));
+  if (!block->few) {
+    NAME(pack)(q, block, width, scale, skip, to);
+    return;
+  }
+  for (int i = 0; i < NAME(FEW); i++, to += NAME(padded)(width)) {
+    memset(to, 0, sizeof *to * NAME(columns)(width));
+    if (i >= block->count || skip >> i & 1) continue;
+    NAME(read_row)(NAME(row_at)(q, block, i), q->dtype, width, to);
+    for (int d = 0; d < width; d++) to[d] *= scale;
+  }
+}
+
+// Scores of few queries, to[key][ROW], as dot products along the width: vectors of K meet vectors of Q, and K, which
+// comes from memory, is read once. LANES sums at a time; interleaving and adding, log2(LANES) times over, leaves one
+// sum in each lane.
+enum { NAME(DOT_QUERIES) = LANES < 4 ? LANES : 4, NAME(DOT_KEYS) = LANES / NAME(DOT_QUERIES) };
+
+static __attribute__((noinline)) void NAME(dots)(const REAL *key, int64_t key_stride, int keys, const REAL *query,
+                                                 int64_t query_stride, int queries, int columns, REAL *to) {
+  const NAME(order) low = {SA_LOW}, high = {SA_HIGH};
+  for (int q = 0; q < queries; q += NAME(DOT_QUERIES), query += NAME(DOT_QUERIES) * query_stride) {
+    for (int first = 0; first < keys; first += NAME(DOT_KEYS)) {
+      NAME(vector) sum[LANES];
+      const REAL *row[NAME(DOT_KEYS)];
+#pragma GCC unroll 4
+      for (int r = 0; r < NAME(DOT_KEYS); r++) row[r] = key + (first + r < keys ? first + r : first) * key_stride;
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) sum[i] = NAME(set)(0);
+      for (int d = 0; d < columns; d += LANES) {
+        NAME(vector) x[NAME(DOT_KEYS)];
+#pragma GCC unroll 4
+        for (int r = 0; r < NAME(DOT_KEYS); r++) x[r] = NAME(load)(row[r] + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < NAME(DOT_QUERIES); i++) {
+          const NAME(vector) y = NAME(load)(query + i * query_stride + d);
+#pragma GCC unroll 4
+          for (int r = 0; r < NAME(DOT_KEYS); r++) {
+            sum[r * NAME(DOT_QUERIES) + i] = NAME(fma)(x[r], y, sum[r * NAME(DOT_QUERIES) + i]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int n = LANES / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) {
+          sum[i] = __builtin_shuffle(sum[i], sum[i + n], low) + __builtin_shuffle(sum[i], sum[i + n], high);
+        }
+      }
+      REAL lanes[LANES];
+      NAME(store)(lanes, sum[0]);
+      for (int r = 0; r < NAME(DOT_KEYS) && first + r < keys; r++) {
+        memcpy(to + (first + r) * NAME(ROW) + q, lanes + r * NAME(DOT_QUERIES), sizeof *to * NAME(DOT_QUERIES));
+      }
+    }
+  }
+}
+#undef SA_LOW
+#undef SA_HIGH
 
 // `count` rows of K or V from `first` on: in place where the kernels can read them so, else converted into `room`.
 static const REAL *NAME(rows_of)(const sa_operand *x, const NAME(block) * block, int64_t first, int count, int width,
@@ -354,6 +446,31 @@ static bool NAME(load_bias)(const NAME(block) * block, const sa_stretch *stretch
   return masks;
 }
 
+// S^T of a stretch for few queries, 0 in the lanes beyond them. V's rows, which are wanted next, start on their way.
+static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key, int64_t key_stride,
+                            const REAL *query, REAL *scores) {
+  const sa_operand *v = &block->p->v;
+  const int64_t bytes = block->p->value_width * sa_size_of(v->dtype);
+  for (int r = 0; r < stretch->count; r++) {
+    const char *row = sa_at(v, block->batch, block->key_head, stretch->first + r, 0);
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
+    for (int i = 0; i < block->vectors * LANES; i += LANES) NAME(store)(scores + r * NAME(ROW) + i, NAME(set)(0));
+  }
+  NAME(dots)
+  (key, key_stride, stretch->count, query, NAME(padded)(block->p->width), block->count,
+   NAME(columns)(block->p->width), scores);
+}
+
+// The word of a pattern that holds a key's bits for the block: those of one head, for each of its heads.
+static inline uint64_t NAME(visible_word)(const NAME(block) * block, const uint64_t *words) {
+  const uint64_t word = words[block->query % SA_TILE / QUERIES];
+  if (block->each == block->count) return word;
+  const uint64_t own = word & ((UINT64_C(1) << block->each) - 1);
+  uint64_t all = 0;
+  for (int i = 0; i < block->count; i += block->each) all |= own << i;
+  return all;
+}
+
 // S^T of a stretch into room->scores, masked pairs -inf, in the block's unit. `peak` (may be NULL) is raised to the
 // largest score of each query. Returns the words of visible pairs, or NULL when every pair is visible.
 static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key,
@@ -363,14 +480,17 @@ static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *
   const int columns = block->vectors * LANES;
   const bool hides = p->bias.data && NAME(load_bias)(block, stretch, room->bias);
   const bool masked = stretch->pattern || hides, final = !masked && block->plain;
-  NAME(product)
-  (key, key_stride, 1, packed_query, NAME(ROW), room->scores, NAME(ROW), stretch->count, columns, (int)p->width,
-   SA_FROM_ZERO, NULL, final ? peak : NULL);
-  if (final) return NULL;
+  if (block->few) {
+    NAME(score_few)(block, stretch, key, key_stride, packed_query, room->scores);
+  } else {
+    NAME(product)
+    (key, key_stride, 1, packed_query, NAME(ROW), room->scores, NAME(ROW), stretch->count, columns, (int)p->width,
+     SA_FROM_ZERO, NULL, final ? peak : NULL);
+    if (final) return NULL;
+  }
   if (masked) {
-    const int half = (int)(block->query % SA_TILE / QUERIES);
     for (int r = 0; r < stretch->count; r++) {
-      room->visible[r] = stretch->pattern ? stretch->pattern[r][half] : ~UINT64_C(0);
+      room->visible[r] = stretch->pattern ? NAME(visible_word)(block, stretch->pattern[r]) : ~UINT64_C(0);
     }
   }
   const NAME(vector) nothing = NAME(set)(-(REAL)INFINITY);
@@ -455,6 +575,12 @@ static inline void *sa_room_take(sa_room *room, int64_t bytes) {
 
 static REAL *NAME(take)(sa_room *room, int64_t count) {
   return sa_room_take(room, count * (int64_t)sizeof(REAL));
+}
+
+// What pack_query fills.
+static int64_t NAME(query_room)(const sa_problem *p) {
+  const int64_t packed = p->width * NAME(ROW), rows = NAME(FEW) * NAME(padded)(p->width);
+  return packed > rows ? packed : rows;
 }
 
 static NAME(stretch_room) NAME(take_stretch)(sa_room *room, const sa_problem *p, bool backward) {

@@ -1,0 +1,82 @@
+-- how close the fused kernels come to the definition in f64
+
+local sa = require "safeattn"
+
+local quick = os.getenv "SAFEATTN_QUICK"
+
+-- The largest difference over the largest value, in f64.
+local function distance(a, exact)
+  local largest, size = 0, 0
+  local x, y = a:to("f64"):data(), exact:data()
+  for i = 0, tonumber(exact:numel()) - 1 do
+    local difference = math.abs(x[i] - y[i])
+    assert(difference == difference, "a NaN")
+    largest, size = math.max(largest, difference), math.max(size, math.abs(y[i]))
+  end
+  return largest / size
+end
+
+local function inputs(shape, dtype, factor)
+  local list = {}
+  for n = 1, 4 do list[n] = sa.randn(shape, {seed = n, dtype = "f64"}) end
+  list[1] = (list[1] * factor)
+  local rounded, exact = {}, {}
+  for n = 1, 4 do
+    rounded[n] = list[n]:to(dtype)
+    exact[n] = rounded[n]:to "f64"
+  end
+  return rounded, exact
+end
+
+-- Runs both and gives the distances of out, lse, dq, dk, dv, with the exact results.
+local function compare(shape, dtype, factor)
+  local rounded, exact = inputs(shape, dtype, factor or 1)
+  local run = sa.forward(rounded[1], rounded[2], rounded[3])
+  local truth = sa.forward(exact[1], exact[2], exact[3], {backend = "reference"})
+  assert.equal("fused", run.backend)
+  local g, h = run:backward(rounded[4]), truth:backward(exact[4])
+  return {out = distance(run.out, truth.out), lse = distance(run.lse, truth.lse), dq = distance(g.dq, h.dq),
+    dk = distance(g.dk, h.dk), dv = distance(g.dv, h.dv)}, {out = truth.out, dq = h.dq, dk = h.dk, dv = h.dv}
+end
+
+local function within(distances, limits)
+  for name, limit in pairs(limits) do
+    assert(distances[name] <= limit, ("%s: %.3g, wanted at most %.3g"):format(name, distances[name], limit))
+  end
+end
+
+describe("the fused kernels, against the definition in f64,", function()
+  for _, isa in ipairs(sa.info().isas) do
+    describe("on " .. isa, function()
+      setup(function() assert(sa.isa(isa)) end)
+      teardown(function() sa.isa "auto" end)
+
+      local f32 = {out = 3e-6, lse = 2e-6, dq = 5e-6, dk = 5e-6, dv = 5e-6}
+      for _, shape in ipairs {{1, 1, quick and 256 or 2048, 64}, {1, 2, 300, 128}} do
+        it(("f32 stays within 3e-6, its gradients within 5e-6, at N %d, E %d"):format(shape[3], shape[4]), function()
+          within(compare(shape, "f32"), f32)
+        end)
+      end
+
+      it("f32 stays within 5e-5 with scores of 100", function()
+        within(compare({1, 2, 300, 64}, "f32", 25), {out = 5e-5, lse = 5e-5, dq = 5e-5, dk = 5e-5, dv = 5e-5})
+      end)
+
+      it("f64 stays within 1e-12", function()
+        within(compare({1, 2, 300, 64}, "f64"), {out = 1e-12, lse = 1e-12, dq = 1e-12, dk = 1e-12, dv = 1e-12})
+      end)
+
+      for _, dtype in ipairs {"f16", "bf16"} do
+        it(dtype .. " is no worse than rounding the exact result once more", function()
+          local distances, exact = compare({1, 2, 300, 64}, dtype)
+          for _, name in ipairs {"out", "dv"} do
+            -- An element may be rounded the other way when it lies half way: then it is one step off, twice the half
+            -- step that rounding costs.
+            local once = distance(exact[name]:to(dtype), exact[name])
+            within(distances, {[name] = 2 * once})
+          end
+        end)
+      end
+    end)
+  end
+end)

@@ -1,0 +1,77 @@
+-- few queries against many keys: heads that read one key head go through the kernel together
+
+local sa = require "safeattn"
+local m = sa.mask
+
+local function inputs(queries, keys, dtype)
+  local function random(heads, length, seed) return sa.randn({2, heads, length, 40}, {seed = seed, dtype = dtype}) end
+  return random(8, queries, 1), random(2, keys, 2), random(2, keys, 3), random(8, queries, 4)
+end
+
+local function near(a, b, dtype)
+  local room = dtype == "f32" and 2e-5 or dtype == "f64" and 1e-12 or 2e-2
+  assert.is_true(sa.allclose(a, b, {atol = room, rtol = room, equal_nan = true}))
+end
+
+local cases = {
+  ["no mask"] = function() return {} end,
+  ["bottom-right causality"] = function() return {causal = "bottom-right"} end,
+  ["padding"] = function(_, keys) return {mask = m.padding {keys, 17}} end,
+  ["a window"] = function() return {causal = "bottom-right", window = {100, 0}} end,
+  ["dead rows"] = function(_, keys) return {mask = m.padding {0, keys}} end,
+  ["a mask for each head"] = function(queries, keys)
+    return {mask = m.dense(sa.rand({1, 8, queries, keys}, {seed = 9}):lt(0.5))}
+  end,
+  ["sinks"] = function() return {sinks = sa.randn({8}, {seed = 5})} end,
+  ["softcap"] = function() return {softcap = 5} end,
+  ["a bias"] = function(queries, keys) return {bias = sa.randn({8, queries, keys}, {seed = 6})} end,
+  ["weights on request"] = function() return {weights = true} end,
+}
+
+describe("decoding", function()
+  for _, isa in ipairs(sa.info().isas) do
+    describe("on " .. isa, function()
+      setup(function() assert(sa.isa(isa)) end)
+      teardown(function() sa.isa "auto" end)
+
+      for name, make in pairs(cases) do
+        it("with " .. name .. " is what the definition gives", function()
+          for _, dtype in ipairs {"f32", "f64", "bf16", "f16"} do
+            for _, sizes in ipairs {{1, 3000}, {2, 333}, {5, 130}, {8, 64}} do
+              if dtype == "f32" or sizes[1] == 1 then
+                local q, k, v, dout = inputs(sizes[1], sizes[2], dtype)
+                local options = make(sizes[1], sizes[2])
+                if options.sinks and dtype == "f64" then options.sinks = options.sinks:to "f64" end
+                if options.bias and dtype == "f64" then options.bias = options.bias:to "f64" end
+                local run = sa.forward(q, k, v, options)
+                options.backend = "reference"
+                local exact = sa.forward(q, k, v, options)
+                near(run.out, exact.out, dtype)
+                near(run.lse, exact.lse, dtype == "f64" and dtype or "f32")
+                if run.weights then near(run.weights, exact.weights, dtype) end
+                if dtype == "f32" then
+                  local g, h = run:backward(dout), exact:backward(dout)
+                  for _, gradient in ipairs {"dq", "dk", "dv"} do near(g[gradient], h[gradient], dtype) end
+                end
+              end
+            end
+          end
+        end)
+      end
+
+      it("does not let a masked key's NaN through, to the bit", function()
+        local q, k, v, dout = inputs(1, 3000, "f32")
+        local options = {mask = m.padding {2500, 17}}
+        local clean = sa.forward(q, k, v, options)
+        local gradients = clean:backward(dout)
+        k:narrow(3, 2501, 500):fill(0 / 0)
+        v:narrow(3, 2501, 500):fill(1 / 0)
+        local poisoned = sa.forward(q, k, v, options)
+        local again = poisoned:backward(dout)
+        assert.is_true(sa.equal(clean.out, poisoned.out))
+        assert.is_true(sa.equal(clean.lse, poisoned.lse))
+        for _, gradient in ipairs {"dq", "dk", "dv"} do assert.is_true(sa.equal(gradients[gradient], again[gradient])) end
+      end)
+    end)
+  end
+end)
