@@ -339,8 +339,8 @@ local function bar(name, value, limit, least, unit)
   local reached = least and value >= limit or not least and value <= limit
   record("bars", name, {value = value, bar = limit, reached = reached})
   local scale = unit == "%" and 100 or 1
-  print(("%-66s %8.2f %-3s %s %7.2f   %s"):format(name, value * scale, unit or "x", least and ">=" or "<=", limit * scale,
-    reached and "reached" or "missed"))
+  print(("%-66s %8.2f %-3s %s %7.2f   %s"):format(name, value * scale, unit or "x", least and ">=" or "<=",
+    limit * scale, reached and "reached" or "missed"))
 end
 
 local function peak_bars(name, dtype, width, forward_limit, backward_limit)

@@ -68,7 +68,8 @@ local function chart(options)
   local y = axis(options.y[1], options.y[#options.y], HEIGHT - BOTTOM, TOP, options.logarithmic)
   local parts = {}
   local function add(text, ...) parts[#parts + 1] = text:format(...) end
-  add('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif" font-size="13">', WIDTH, HEIGHT)
+  add('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif" font-size="13">', WIDTH,
+    HEIGHT)
   add('<rect width="%d" height="%d" fill="#ffffff"/>', WIDTH, HEIGHT)
   add('<text x="%d" y="22" font-size="15" fill="#1f2328">%s</text>', LEFT, options.title)
   for _, value in ipairs(options.x) do
@@ -146,8 +147,9 @@ local function draw_densities()
       table.insert(lines[2 * n], {density, backward / dense_backward})
     end
   end
-  chart {file = "docs/images/speed-density.svg", title = ("time over dense, against density: f32, L=S=%d, D64"):format(length),
-    x = {0, 0.2, 0.4, 0.6, 0.8, 1}, y = {0, 0.2, 0.4, 0.6, 0.8, 1, 1.2}, x_name = "share of visible pairs", lines = lines}
+  chart {file = "docs/images/speed-density.svg",
+    title = ("time over dense, against density: f32, L=S=%d, D64"):format(length), x = {0, 0.2, 0.4, 0.6, 0.8, 1},
+    y = {0, 0.2, 0.4, 0.6, 0.8, 1, 1.2}, x_name = "share of visible pairs", lines = lines}
 end
 
 draw_lengths()

@@ -70,7 +70,7 @@ describe("decoding", function()
         local again = poisoned:backward(dout)
         assert.is_true(sa.equal(clean.out, poisoned.out))
         assert.is_true(sa.equal(clean.lse, poisoned.lse))
-        for _, gradient in ipairs {"dq", "dk", "dv"} do assert.is_true(sa.equal(gradients[gradient], again[gradient])) end
+        for _, name in ipairs {"dq", "dk", "dv"} do assert.is_true(sa.equal(gradients[name], again[name])) end
       end)
     end)
   end

@@ -264,7 +264,7 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_ro
 typedef struct NAME(forward_job) {
   const sa_problem *p;
   int64_t blocks, heads, parts, tiles_per_part;  // heads: of a block
-  char *rooms;  // one per worker
+  char *rooms;                                   // one per worker
   int64_t room_bytes;
   char *gathered;  // one per block and part, when the keys are split
   int64_t gathered_bytes;

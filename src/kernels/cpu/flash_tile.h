@@ -42,16 +42,7 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
       }
     }
     const REAL *left = a, *right = b;
-#ifdef TRY_UNROLL
-#pragma GCC unroll 4
-#endif
     for (int k = 0; k < depth; k++) {
-#ifdef TRY_PREFETCH
-      if (!turned && k % 16 == 0) {
-#pragma GCC unroll 6
-        for (int i = 0; i < rows; i++) __builtin_prefetch(left + (rows + i) * a_stride);
-      }
-#endif
       NAME(vector) row[4];
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; j++) row[j] = NAME(load)(right + j * LANES);
@@ -457,8 +448,8 @@ static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch
     for (int i = 0; i < block->vectors * LANES; i += LANES) NAME(store)(scores + r * NAME(ROW) + i, NAME(set)(0));
   }
   NAME(dots)
-  (key, key_stride, stretch->count, query, NAME(padded)(block->p->width), block->count,
-   NAME(columns)(block->p->width), scores);
+  (key, key_stride, stretch->count, query, NAME(padded)(block->p->width), block->count, NAME(columns)(block->p->width),
+   scores);
 }
 
 // The word of a pattern that holds a key's bits for the block: those of one head, for each of its heads.
