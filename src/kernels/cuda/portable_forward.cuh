@@ -22,23 +22,25 @@ typedef struct forward_job {
   uint8_t *part_alive;
 } forward_job;
 
-// FOLD times 16 queries a warp, KEYS keys a step. PACKED: the queries of all heads that share a key head are the rows
-// of a block, which reads keys and values once for all of them.
-template <class Products, int WIDTH_, int VALUE_WIDTH_, int FOLD_, int WARPS_, int KEYS_, int RESIDENT_, bool EXTRAS_,
-          bool PACKED_>
+// FOLD times 16 queries a warp, KEYS keys a step. With one STAGE of shared memory keys are loaded while values are
+// multiplied, and the other way round; with two, both are loaded a step ahead. PACKED: the queries of all heads that
+// share a key head are the rows of a block, which reads keys and values once for all of them.
+template <class Products, int WIDTH_, int VALUE_WIDTH_, int FOLD_, int WARPS_, int KEYS_, int STAGES_, int RESIDENT_,
+          bool EXTRAS_, bool PACKED_>
 struct forward_shape {
   typedef Products products;
   typedef typename Products::element element;
   typedef typename Products::real real;
   static constexpr int WIDTH = WIDTH_, VALUE_WIDTH = VALUE_WIDTH_, FOLD = FOLD_, WARPS = WARPS_, KEYS = KEYS_;
+  static constexpr int STAGES = STAGES_;
   static constexpr int RESIDENT = RESIDENT_;  // blocks a multiprocessor
   static constexpr bool EXTRAS = EXTRAS_, PACKED = PACKED_;
   static constexpr int THREADS = 32 * WARPS, QUERIES = 16 * FOLD * WARPS;
   static constexpr int ROW = WIDTH * (int)sizeof(element), VALUE_ROW = VALUE_WIDTH * (int)sizeof(element);
   static constexpr int UNROLLED = WIDTH / Products::DEPTH < 8 ? WIDTH / Products::DEPTH : 8;
   static constexpr int BLOCKS = KEYS / 8, STEPS = KEYS / Products::DEPTH, COLUMNS = VALUE_WIDTH / 8;
-  static constexpr int KEY_TILE = QUERIES * ROW, VALUE_TILE = KEY_TILE + KEYS * ROW;
-  static constexpr int SHARED = VALUE_TILE + KEYS * VALUE_ROW;
+  static constexpr int KEY_TILE = QUERIES * ROW, VALUE_TILE = KEY_TILE + KEYS * ROW, STAGE = KEYS * (ROW + VALUE_ROW);
+  static constexpr int BAD = KEY_TILE + STAGES * STAGE, SHARED = BAD + 16;
 };
 
 // One block's place.
@@ -447,7 +449,11 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
   }
 
   load_tile<element, C::ROW, C::KEYS, C::THREADS>(shared + C::KEY_TILE, keys, step_key<C>(step), threadIdx.x);
+  if (C::STAGES > 1)
+    load_tile<element, C::VALUE_ROW, C::KEYS, C::THREADS>(shared + C::VALUE_TILE, values, step_key<C>(step),
+                                                          threadIdx.x);
   copy_async_commit();
+  char *stage = shared;
   uint32_t bits[C::FOLD][2] = {};
   load_bits<C>(job, block, step.walk.pattern, bits);
   for (;;) {
@@ -467,17 +473,27 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
 
     copy_async_wait<0>();
     __syncthreads();
-    load_tile<element, C::VALUE_ROW, C::KEYS, C::THREADS>(shared + C::VALUE_TILE, values, key, threadIdx.x);
-    copy_async_commit();
     if (careful && threadIdx.x < (C::KEYS + 31) / 32) bad[threadIdx.x] = 0;
     if (step_advance<C>(step, p.keys) && step.walk.left) load_bits<C>(job, block, step.walk.pattern, bits);
+    char *const key_tile = stage + C::KEY_TILE, *const value_tile = stage + C::VALUE_TILE;
+    if (C::STAGES > 1) {
+      stage = stage == shared ? shared + C::STAGE : shared;
+      if (step.walk.left) {
+        load_tile<element, C::ROW, C::KEYS, C::THREADS>(stage + C::KEY_TILE, keys, step_key<C>(step), threadIdx.x);
+        load_tile<element, C::VALUE_ROW, C::KEYS, C::THREADS>(stage + C::VALUE_TILE, values, step_key<C>(step),
+                                                              threadIdx.x);
+      }
+    } else {
+      load_tile<element, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, values, key, threadIdx.x);
+    }
+    copy_async_commit();
 
     real factor[C::FOLD][2];
     typename P::left weights[C::FOLD][C::STEPS];
     careful_step<C> kept;
     if (!idle) {
       real s[C::FOLD][C::BLOCKS][4];
-      multiply_keys<C, CAREFUL>(shared, shared + C::KEY_TILE, s);
+      multiply_keys<C, CAREFUL>(shared, key_tile, s);
       score<C>(rule, block, key, full, seen, s);
 #pragma unroll
       for (int f = 0; f < C::FOLD; f++)
@@ -496,17 +512,20 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
         for (int n = 0; n < C::STEPS; n++) P::left_of(weights[f][n], &s[f][n * (P::DEPTH / 8)]);
     }
 
-    copy_async_wait<0>();
-    __syncthreads();
-    if (step.walk.left)
-      load_tile<element, C::ROW, C::KEYS, C::THREADS>(shared + C::KEY_TILE, keys, step_key<C>(step), threadIdx.x);
-    copy_async_commit();
+    if (C::STAGES == 1) {
+      copy_async_wait<0>();
+      __syncthreads();
+      if (step.walk.left)
+        load_tile<element, C::ROW, C::KEYS, C::THREADS>(key_tile, keys, step_key<C>(step), threadIdx.x);
+      copy_async_commit();
+    }
     if (careful) {
-      make_finite<element, C::VALUE_ROW, C::KEYS, C::THREADS>(shared + C::VALUE_TILE, bad, threadIdx.x);
+      if (C::STAGES > 1) __syncthreads();
+      make_finite<element, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, bad, threadIdx.x);
       __syncthreads();
     }
     if (!idle) {
-      multiply_values<C, CAREFUL>(weights, shared + C::VALUE_TILE, factor, got.o);
+      multiply_values<C, CAREFUL>(weights, value_tile, factor, got.o);
       if (careful) {
         memcpy(kept.o, got.o, sizeof kept.o);
         add_nonfinite<C>(kept, values.data + key * values.stride, values.stride, values.bytes / (int)sizeof(element),
@@ -741,7 +760,7 @@ static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
     forward_kernel(const __grid_constant__ forward_job job) {
   typedef typename C::real real;
   char *const shared = dynamic_shared<char>();
-  __shared__ uint32_t bad[(C::KEYS + 31) / 32];
+  uint32_t *const bad = (uint32_t *)(shared + C::BAD);  // rows of the values' tile, for the careful pass
   int64_t index = blockIdx.x;
   const int value_part = (int)(index % job.value_parts);
   index /= job.value_parts;
@@ -905,9 +924,9 @@ struct forward_choice;
 template <class P, int WIDTH, bool EXTRAS>
 struct forward_choice_halves {
   static constexpr bool LARGE = WIDTH > 128;
-  static constexpr int FOLD = EXTRAS || LARGE ? 1 : 2, PACKED_RESIDENT = LARGE ? 3 : 6;
-  typedef forward_shape<P, WIDTH, WIDTH, FOLD, 4, 64, 2, EXTRAS, false> whole;
-  typedef forward_shape<P, WIDTH, WIDTH, 1, 1, 64, PACKED_RESIDENT, false, true> packed;
+  static constexpr int FOLD = EXTRAS || LARGE ? 1 : 2, KEYS = LARGE ? 32 : 64, PACKED_RESIDENT = LARGE ? 3 : 6;
+  typedef forward_shape<P, WIDTH, WIDTH, FOLD, 4, KEYS, 2, 2, EXTRAS, false> whole;
+  typedef forward_shape<P, WIDTH, WIDTH, 1, 1, 64, 1, PACKED_RESIDENT, false, true> packed;
 };
 
 template <int WIDTH, bool EXTRAS>
@@ -919,10 +938,10 @@ struct forward_choice<products_f16, WIDTH, EXTRAS> : forward_choice_halves<produ
 template <int WIDTH, bool EXTRAS>
 struct forward_choice<products_f32, WIDTH, EXTRAS> {
   typedef products_f32 P;
-  static constexpr int WARPS = WIDTH == 128 ? 8 : 4, KEYS = WIDTH == 64 ? 64 : WIDTH == 128 ? 32 : 16;
-  static constexpr int RESIDENT = WIDTH == 64 ? 2 : 1, PACKED_RESIDENT = WIDTH == 256 ? 2 : 5;
-  typedef forward_shape<P, WIDTH, WIDTH, 1, WARPS, KEYS, RESIDENT, EXTRAS, false> whole;
-  typedef forward_shape<P, WIDTH, WIDTH, 1, 1, 32, PACKED_RESIDENT, false, true> packed;
+  static constexpr int KEYS = WIDTH == 64 ? 64 : WIDTH == 128 ? 32 : 16, STAGES = WIDTH == 256 ? 1 : 2;
+  static constexpr int RESIDENT = WIDTH == 256 ? 1 : 2, PACKED_RESIDENT = WIDTH == 256 ? 2 : 5;
+  typedef forward_shape<P, WIDTH, WIDTH, 1, 4, KEYS, STAGES, RESIDENT, EXTRAS, false> whole;
+  typedef forward_shape<P, WIDTH, WIDTH, 1, 1, 32, 1, PACKED_RESIDENT, false, true> packed;
 };
 
 // Of 256 columns o would not fit the registers. One kernel for all options is enough.
@@ -931,8 +950,8 @@ struct forward_choice<products_f64, WIDTH, EXTRAS> {
   typedef products_f64 P;
   static constexpr int VALUE_WIDTH = WIDTH == 256 ? 128 : WIDTH, KEYS = WIDTH == 64 ? 32 : 16;
   static constexpr int WARPS = WIDTH == 256 ? 1 : 4, PACKED_RESIDENT = WIDTH == 256 ? 2 : 4;
-  typedef forward_shape<P, WIDTH, VALUE_WIDTH, 1, WARPS, KEYS, 1, true, false> whole;
-  typedef forward_shape<P, WIDTH, VALUE_WIDTH, 1, 1, 16, PACKED_RESIDENT, false, true> packed;
+  typedef forward_shape<P, WIDTH, VALUE_WIDTH, 1, WARPS, KEYS, 1, 1, true, false> whole;
+  typedef forward_shape<P, WIDTH, VALUE_WIDTH, 1, 1, 16, 1, PACKED_RESIDENT, false, true> packed;
 };
 
 // Few enough queries for their heads to share blocks, and nothing but a mask.

@@ -444,18 +444,20 @@ static __device__ __forceinline__ void clear_sum(Sum &c) {
 /*  Tiles of the plan  */
 
 // The tiles of one row (or column) of tiles of the plan, in the order of its list: number `first` to `first` + `count`.
+// A run is read while the one before it is walked, so that its latency is not seen.
 typedef struct tile_walk {
-  const sa_run *next;  // run
+  const sa_run *next;  // run to read
+  sa_run coming;       // read ahead
   int tile, pattern;   // of what comes now
   int in_run;          // tiles of the run still to come, that one included
   int left;            // the same of all
 } tile_walk;
 
 static __device__ __forceinline__ void walk_take_run(tile_walk &walk) {
-  const sa_run run = *walk.next++;
-  walk.tile = run.first;
-  walk.pattern = run.pattern;
-  walk.in_run = run.count;
+  walk.tile = walk.coming.first;
+  walk.pattern = walk.coming.pattern;
+  walk.in_run = walk.coming.count;
+  if (walk.left > walk.in_run) walk.coming = *walk.next++;
 }
 
 static __device__ __forceinline__ int count_tiles(const sa_run *runs, int64_t count) {
@@ -465,15 +467,15 @@ static __device__ __forceinline__ int count_tiles(const sa_run *runs, int64_t co
 }
 
 static __device__ __forceinline__ tile_walk walk_start(const sa_run *runs, int first, int count) {
-  tile_walk walk = {runs, 0, 0, 0, count};
+  tile_walk walk = {runs, {0, 0, 0}, 0, 0, 0, count};
   if (!count) return walk;
-  walk_take_run(walk);
-  while (first >= walk.in_run) {
-    first -= walk.in_run;
-    walk_take_run(walk);
+  sa_run run = *walk.next++;
+  while (first >= run.count) {
+    first -= run.count;
+    run = *walk.next++;
   }
-  walk.tile += first;
-  walk.in_run -= first;
+  walk.coming = {run.first + first, run.count - first, run.pattern};
+  walk_take_run(walk);
   return walk;
 }
 

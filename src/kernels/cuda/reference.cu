@@ -1,4 +1,6 @@
 // attention and its gradients by the definition: plain loops in f64, the oracle of every other kernel on the device
+//
+// It may spill: it is written to be right, not to be fast.
 #include <limits.h>
 
 #include "kernels/cuda/attention.cuh"
