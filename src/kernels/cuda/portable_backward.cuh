@@ -74,14 +74,18 @@ template <class P, int ROW, int BLOCKS, bool SWAPPED, bool CAREFUL>
 static __device__ __forceinline__ void multiply_rows_step(typename P::sum (&sum)[BLOCKS], const char *own, int row,
                                                           const char *other, int step) {
   typename P::left a;
+  typename P::right b[BLOCKS];
   P::template left_rows<ROW, CAREFUL>(a, own, row, step);
 #pragma unroll
   for (int n = 0; n < BLOCKS; n += 2) {
-    typename P::right b[2];
-    P::template right_rows<ROW, CAREFUL>(b, other, 8 * n, step);
-    P::template multiply<SWAPPED>(sum[n], a, b[0]);
-    P::template multiply<SWAPPED>(sum[n + 1], a, b[1]);
+    typename P::right pair[2];
+    P::template right_rows<ROW, CAREFUL>(pair, other, 8 * n, step);
+    b[n] = pair[0], b[n + 1] = pair[1];
   }
+#pragma unroll
+  for (int term = 0; term < P::TERMS; term++)
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++) P::template multiply_term<SWAPPED>(sum[n], a, b[n], term);
 }
 
 template <class P, int ROW, int BLOCKS, bool SWAPPED>
@@ -124,27 +128,37 @@ static __device__ __forceinline__ void multiply_columns(typename P::real (&to)[S
       P::left_of(a[step], &pairs[step * TAKEN]);
     }
   }
+  // Sums that are made side by side: a product waits for the one before it of the same sum, 30 cycles or so.
+  constexpr int ABREAST = P::FRESH ? 4 : 8;
 #pragma unroll
-  for (int n = 0; n < SLICE / 8; n += 2) {
-    typename P::sum sum[2];
-    clear_sum(sum[0]);
-    clear_sum(sum[1]);
-    if constexpr (!P::FRESH) {
+  for (int first = 0; first < SLICE / 8; first += ABREAST) {
+    typename P::sum sum[ABREAST];
 #pragma unroll
-      for (int i = 0; i < 4; i++) sum[0].d[i] = to[n][i], sum[1].d[i] = to[n + 1][i];
+    for (int n = 0; n < ABREAST; n++) {
+      clear_sum(sum[n]);
+      if constexpr (!P::FRESH) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[n].d[i] = to[first + n][i];
+      }
     }
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-      typename P::right b[2];
-      P::template right_columns<ROW, false>(b, tile, step * P::DEPTH, column + 8 * n);
-      P::template multiply<false>(sum[0], a[step], b[0]);
-      P::template multiply<false>(sum[1], a[step], b[1]);
+      typename P::right b[ABREAST];
+#pragma unroll
+      for (int n = 0; n < ABREAST; n += 2) {
+        typename P::right pair[2];
+        P::template right_columns<ROW, false>(pair, tile, step * P::DEPTH, column + 8 * (first + n));
+        b[n] = pair[0], b[n + 1] = pair[1];
+      }
+#pragma unroll
+      for (int term = 0; term < P::TERMS; term++)
+#pragma unroll
+        for (int n = 0; n < ABREAST; n++) P::template multiply_term<false>(sum[n], a[step], b[n], term);
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      to[n][i] = P::FRESH ? to[n][i] + sum[0].value(i) : sum[0].value(i);
-      to[n + 1][i] = P::FRESH ? to[n + 1][i] + sum[1].value(i) : sum[1].value(i);
-    }
+    for (int n = 0; n < ABREAST; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) to[first + n][i] = P::FRESH ? to[first + n][i] + sum[n].value(i) : sum[n].value(i);
   }
 }
 
@@ -253,16 +267,57 @@ static __device__ __forceinline__ uint32_t kept_pairs(const dropout_rule &rule, 
 }
 
 template <class Real>
-static __device__ __forceinline__ Real weight_of(Real score, Real base, Real factor, Real unit, bool visible) {
+static __device__ __forceinline__ Real weight_of(Real score, Real base, Real unit, bool visible) {
   // A base of NaN must not reach a masked pair.
-  return visible ? exp2_of((score - base) * unit) * factor : 0;
+  return visible ? exp2_of((score - base) * unit) : 0;
 }
 
-// dS = P (dP - delta), with dropout's part in dP; 0 for masked pairs.
-template <class Real>
-static __device__ __forceinline__ Real score_gradient(Real weight, Real dweight, Real delta, Real more, bool kept,
-                                                      bool visible) {
-  return visible ? weight * ((kept ? dweight * more : 0) - delta) : 0;
+// Products in place become weights. base_of and factor_of (n, i) are those of the query of element i of block n;
+// factors are only looked at in `coarse` blocks. `full`: all pairs are visible.
+template <bool GENERAL, bool TRANSPOSED, class Real, int BLOCKS, class Base, class Factor>
+static __device__ __forceinline__ void make_weights(const score_rule<Real> &rule, Real (&c)[BLOCKS][4],
+                                                    Real (&slope)[GENERAL ? BLOCKS : 1][4], int64_t query, int64_t key,
+                                                    uint32_t &visible, bool full, bool coarse, const Base &base_of,
+                                                    const Factor &factor_of) {
+  if (!GENERAL && full) {
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) c[n][i] = exp2_of(c[n][i] * rule.factor - base_of(n, i));
+  } else {
+    make_scores<GENERAL, TRANSPOSED>(rule, c, slope, query, key, visible);
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        c[n][i] = weight_of(c[n][i], base_of(n, i), GENERAL ? rule.unit : (Real)1, visible >> (4 * n + i) & 1);
+  }
+  if (!coarse) return;
+#pragma unroll
+  for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) c[n][i] = visible >> (4 * n + i) & 1 ? c[n][i] * factor_of(n, i) : 0;
+}
+
+// dP in place becomes dS = P (dP - delta), 0 for masked pairs, with dropout's part in dP.
+template <bool GENERAL, class Real, int BLOCKS, class Delta>
+static __device__ __forceinline__ void differentiate_weights(const Real (&weights)[BLOCKS][4], Real (&ds)[BLOCKS][4],
+                                                             uint32_t visible, bool full, uint32_t kept, Real more,
+                                                             const Delta &delta_of) {
+  if (!GENERAL && full) {
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) ds[n][i] = weights[n][i] * (ds[n][i] - delta_of(n, i));
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const Real dweight = !GENERAL ? ds[n][i] : kept >> (4 * n + i) & 1 ? ds[n][i] * more : 0;
+      ds[n][i] = visible >> (4 * n + i) & 1 ? weights[n][i] * (dweight - delta_of(n, i)) : 0;
+    }
 }
 
 /*  Keys  */
@@ -362,7 +417,9 @@ static __global__ void __launch_bounds__(32 * WARPS)
 
   const auto compute = [&](const key_step &step, char *stage, bool careful) {
     char *const queries = stage, *const douts = stage + room::STEP_TILE;
-    const Real *base = (const Real *)(stage + 2 * room::STEP_TILE), *factor = base + STEP, *delta = factor + STEP;
+    const Real *base = (const Real *)(stage + 2 * room::STEP_TILE) + 2 * t, *factor = base + STEP,
+               *delta = factor + STEP;
+    const bool coarse = rows.coarse[((batch * p.heads + step.head) * rows.padded + step.first) / BACKWARD_BLOCK] != 0;
     const int64_t key = first_key + warp * 16 + g, query = step.first + 2 * t;
     uint32_t visible = ~0u;
     if (step.pattern != SA_FULL) {
@@ -377,31 +434,25 @@ static __global__ void __launch_bounds__(32 * WARPS)
       const score_rule<Real> rule = score_rule_of<Real>(p, batch, step.head);
       Real slope[GENERAL ? BLOCKS : 1][4];
       multiply_rows<P, ROW, BLOCKS, true>(weights, keys, warp * 16, queries, careful);
-      make_scores<GENERAL, true>(rule, weights, slope, query, key, visible);
-#pragma unroll
-      for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int at = 8 * n + 2 * t + i % 2;
-          weights[n][i] =
-              weight_of(weights[n][i], base[at], factor[at], GENERAL ? rule.unit : 1, visible >> (4 * n + i) & 1);
-        }
+      const bool full = step.pattern == SA_FULL;
+      make_weights<GENERAL, true>(
+          rule, weights, slope, query, key, visible, full, coarse, [&](int n, int i) { return base[8 * n + i % 2]; },
+          [&](int n, int i) { return factor[8 * n + i % 2]; });
       uint32_t kept = ~0u;
       if (GENERAL && p.dropout > 0) kept = kept_pairs<true, BLOCKS>(dropout_rule_of(p, batch, step.head), query, key);
       multiply_rows<P, ROW, BLOCKS, true>(ds, values, warp * 16, douts, careful);
+      differentiate_weights<GENERAL>(weights, ds, visible, full, kept, more,
+                                     [&](int n, int i) { return delta[8 * n + i % 2]; });
+      if constexpr (GENERAL) {
 #pragma unroll
-      for (int n = 0; n < BLOCKS; n++)
+        for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int at = 8 * n + 2 * t + i % 2;
-          const bool seen = visible >> (4 * n + i) & 1, keep = kept >> (4 * n + i) & 1;
-          ds[n][i] = score_gradient(weights[n][i], ds[n][i], delta[at], GENERAL ? more : 1, keep, seen);
-          if constexpr (GENERAL) {
+          for (int i = 0; i < 4; i++) {
             // A masked pair may hold NaN in its slope.
-            if (p.softcap > 0) ds[n][i] = seen ? ds[n][i] * slope[n][i] : 0;
-            weights[n][i] = keep ? weights[n][i] * more : 0;
+            if (p.softcap > 0) ds[n][i] = visible >> (4 * n + i) & 1 ? ds[n][i] * slope[n][i] : 0;
+            weights[n][i] = kept >> (4 * n + i) & 1 ? weights[n][i] * more : 0;
           }
-        }
+      }
     }
     if (careful) {
       __syncthreads();
@@ -535,8 +586,10 @@ struct query_block {
 template <class Real>
 struct lane_rows {
   Real base[2], factor[2], delta[2];
+  bool coarse;
 
   __device__ __forceinline__ void read(const backward_rows<Real> &rows, int64_t at) {
+    coarse = rows.coarse[at / BACKWARD_BLOCK] != 0;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       base[half] = rows.base[at + 8 * half];
@@ -552,33 +605,24 @@ static __device__ __forceinline__ void differentiate_step(const sa_problem &p, c
                                                           const lane_rows<typename P::real> &rows, const char *queries,
                                                           const char *douts, const char *keys, const char *values,
                                                           int64_t batch, int64_t head, int64_t query, int64_t key,
-                                                          bool careful, uint32_t &visible,
+                                                          bool careful, bool full, uint32_t &visible,
                                                           typename P::real (&ds)[BLOCKS][4],
                                                           typename P::real (&slope)[GENERAL ? BLOCKS : 1][4]) {
   typedef typename P::real Real;
   const int row = threadIdx.x / 32 * 16;
   Real s[BLOCKS][4];
   multiply_rows<P, ROW, BLOCKS, false>(s, queries, row, keys, careful);
-  make_scores<GENERAL, false>(rule, s, slope, query, key, visible);
+  make_weights<GENERAL, false>(
+      rule, s, slope, query, key, visible, full, rows.coarse, [&](int, int i) { return rows.base[i / 2]; },
+      [&](int, int i) { return rows.factor[i / 2]; });
   uint32_t kept = ~0u;
   Real more = 1;
   if (GENERAL && p.dropout > 0) {
     kept = kept_pairs<false, BLOCKS>(dropout_rule_of(p, batch, head), query, key);
     more = (Real)(1 / (1 - p.dropout));
   }
-#pragma unroll
-  for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      s[n][i] =
-          weight_of(s[n][i], rows.base[i / 2], rows.factor[i / 2], GENERAL ? rule.unit : 1, visible >> (4 * n + i) & 1);
   multiply_rows<P, ROW, BLOCKS, false>(ds, douts, row, values, careful);
-#pragma unroll
-  for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      ds[n][i] = score_gradient(s[n][i], ds[n][i], rows.delta[i / 2], more, kept >> (4 * n + i) & 1,
-                                visible >> (4 * n + i) & 1);
+  differentiate_weights<GENERAL>(s, ds, visible, full, kept, more, [&](int, int i) { return rows.delta[i / 2]; });
 }
 
 // dQ of 16 WARPS queries of a head, SLICE columns of it, and their shares of dAlibi; from STEP keys at a time.
@@ -633,7 +677,8 @@ static __global__ void __launch_bounds__(32 * WARPS)
       Real slope[GENERAL ? BLOCKS : 1][4];
       const int64_t key = first + 2 * t;
       differentiate_step<P, ROW, BLOCKS, GENERAL>(p, rule, mine, queries, douts, keys, keys + room::STEP_TILE,
-                                                  block.batch, block.head, query, key, careful, visible, ds, slope);
+                                                  block.batch, block.head, query, key, careful, pattern == SA_FULL,
+                                                  visible, ds, slope);
       if constexpr (GENERAL) {
         if (rows.slope_share) {
           Real share[2] = {0, 0};
@@ -763,7 +808,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
       for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          more += weight_of(s[n][2 * half + i], base, (Real)1, rule.unit, visible >> (4 * n + 2 * half + i) & 1);
+          more += weight_of(s[n][2 * half + i], base, rule.unit, visible >> (4 * n + 2 * half + i) & 1);
       sum[half] = sum[half] * exp2_of((peak[half] - base) * rule.unit) + more;
       peak[half] = top;
     }
@@ -875,7 +920,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
     uint32_t visible = block.template visible<BLOCKS>(pattern, offset);
     Real ds[BLOCKS][4], slope[BLOCKS][4];
     differentiate_step<P, ROW, BLOCKS, true>(p, score_rule_of<Real>(p, batch, head), mine, queries, douts, keys, values,
-                                             batch, head, query, key, true, visible, ds, slope);
+                                             batch, head, query, key, true, false, visible, ds, slope);
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++)
 #pragma unroll

@@ -178,11 +178,12 @@ static __device__ __forceinline__ void make_finite(char *tile, uint32_t *bad, in
  *      left_of              a = accumulator blocks (DEPTH / 8 of them, side by side) rounded to the dtype
  *      right_rows<ROW>      b[0], b[1] = the transposes of 16 rows of a tile, from `row` on, columns DEPTH * step ..
  *      right_columns<ROW>   b[0], b[1] = DEPTH rows of a tile, from `row` on, and its columns `column` .. + 15
- *      multiply             sum += a b. SWAPPED: what is a here is b where the forward makes the same product; the
- *                           terms are added in its order, so that the bits are the same
- *      sum                  a block while it is summed; value(n) is its c[n]
- *      total                a block of a sum over tiles: its d[n] is c[n]. It is a sum, unless FRESH: then a total is
- *                           made of fresh sums, one a tile
+ *      multiply_term        adds term number `term` of TERMS of a b to a sum; terms of one sum wait for each other, so
+ *                           those of other sums go between them
+ *      multiply             sum += a b, all terms. SWAPPED: what is a here is b where the forward makes the same
+ * product; the terms are added in its order, so that the bits are the same sum                  a block while it is
+ * summed; value(n) is its c[n] total                a block of a sum over tiles: its d[n] is c[n]. It is a sum, unless
+ * FRESH: then a total is made of fresh sums, one a tile
  *
  *  left_of is for right_columns (their order of the contraction is their own), left_rows is for right_rows. CAREFUL is
  *  for operands that may hold NaN, Inf or numbers that a rounding takes to Inf: f32 alone needs it (products_f32);
@@ -262,6 +263,12 @@ struct products_bf16 : products_16 {
     a.r[2] = pack(c[1][0], c[1][1]), a.r[3] = pack(c[1][2], c[1][3]);
   }
 
+  enum { TERMS = 1 };
+  template <bool SWAPPED>
+  static __device__ __forceinline__ void multiply_term(sum &c, const left &a, const right &b, int) {
+    mma_bf16(c.d, a.r, b.r);
+  }
+
   template <bool SWAPPED = false>
   static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) {
     mma_bf16(c.d, a.r, b.r);
@@ -284,6 +291,12 @@ struct products_f16 : products_16 {
   static __device__ __forceinline__ void left_of(left &a, const float (*c)[4]) {
     a.r[0] = pack(c[0][0], c[0][1]), a.r[1] = pack(c[0][2], c[0][3]);
     a.r[2] = pack(c[1][0], c[1][1]), a.r[3] = pack(c[1][2], c[1][3]);
+  }
+
+  enum { TERMS = 1 };
+  template <bool SWAPPED>
+  static __device__ __forceinline__ void multiply_term(sum &c, const left &a, const right &b, int) {
+    mma_f16(c.d, a.r, b.r);
   }
 
   template <bool SWAPPED = false>
@@ -366,11 +379,18 @@ struct products_f32 {
     split<CAREFUL>(__float_as_uint(c[0][3]), a.big[3], a.small[3]);
   }
 
+  enum { TERMS = 3 };
+  template <bool SWAPPED>
+  static __device__ __forceinline__ void multiply_term(sum &c, const left &a, const right &b, int term) {
+    if (term == 0) mma_tf32(c.small, SWAPPED ? a.big : a.small, SWAPPED ? b.small : b.big);
+    if (term == 1) mma_tf32(c.big, a.big, b.big);
+    if (term == 2) mma_tf32(c.small, SWAPPED ? a.small : a.big, SWAPPED ? b.big : b.small);
+  }
+
   template <bool SWAPPED = false>
   static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) {
-    mma_tf32(c.small, SWAPPED ? a.big : a.small, SWAPPED ? b.small : b.big);
-    mma_tf32(c.small, SWAPPED ? a.small : a.big, SWAPPED ? b.big : b.small);
-    mma_tf32(c.big, a.big, b.big);
+#pragma unroll
+    for (int term = 0; term < TERMS; term++) multiply_term<SWAPPED>(c, a, b, term);
   }
 };
 
@@ -425,14 +445,19 @@ struct products_f64 {
     for (int n = 0; n < 4; n++) a.r[n] = c[0][n];
   }
 
+  enum { TERMS = 2 };
+  template <bool SWAPPED>
+  static __device__ __forceinline__ void multiply_term(sum &c, const left &a, const right &b, int term) {
+    double top[2] = {c.d[0], c.d[1]}, bottom[2] = {c.d[2], c.d[3]};
+    mma_f64(top, a.r[term], b.r[term]);
+    mma_f64(bottom, a.r[term + 2], b.r[term]);
+    c.d[0] = top[0], c.d[1] = top[1], c.d[2] = bottom[0], c.d[3] = bottom[1];
+  }
+
   template <bool SWAPPED = false>
   static __device__ __forceinline__ void multiply(sum &c, const left &a, const right &b) {
-    double top[2] = {c.d[0], c.d[1]}, bottom[2] = {c.d[2], c.d[3]};
-    mma_f64(top, a.r[0], b.r[0]);
-    mma_f64(bottom, a.r[2], b.r[0]);
-    mma_f64(top, a.r[1], b.r[1]);
-    mma_f64(bottom, a.r[3], b.r[1]);
-    c.d[0] = top[0], c.d[1] = top[1], c.d[2] = bottom[0], c.d[3] = bottom[1];
+    multiply_term<SWAPPED>(c, a, b, 0);
+    multiply_term<SWAPPED>(c, a, b, 1);
   }
 };
 
