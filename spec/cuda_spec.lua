@@ -231,4 +231,13 @@ helper.describe_cuda("masks of CUDA tensors", function()
       end
     end
   end)
+
+  it("take ids of documents and blocks from there", function()
+    local ids = sa.tensor({1, 1, 2, -1, 3, 3}, {dtype = "i32"})
+    local keep = sa.rand({2, 3}, {seed = 1}):lt(0.5)
+    for _, make in ipairs {
+      function(place) return sa.mask.documents(ids:to(place)):dense {B = 1, H = 1, L = 6, S = 6} end,
+      function(place) return sa.mask.blocks(keep:to(place), 2):dense {B = 1, H = 1, L = 4, S = 6} end,
+    } do assert.is_true(sa.equal(make("cuda"), make("cpu"))) end
+  end)
 end)

@@ -9,6 +9,7 @@
 #include "cast.h"
 #include "memory.h"
 #include "status.h"
+#include "tensor.h"
 
 /*  Nodes  */
 
@@ -186,19 +187,12 @@ int sa_mask_random(sa_mask **out, double probability, uint64_t seed) {
 
 /*  What constructors read from tensors  */
 
-static int check_tensor_anywhere(const char *function, const char *argument, const sa_tensor *t, int most_dims) {
+static int check_tensor(const char *function, const char *argument, const sa_tensor *t, int most_dims) {
   if (!t) return sa_fail(SA_INVALID, function, "%s: is NULL, wanted a tensor", argument);
   if (!t->data) return sa_fail(SA_INVALID, function, "%s: is empty, wanted a tensor that holds something", argument);
   if (t->ndim < 0 || t->ndim > most_dims)
     return sa_fail(SA_INVALID, function, "%s: has %d dims, wanted at most %d", argument, (int)t->ndim, most_dims);
   return SA_OK;
-}
-
-static int check_tensor(const char *function, const char *argument, const sa_tensor *t, int most_dims) {
-  const int status = check_tensor_anywhere(function, argument, t, most_dims);
-  if (!status && t->device != SA_CPU)
-    return sa_fail(SA_INVALID, function, "%s: is on %s, wanted the cpu", argument, sa_device_name(t->device));
-  return status;
 }
 
 /*  Grids of bits  */
@@ -362,22 +356,21 @@ static int check_bool(const char *function, const char *argument, const sa_tenso
 }
 
 int sa_mask_dense(sa_mask **out, const sa_tensor *visible) {
-  if (check_out(__func__, out) || check_tensor_anywhere(__func__, "visible", visible, 4) ||
+  if (check_out(__func__, out) || check_tensor(__func__, "visible", visible, 4) ||
       check_bool(__func__, "visible", visible, " (a float mask is a bias, or sa_mask_additive)"))
     return SA_INVALID;
   return new_grid(out, __func__, "dense", visible, 1, read_bool, 0);
 }
 
 int sa_mask_blocks(sa_mask **out, const sa_tensor *keep, int64_t size) {
-  if (check_out(__func__, out) || check_tensor_anywhere(__func__, "keep", keep, 4) ||
-      check_bool(__func__, "keep", keep, ""))
+  if (check_out(__func__, out) || check_tensor(__func__, "keep", keep, 4) || check_bool(__func__, "keep", keep, ""))
     return SA_INVALID;
   if (size < 1) return sa_fail(SA_INVALID, __func__, "size: is %lld, wanted at least 1", (long long)size);
   return new_grid(out, __func__, "blocks", keep, size, read_bool, 0);
 }
 
 int sa_mask_additive(sa_mask **out, const sa_tensor *bias, double at_most) {
-  if (check_out(__func__, out) || check_tensor_anywhere(__func__, "bias", bias, 4)) return SA_INVALID;
+  if (check_out(__func__, out) || check_tensor(__func__, "bias", bias, 4)) return SA_INVALID;
   const flag_reader read = float_reader(bias->dtype);
   if (!read)
     return sa_fail(SA_INVALID, __func__, "bias: is %s, wanted f32, f64, f16 or bf16 (for a bool: sa_mask_dense)",
@@ -533,21 +526,20 @@ static int check_ids(const char *function, const char *argument, const sa_tensor
   return SA_OK;
 }
 
-int sa_mask_documents(sa_mask **out, const sa_tensor *query_ids, const sa_tensor *key_ids) {
-  if (check_out(__func__, out) || check_ids(__func__, "key_ids", key_ids)) return SA_INVALID;
-  if (query_ids && check_ids(__func__, "query_ids", query_ids)) return SA_INVALID;
+// From ids on the CPU; query_ids NULL: they are the keys'.
+static int new_documents(sa_mask **out, const char *function, const sa_tensor *query_ids, const sa_tensor *key_ids) {
   const int64_t key_batch = key_ids->ndim == 2 ? key_ids->shape[0] : 1;
   const int64_t query_batch = query_ids && query_ids->ndim == 2 ? query_ids->shape[0] : 1;
   if (query_batch != 1 && key_batch != 1 && query_batch != key_batch)
-    return sa_fail(SA_INVALID, __func__, "query_ids: has %lld batches, wanted 1 or %lld, as key_ids",
+    return sa_fail(SA_INVALID, function, "query_ids: has %lld batches, wanted 1 or %lld, as key_ids",
                    (long long)query_batch, (long long)key_batch);
-  sa_mask *mask = new_mask(__func__, "documents", SA_MASK_DOCUMENTS);
+  sa_mask *mask = new_mask(function, "documents", SA_MASK_DOCUMENTS);
   if (!mask) return SA_NO_MEMORY;
   need_batch(mask, key_batch != 1 ? key_batch : query_batch);
   mask->shared = !query_ids;
   numbering known = {NULL, 0, 0};
-  int status = read_ids(&mask->key_ids, key_ids, &known, true, __func__);
-  if (!status && query_ids) status = read_ids(&mask->query_ids, query_ids, &known, false, __func__);
+  int status = read_ids(&mask->key_ids, key_ids, &known, true, function);
+  if (!status && query_ids) status = read_ids(&mask->query_ids, query_ids, &known, false, function);
   if (mask->shared) mask->query_ids = mask->key_ids;
   sa_release(known.place);
   if (status) {
@@ -556,6 +548,18 @@ int sa_mask_documents(sa_mask **out, const sa_tensor *query_ids, const sa_tensor
   }
   *out = mask;
   return SA_OK;
+}
+
+int sa_mask_documents(sa_mask **out, const sa_tensor *query_ids, const sa_tensor *key_ids) {
+  if (check_out(__func__, out) || check_ids(__func__, "key_ids", key_ids)) return SA_INVALID;
+  if (query_ids && check_ids(__func__, "query_ids", query_ids)) return SA_INVALID;
+  sa_tensor keys = {0}, queries = {0};
+  int status = sa_tensor_on_host(&keys, key_ids);
+  if (!status && query_ids) status = sa_tensor_on_host(&queries, query_ids);
+  if (!status) status = new_documents(out, __func__, query_ids ? &queries : NULL, &keys);
+  sa_tensor_release(&keys);
+  sa_tensor_release(&queries);
+  return status;
 }
 
 /*  The algebra  */
