@@ -4,7 +4,9 @@ local root = assert(io.popen("pwd")):read("*l")
 
 -- Everything here runs as a user's shell would run it: without the variables that this suite may have been given, and
 -- without a network.
+-- CUDA=0: its part is minutes of compiling.
 local clean = "env -u LD_PRELOAD -u SAFEATTN_LIB -u LUA_PATH -u LUA_CPATH -u MAKEFLAGS -u MAKELEVEL -u MFLAGS"
+  .. " CUDA=0"
   .. " http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 "
 
 local function quoted(text) return "'" .. text:gsub("'", "'\\''") .. "'" end
@@ -143,6 +145,29 @@ describe("the Makefile", function()
       assert.matches(" -ffp-contract=off ", line, 1, true)
     end
     assert.matches(" -c -o ", output, 1, true)
+  end)
+
+  it("compiles the CUDA part for the devices that are asked for, or leaves it out", function()
+    local place = "build/none"
+    local function commands(options)
+      return must_run(("make -n BUILD=%s CORE=%s/core.so CUDA_LIBRARY=%s/lua/cuda.so NVCC=nvcc %s")
+        :format(place, place, place, options))
+    end
+    assert.not_matches("nvcc", commands "CUDA=0", 1, true)
+    local portable, hopper = 0, 0
+    for line in commands("CUDA=1"):gmatch "nvcc[^\n]* %-c [^\n]*" do
+      if line:find("/hopper_", 1, true) then
+        hopper = hopper + 1
+        assert.not_matches("sm_80", line, 1, true)
+      else
+        portable = portable + 1
+        assert.matches("arch=compute_80,code=sm_80", line, 1, true)
+        assert.matches("arch=compute_80,code=compute_80", line, 1, true)
+      end
+      assert.matches("sm_90a", line, 1, true)
+    end
+    assert.is_true(portable > 10 and hopper > 0)
+    assert.not_matches("/hopper_", commands "CUDA=1 CUDA_ARCHS=86", 1, true)
   end)
 
   it("compiles again what includes a header that changed", function()
