@@ -203,6 +203,18 @@ bench-gpu: needs-demo
 	@$(IN_TREE) $(LUAJIT) bench/gpu/attention.lua $(BENCH)
 	-@python3 bench/gpu/peers.py build/bench-gpu.json $(PEERS)
 
+##> the same beside PyTorch's SDPA and ONNX Runtime, where Python has them
+.PHONY: bench-peers
+bench-peers: needs-demo
+	@$(MAKE) --no-print-directory $(CORE) $(CDEF)
+	@python3 bench/peers/cpu.py
+
+##> time against length and density, drawn into docs/images
+.PHONY: bench-plots
+bench-plots: needs-demo
+	@$(MAKE) --no-print-directory $(CORE) $(CDEF)
+	@$(IN_TREE) $(LUAJIT) bench/plots.lua
+
 ##> luacheck and clang-format
 .PHONY: lint
 lint: needs-lint

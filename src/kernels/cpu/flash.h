@@ -8,7 +8,7 @@
 //
 // Before including, the ISA's file includes real_f32.h or real_f64.h, says LANES (queries per vector) and TILE_VECTORS
 // (vectors per row of a register tile: 2 or 4), and defines its vectors, as vector.h does in the compiler's own terms.
-// A block is processed against up to KEYS keys at a time (walk.h), which keeps S^T, 32 KiB for float, in the first
+// A block is processed against up to STRETCH keys at a time, SEGMENT or KEYS (walk.h): as many as keep S^T in the first
 // cache beside a tile of K or V.
 
 #include "kernels/cpu/flash_tile.h"

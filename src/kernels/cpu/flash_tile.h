@@ -208,8 +208,7 @@ static inline void *NAME(row_at)(const sa_operand *x, const NAME(block) * block,
   return sa_at(x, block->batch, block->head + i / block->each, block->query + i % block->each, 0);
 }
 
-// to = from, a square of LANES x LANES, transposed, times factor. Interleaving every row with the one half the square
-// below it, log2(LANES) times over, is a transposition.
+// What interleaves the low and the high halves of two vectors.
 typedef BITS NAME(order) __attribute__((vector_size(LANES * sizeof(REAL))));
 #if LANES == 2
 #define SA_LOW 0, 2
@@ -224,23 +223,32 @@ typedef BITS NAME(order) __attribute__((vector_size(LANES * sizeof(REAL))));
 #define SA_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define SA_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #endif
-static inline void NAME(transpose)(const REAL *from, int64_t from_row, REAL factor, REAL *to, int64_t to_row) {
+// The columns of a square of LANES x LANES. Interleaving every row with the one half the square below it, log2(LANES)
+// times over, is a transposition.
+static inline __attribute__((always_inline)) void NAME(columns_of)(const REAL *from, int64_t from_row,
+                                                                   NAME(vector) column[LANES]) {
   const NAME(order) low = {SA_LOW}, high = {SA_HIGH};
-  NAME(vector) row[LANES], next[LANES];
+  NAME(vector) next[LANES];
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) row[i] = NAME(load)(from + i * from_row) * NAME(set)(factor);
+  for (int i = 0; i < LANES; i++) column[i] = NAME(load)(from + i * from_row);
 #pragma GCC unroll 4
   for (int step = 1; step < LANES; step *= 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < LANES / 2; i++) {
-      next[2 * i] = __builtin_shuffle(row[i], row[i + LANES / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(row[i], row[i + LANES / 2], high);
+      next[2 * i] = __builtin_shuffle(column[i], column[i + LANES / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(column[i], column[i + LANES / 2], high);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) row[i] = next[i];
+    for (int i = 0; i < LANES; i++) column[i] = next[i];
   }
+}
+
+// to = from, a square of LANES x LANES, transposed, times factor.
+static inline void NAME(transpose)(const REAL *from, int64_t from_row, REAL factor, REAL *to, int64_t to_row) {
+  NAME(vector) column[LANES];
+  NAME(columns_of)(from, from_row, column);
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) NAME(store)(to + i * to_row, row[i]);
+  for (int i = 0; i < LANES; i++) NAME(store)(to + i * to_row, column[i] * NAME(set)(factor));
 }
 
 // to[column][ROW] = factor * rows, transposed: a vector's worth of rows, `from_row` apart.
@@ -412,12 +420,7 @@ static bool NAME(load_bias)(const NAME(block) * block, const sa_stretch *stretch
   for (int first = 0; first < block->vectors * LANES; first += LANES) {
     if (bias->dtype == DTYPE && bias->stride[3] && first + LANES <= block->count) {
       const REAL *from = sa_at(bias, block->batch, block->head, block->query + first, stretch->first);
-      for (int i = 0; i < LANES; i++) {
-        const REAL *row = from + i * bias->stride[2];
-        masks |= NAME(has_lowest)(row, count);
-        // The rows are pages apart, too far for the hardware to foresee the next stretch.
-        for (int r = 0; r < count; r += 64 / (int)sizeof(REAL)) __builtin_prefetch(row + count + r);
-      }
+      for (int i = 0; i < LANES; i++) masks |= NAME(has_lowest)(from + i * bias->stride[2], count);
       NAME(turn)(from, bias->stride[2], count, 1, to + first);
       continue;
     }
@@ -437,19 +440,24 @@ static bool NAME(load_bias)(const NAME(block) * block, const sa_stretch *stretch
   return masks;
 }
 
-// S^T of a stretch for few queries, 0 in the lanes beyond them. V's rows, which are wanted next, start on their way.
+// S^T of a stretch for few queries, 0 in the lanes beyond them. V's rows, which are wanted next, are called for between
+// the rows of K: all at once they would hold up K.
 static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key, int64_t key_stride,
                             const REAL *query, REAL *scores) {
   const sa_operand *v = &block->p->v;
   const int64_t bytes = block->p->value_width * sa_size_of(v->dtype);
-  for (int r = 0; r < stretch->count; r++) {
-    const char *row = sa_at(v, block->batch, block->key_head, stretch->first + r, 0);
-    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
-    for (int i = 0; i < block->vectors * LANES; i += LANES) NAME(store)(scores + r * NAME(ROW) + i, NAME(set)(0));
+  const int width = NAME(columns)(block->p->width);
+  for (int first = 0; first < stretch->count; first += LANES) {
+    const int count = stretch->count - first < LANES ? stretch->count - first : LANES;
+    for (int r = first; r < first + count; r++) {
+      const char *row = sa_at(v, block->batch, block->key_head, stretch->first + r, 0);
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
+      for (int i = 0; i < block->vectors * LANES; i += LANES) NAME(store)(scores + r * NAME(ROW) + i, NAME(set)(0));
+    }
+    NAME(dots)
+    (key + first * key_stride, key_stride, count, query, NAME(padded)(block->p->width), block->count, width,
+     scores + first * NAME(ROW));
   }
-  NAME(dots)
-  (key, key_stride, stretch->count, query, NAME(padded)(block->p->width), block->count, NAME(columns)(block->p->width),
-   scores);
 }
 
 // The word of a pattern that holds a key's bits for the block: those of one head, for each of its heads.
@@ -462,22 +470,85 @@ static inline uint64_t NAME(visible_word)(const NAME(block) * block, const uint6
   return all;
 }
 
+// The stretch's rows of a bias that can be added as it lies: whole squares of the work's own dtype, and nothing else to
+// do with the scores than to add it. Else NULL.
+static const REAL *NAME(plain_bias)(const NAME(block) * block, const sa_stretch *stretch) {
+  const sa_problem *p = block->p;
+  const sa_operand *bias = &p->bias;
+  if (!bias->data || bias->dtype != DTYPE || !bias->stride[3] || stretch->pattern) return NULL;
+  if (p->softcap > 0 || p->alibi.data || block->count % LANES || stretch->count % LANES) return NULL;
+  const REAL *rows = sa_at(bias, block->batch, block->head, block->query, stretch->first);
+  for (int i = 0; i < block->count; i++) {
+    if (NAME(has_lowest)(rows + i * bias->stride[2], stretch->count)) return NULL;
+  }
+  return rows;
+}
+
+// S^T += bias^T, square by square; `peak` (may be NULL) is raised to the largest of each query.
+static void NAME(add_bias)(const NAME(block) * block, int keys, const REAL *rows, int64_t row, REAL *scores,
+                           REAL *peak) {
+  for (int first = 0; first < block->count; first += LANES, rows += LANES * row) {
+    NAME(vector) top = NAME(set)(-(REAL)INFINITY);
+    if (peak) top = NAME(load)(peak + first);
+    for (int r = 0; r < keys; r += LANES) {
+      NAME(vector) column[LANES];
+      NAME(columns_of)(rows + r, row, column);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) {
+        REAL *at = scores + (r + i) * NAME(ROW) + first;
+        const NAME(vector) s = NAME(load)(at) + column[i];
+        NAME(store)(at, s);
+        top = NAME(max)(s, top);
+      }
+    }
+    if (peak) NAME(store)(peak + first, top);
+  }
+}
+
+// Calls for the part of the bias that the next stretch reads and that belongs to queries [first, end). Its rows are
+// pages apart, too far for the hardware to foresee, and all at once they would wait for one another.
+static void NAME(call_bias)(const NAME(block) * block, const sa_stretch *stretch, int first, int end) {
+  const sa_operand *bias = &block->p->bias;
+  const int64_t bytes = stretch->count * sa_size_of(bias->dtype);
+  for (int i = first; i < end && i < block->count; i++) {
+    const char *row = sa_at(bias, block->batch, block->head, block->query + i, stretch->first);
+    for (int64_t byte = bytes; byte < 2 * bytes; byte += 64) __builtin_prefetch(row + byte);
+  }
+}
+
+// S^T of a stretch, as K and Q alone give it.
+static void NAME(score_product)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key,
+                                int64_t key_stride, const REAL *packed_query, REAL *scores, REAL *peak) {
+  const int columns = block->vectors * LANES, keys = stretch->count;
+  const bool calls = block->p->bias.data && block->p->bias.stride[3];
+  const int step = calls ? 12 : keys;
+  for (int r = 0; r < keys; r += step) {
+    const int rows = keys - r < step ? keys - r : step;
+    NAME(product)
+    (key + r * key_stride, key_stride, 1, packed_query, NAME(ROW), scores + r * NAME(ROW), NAME(ROW), rows, columns,
+     (int)block->p->width, SA_FROM_ZERO, NULL, peak);
+    if (calls) NAME(call_bias)(block, stretch, r * QUERIES / keys, (r + rows) * QUERIES / keys);
+  }
+}
+
 // S^T of a stretch into room->scores, masked pairs -inf, in the block's unit. `peak` (may be NULL) is raised to the
 // largest score of each query. Returns the words of visible pairs, or NULL when every pair is visible.
 static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key,
                                    int64_t key_stride, const REAL *packed_query, const NAME(stretch_room) * room,
                                    REAL *peak) {
   const sa_problem *p = block->p;
-  const int columns = block->vectors * LANES;
-  const bool hides = p->bias.data && NAME(load_bias)(block, stretch, room->bias);
+  const REAL *plain_bias = NAME(plain_bias)(block, stretch);
+  const bool hides = p->bias.data && !plain_bias && NAME(load_bias)(block, stretch, room->bias);
   const bool masked = stretch->pattern || hides, final = !masked && block->plain;
   if (block->few) {
     NAME(score_few)(block, stretch, key, key_stride, packed_query, room->scores);
   } else {
-    NAME(product)
-    (key, key_stride, 1, packed_query, NAME(ROW), room->scores, NAME(ROW), stretch->count, columns, (int)p->width,
-     SA_FROM_ZERO, NULL, final ? peak : NULL);
+    NAME(score_product)(block, stretch, key, key_stride, packed_query, room->scores, final ? peak : NULL);
     if (final) return NULL;
+  }
+  if (plain_bias) {
+    NAME(add_bias)(block, stretch->count, plain_bias, p->bias.stride[2], room->scores, peak);
+    return NULL;
   }
   if (masked) {
     for (int r = 0; r < stretch->count; r++) {

@@ -1,4 +1,6 @@
 // the fused kernels for any machine: vectors of 16 bytes in the compiler's own terms
+//
+// Without a fused multiply-add; some half of the peak of such vectors.
 #define TIER generic
 #define VECTOR_BYTES 16
 

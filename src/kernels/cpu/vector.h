@@ -63,7 +63,8 @@ static inline NAME(vector) NAME(magnitude)(NAME(vector) x) {
   return (NAME(vector))((NAME(bits))x & (~(NAME(bits)){0} >> 1));
 }
 
-// 2^x for x <= 0 or NaN, and 0 where it would be subnormal: those cost 60 times as much in every product they enter.
+// 2^x for x <= 0 or NaN, and 0 below 2^LOWEST_EXPONENT, whose mantissa's worth above the smallest normal number keeps
+// products with such a weight from being subnormal: those cost 60 times as much. A weight that small changes no digit.
 static inline NAME(vector) NAME(exp2)(NAME(vector) x) {
 #if defined(OWN_EXP2)
   return OWN_EXP2(x);
