@@ -1,6 +1,6 @@
 // the backward pass, for one REAL; part of flash.h
 //
-// Reaches 83 to 89 % of the fused multiply-add peak in f32 and 77 to 81 % in f64 (D64 and D128, one core, AVX-512 and
+// Reaches 83 to 89 % of the fused multiply-add peak in f32 and 76 to 81 % in f64 (D64 and D128, one core, AVX-512 and
 // AVX2; bench/attention.lua bars): five products to one pass of exponentials. Short sequences pay for packing and for
 // the rows' constants.
 //

@@ -1,6 +1,6 @@
 // the forward pass, for one REAL; part of flash.h
 //
-// Reaches 81 to 85 % of the fused multiply-add peak in f32 and 72 to 75 % in f64 (D64 and D128, one core, AVX-512 and
+// Reaches 77 to 85 % of the fused multiply-add peak in f32 and 70 to 75 % in f64 (D64 and D128, one core, AVX-512 and
 // AVX2; bench/attention.lua bars). Some 8 % (f64: 12 %) go to the exponentials, which share the ports of the products;
 // the rest is the start and the end of register tiles, and rows of K and V that come from the second cache.
 
