@@ -63,7 +63,7 @@ typedef struct sa_operations {
   int (*layernorm_backward)(const sa_tensor *x, const sa_tensor *weight, double epsilon, const sa_tensor *dy,
                             const sa_tensor *dx, const sa_tensor *dweight, const sa_tensor *dbias);
   // The row-major position of the first id that is neither in base .. base + count - 1 nor *ignore (NULL: none is
-  // ignored), and its value; -1 when there is no such id.
+  // ignored), and its value; -1 when there is no such id; -1 - status when the device could not look.
   int64_t (*stray_id)(const sa_tensor *ids, int64_t base, int64_t count, const int64_t *ignore, int64_t *value);
   int (*embedding)(const sa_tensor *table, const sa_tensor *ids, int64_t base, const sa_tensor *y);
   int (*embedding_backward)(const sa_tensor *ids, int64_t base, const sa_tensor *dy, const sa_tensor *dtable);

@@ -42,7 +42,7 @@ int sa_check_id_range(const char *function, const sa_operations *operations, con
                       int64_t count, const int64_t *ignore) {
   int64_t value;
   const int64_t at = operations->stray_id(ids, base, count, ignore, &value);
-  if (at < 0) return SA_OK;
+  if (at < 0) return (int)(-1 - at);
   char place[SA_MAX_DIMS * 21 + 3];
   describe_place(ids, at, base, place, sizeof place);
   return sa_fail(SA_INVALID, function, "ids: got %lld at %s, wanted %lld .. %lld", (long long)value, place,

@@ -1,4 +1,5 @@
 // the few functions of cuBLAS that the CUDA part asks for, in plain loops: build/emulated/libcublas.so
+#include <stddef.h>
 #include <stdint.h>
 
 #include "cast.h"
@@ -47,6 +48,10 @@ int cublasCreate_v2(void **handle) {
 }
 
 int cublasSetStream_v2(void *, void *) {
+  return 0;
+}
+
+int cublasSetWorkspace_v2(void *, void *, size_t) {
   return 0;
 }
 

@@ -2,168 +2,238 @@
 #include "kernels/cuda/operations.cuh"
 #include "kernels/cuda/walk.cuh"
 
-static __device__ __forceinline__ int64_t read_id(const void *ids, int dtype, int64_t at) {
-  return dtype == SA_I64 ? ((const int64_t *)ids)[at] : ((const int32_t *)ids)[at];
+struct id_list {
+  const void *data;
+  bool wide;  // i64, not i32
+  __device__ __forceinline__ int64_t at(int64_t place) const {
+    return wide ? ((const int64_t *)data)[place] : ((const int32_t *)data)[place];
+  }
+};
+
+static id_list ids_of(const sa_tensor *ids) {
+  id_list made;
+  made.data = ids->data;
+  made.wide = ids->dtype == SA_I64;
+  return made;
 }
 
 /*  Ids  */
 
-struct search_task {
-  const void *ids;
-  int dtype;
-  int64_t base, count, ignore;
+struct stray_task {
+  id_list ids;
+  int64_t base, count, ignored;
   bool ignores;
   unsigned long long *first;
   __device__ void operator()(int64_t i, const int64_t *at) const {
-    const int64_t id = read_id(ids, dtype, at[0]);
-    if (ignores && id == ignore) return;
+    const int64_t id = ids.at(at[0]);
+    if (ignores && id == ignored) return;
     if (id >= base && (uint64_t)id - (uint64_t)base < (uint64_t)count) return;
     atomicMin(first, (unsigned long long)i);
   }
 };
 
-// The element of t at a row-major position.
-static int64_t offset_of(const sa_tensor *t, int64_t position) {
-  int64_t offset = 0;
-  for (int dim = t->ndim - 1; dim >= 0; dim--) {
-    offset += position % t->shape[dim] * t->stride[dim];
-    position /= t->shape[dim];
-  }
-  return offset;
+static int find_stray(const stray_task &task, const sa_strided &walk, int device, int64_t *first) {
+  const char *const name = "sa_embedding";
+  cudaStream_t stream;
+  int status = sa_cuda_use(name, device, &stream);
+  if (!status) status = sa_cuda_check(name, cudaMemsetAsync(task.first, 0xff, sizeof *task.first, stream));
+  if (!status) status = sa_cuda_each<1>(name, device, walk, task);
+  if (!status)
+    status = sa_cuda_check(name, cudaMemcpyAsync(first, task.first, sizeof *first, cudaMemcpyDeviceToHost, stream));
+  return status ? status : sa_cuda_check(name, cudaStreamSynchronize(stream));
 }
 
-static int search(const sa_tensor *ids, const search_task &task, int64_t *at, int64_t *value) {
-  static const char *const name = "sa_embedding";
-  cudaStream_t stream;
-  int status = sa_cuda_use(name, ids->device, &stream);
-  if (!status) status = sa_cuda_check(name, cudaMemsetAsync(task.first, 0xff, sizeof *task.first, stream));
-  if (!status) status = sa_cuda_each<1>(name, ids->device, sa_walk_of(ids, NULL, NULL, NULL, 0, false), task);
-  if (!status)
-    status = sa_cuda_check(name, cudaMemcpyAsync(at, task.first, sizeof *at, cudaMemcpyDeviceToHost, stream));
-  if (!status) status = sa_cuda_check(name, cudaStreamSynchronize(stream));
-  if (status || *at < 0) return status;
-  int64_t id = 0;
-  const int64_t size = sa_element_size(ids->dtype);
-  const char *from = (const char *)ids->data + offset_of(ids, *at) * size;
-  status = sa_cuda_check(name, cudaMemcpyAsync(&id, from, (size_t)size, cudaMemcpyDeviceToHost, stream));
-  if (!status) status = sa_cuda_check(name, cudaStreamSynchronize(stream));
-  *value = ids->dtype == SA_I64 ? id : (int32_t)id;
-  return status;
+static int read_id(const sa_tensor *ids, int64_t position, int64_t *value) {
+  sa_tensor element = *ids, number = {};
+  int64_t offset = 0;
+  for (int dim = ids->ndim - 1; dim >= 0; dim--) {
+    offset += position % ids->shape[dim] * ids->stride[dim];
+    position /= ids->shape[dim];
+  }
+  element.ndim = 0;
+  element.data = (char *)ids->data + offset * sa_element_size(ids->dtype);
+  number.data = value;
+  number.dtype = SA_I64;
+  number.device = SA_CPU;
+  return sa_cuda_copy(&number, &element);
 }
 
 int64_t sa_cuda_stray_id(const sa_tensor *ids, int64_t base, int64_t count, const int64_t *ignore, int64_t *value) {
-  unsigned long long *first = (unsigned long long *)sa_cuda_scratch("sa_embedding", ids->device, sizeof *first);
-  if (!first) return -1;  // what reads the ids next finds the device in the same state, and says so
-  int64_t at = -1;
-  const search_task task = {ids->data, ids->dtype, base, count, ignore ? *ignore : 0, ignore != NULL, first};
-  if (search(ids, task, &at, value)) at = -1;
-  sa_cuda_scratch_release(ids->device, first);
-  return at;
+  const sa_strided walk = sa_walk_of(ids, NULL, NULL, NULL, 0, false);
+  if (walk.numel == 0) return -1;
+  stray_task task = {ids_of(ids), base, count, ignore ? *ignore : 0, ignore != NULL, NULL};
+  task.first = (unsigned long long *)sa_cuda_scratch("sa_embedding", ids->device, sizeof *task.first);
+  if (!task.first) return -1 - SA_NO_MEMORY;
+  int64_t first = -1;
+  int status = find_stray(task, walk, ids->device, &first);
+  sa_cuda_scratch_release(ids->device, task.first);
+  if (!status && first >= 0) status = read_id(ids, first, value);
+  return status ? -1 - status : first;
 }
 
 /*  Rows  */
-
-// The ids with a last dim along which they stay, so that they have the shape of the rows.
-static sa_tensor spread(const sa_tensor *ids, int64_t width) {
-  sa_tensor t = *ids;
-  t.shape[t.ndim] = width;
-  t.stride[t.ndim++] = 0;
-  return t;
-}
 
 template <class T>
 struct gather_task {
   T *y;
   const T *table;
-  const void *ids;
-  int dtype;
-  int64_t base, width, row_step, column_step;
-  __device__ void operator()(int64_t i, const int64_t *at) const {
-    y[at[0]] = table[(read_id(ids, dtype, at[1]) - base) * row_step + i % width * column_step];
+  id_list ids;
+  int64_t base, row_step;
+  __device__ void operator()(int64_t, const int64_t *at) const {
+    y[at[0]] = table[(ids.at(at[1]) - base) * row_step + at[2]];
   }
 };
 
+// A view in the shape of y that repeats itself along all dims, but for the last one with this stride.
+static sa_tensor along_columns(const sa_tensor *y, int64_t stride) {
+  sa_tensor view = *y;
+  for (int dim = 0; dim < y->ndim; dim++) view.stride[dim] = 0;
+  view.stride[y->ndim - 1] = stride;
+  return view;
+}
+
 template <class T>
 static int gather(const sa_tensor *table, const sa_tensor *ids, int64_t base, const sa_tensor *y) {
-  const int64_t width = table->shape[1];
-  const sa_tensor wide = spread(ids, width);
-  return sa_cuda_each<2>("sa_embedding", y->device, sa_walk_of(y, &wide, NULL, NULL, 0, false),
-                         gather_task<T>{(T *)y->data, (const T *)table->data, ids->data, ids->dtype, base, width,
-                                        table->stride[0], table->stride[1]});
+  sa_tensor rows = *ids;
+  rows.ndim = y->ndim;
+  rows.shape[ids->ndim] = y->shape[ids->ndim];
+  rows.stride[ids->ndim] = 0;
+  const sa_tensor columns = along_columns(y, table->stride[1]);
+  const gather_task<T> task = {(T *)y->data, (const T *)table->data, ids_of(ids), base, table->stride[0]};
+  return sa_cuda_each<3>("sa_embedding", y->device, sa_walk_of(y, &rows, &columns), task);
 }
 
 int sa_cuda_embedding(const sa_tensor *table, const sa_tensor *ids, int64_t base, const sa_tensor *y) {
   const int64_t size = sa_element_size(y->dtype);
-  return (size == 2 ? gather<uint16_t> : size == 4 ? gather<uint32_t> : gather<uint64_t>)(table, ids, base, y);
+  return size == 1   ? gather<uint8_t>(table, ids, base, y)
+         : size == 2 ? gather<uint16_t>(table, ids, base, y)
+         : size == 4 ? gather<uint32_t>(table, ids, base, y)
+                     : gather<uint64_t>(table, ids, base, y);
 }
 
-/*  The gradient: a block per row of the table, which adds up the rows of dy that have its id, in their order  */
+/*  The gradient: a row of the table adds up the rows of dy whose id it is, in their order, between the first and the
+ *  last of them
+ */
 
-enum { THREADS = 256 };
+struct range {
+  unsigned long long first;
+  long long last;  // -1: no such id
+};
 
-struct count_task {
-  const void *ids;
-  int dtype;
+struct range_task {
+  id_list ids;
   int64_t base;
-  int *count;
-  __device__ void operator()(int64_t, const int64_t *at) const {
-    atomicAdd(count + (read_id(ids, dtype, at[0]) - base), 1);
+  int64_t *row;  // of the table, for each id in row-major order
+  range *ranges;
+  __device__ void operator()(int64_t i, const int64_t *at) const {
+    const int64_t id = ids.at(at[0]) - base;
+    row[i] = id;
+    atomicMin(&ranges[id].first, (unsigned long long)i);
+    atomicMax(&ranges[id].last, (long long)i);
   }
 };
 
-// The row's sums are kept by its threads, column by column, THREADS columns at a time.
+enum { THREADS = 256, COLUMNS = 4 };  // of a block; that a thread adds up at a time
+
 template <class T>
-static __global__ void __launch_bounds__(THREADS)
-    scatter_kernel(sa_strided places, const void *ids, int ids_dtype, int64_t base, const int *count, const T *dy,
-                   int64_t dy_step, T *table, int64_t rows, int64_t width, int64_t row_step, int64_t column_step) {
-  using C = decltype(sa_wide(T()));
-  __shared__ int64_t from[THREADS];
-  __shared__ bool wanted[THREADS];
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x)
-    for (int64_t first = 0; first < width; first += THREADS) {
-      const int64_t column = first + threadIdx.x;
-      C sum = 0;
-      int left = count[row];
-      for (int64_t i = 0; left > 0; i += THREADS) {
-        int64_t at[2] = {0, 0};
-        const bool inside = i + threadIdx.x < places.numel;
-        if (inside) sa_locate<2>(places, i + threadIdx.x, at);
-        const bool mine = inside && read_id(ids, ids_dtype, at[1]) - base == row;
-        const int found = __syncthreads_count(mine);
-        if (found == 0) continue;
-        wanted[threadIdx.x] = mine;
-        from[threadIdx.x] = at[0];
-        __syncthreads();
-        for (int k = 0; k < THREADS && column < width; k++)
-          if (wanted[k]) sum += sa_wide(dy[from[k] + column * dy_step]);
-        left -= found;
-        __syncthreads();
+struct scatter_job {
+  sa_strided walk;  // over rows of dy
+  const int64_t *row;
+  const range *ranges;
+  const T *dy;
+  T *dtable;
+  int64_t rows, width, dy_step, row_step, column_step;
+};
+
+// The places in dy of those of the ids at positions from .. from + 255 that are `row`, in order; gives their count.
+template <class T>
+static __device__ __forceinline__ int collect(const scatter_job<T> &job, int64_t row, int64_t from, int64_t last,
+                                              int64_t *places, int *counts) {
+  const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+  const int64_t position = from + threadIdx.x;
+  const bool found = position <= last && job.row[position] == row;
+  const unsigned votes = __ballot_sync(~0u, found);
+  if (lane == 0) counts[warp] = __popc(votes);
+  __syncthreads();
+  int before = __popc(votes & ((1u << lane) - 1)), all = 0;
+  for (int k = 0; k < THREADS / 32; k++) {
+    if (k < warp) before += counts[k];
+    all += counts[k];
+  }
+  if (found) sa_locate<1>(job.walk, position, places + before);
+  __syncthreads();
+  return all;
+}
+
+template <class T>
+static __global__ void __launch_bounds__(THREADS) scatter_kernel(const __grid_constant__ scatter_job<T> job) {
+  __shared__ int64_t places[THREADS];
+  __shared__ int counts[THREADS / 32];
+  const int64_t at_once = COLUMNS * THREADS, pieces = (job.width + at_once - 1) / at_once;
+  for (int64_t item = blockIdx.x; item < job.rows * pieces; item += gridDim.x) {
+    const int64_t row = item / pieces, column = item % pieces * at_once + threadIdx.x;
+    const range here = job.ranges[row];
+    decltype(sa_wide(T())) sum[COLUMNS] = {0};
+    for (int64_t from = (int64_t)here.first; here.last >= 0 && from <= here.last; from += THREADS) {
+      const int count = collect(job, row, from, here.last, places, counts);
+      for (int k = 0; k < count; k++) {
+        const T *dy = job.dy + places[k];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+          const int64_t i = column + c * THREADS;
+          if (i < job.width) sum[c] += sa_wide(dy[i * job.dy_step]);
+        }
       }
-      if (column < width) sa_put(table + row * row_step + column * column_step, sum);
+      __syncthreads();
     }
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+      const int64_t i = column + c * THREADS;
+      if (i < job.width) sa_put(job.dtable + row * job.row_step + i * job.column_step, sum[c]);
+    }
+  }
+}
+
+// -1 as a position is beyond all for `first`, and before all for `last`.
+static int find_ranges(const char *name, const sa_tensor *ids, const sa_strided &walk, const range_task &task,
+                       int64_t rows, cudaStream_t stream) {
+  const int status =
+      sa_cuda_check(name, cudaMemsetAsync(task.ranges, 0xff, (size_t)rows * sizeof *task.ranges, stream));
+  return status ? status : sa_cuda_each<1>(name, ids->device, walk, task);
 }
 
 int sa_cuda_embedding_backward(const sa_tensor *ids, int64_t base, const sa_tensor *dy, const sa_tensor *dtable) {
-  static const char *const name = "sa_embedding_backward";
+  const char *const name = "sa_embedding_backward";
   const int64_t rows = dtable->shape[0], width = dtable->shape[1];
   if (rows == 0 || width == 0) return SA_OK;
   cudaStream_t stream;
   int status = sa_cuda_use(name, dy->device, &stream);
   if (status) return status;
-  int *count = (int *)sa_cuda_scratch(name, dy->device, rows * (int64_t)sizeof *count);
-  if (!count) return SA_NO_MEMORY;
-  status = sa_cuda_check(name, cudaMemsetAsync(count, 0, (size_t)rows * sizeof *count, stream));
-  if (!status)
-    status = sa_cuda_each<1>(name, dy->device, sa_walk_of(ids), count_task{ids->data, ids->dtype, base, count});
-  const sa_strided places = sa_walk_of(dy, ids, NULL, NULL, UINT32_C(1) << ids->ndim, false);
+  const sa_strided walk = sa_walk_of(ids, NULL, NULL, NULL, 0, false);
+  const int64_t range_bytes = rows * (int64_t)sizeof(range);
+  char *scratch = (char *)sa_cuda_scratch(name, dy->device, range_bytes + walk.numel * (int64_t)sizeof(int64_t));
+  if (!scratch) return SA_NO_MEMORY;
+  const range_task ranges = {ids_of(ids), base, (int64_t *)(scratch + range_bytes), (range *)scratch};
+  status = find_ranges(name, ids, walk, ranges, rows, stream);
   if (!status)
     status = sa_with_float(dy->dtype, [&](auto t) {
       using T = decltype(t);
-      return sa_cuda_launch(name, scatter_kernel<T>, dim3((unsigned)(rows < 1 << 20 ? rows : 1 << 20)), dim3(THREADS),
-                            0, stream, places, (const void *)ids->data, (int)ids->dtype, base, (const int *)count,
-                            (const T *)dy->data, dy->stride[dy->ndim - 1], (T *)dtable->data, rows, width,
-                            dtable->stride[0], dtable->stride[1]);
+      scatter_job<T> job;
+      job.walk = sa_walk_of(dy, NULL, NULL, NULL, UINT32_C(1) << ids->ndim, false);
+      job.row = ranges.row;
+      job.ranges = ranges.ranges;
+      job.dy = (const T *)dy->data;
+      job.dtable = (T *)dtable->data;
+      job.rows = rows;
+      job.width = width;
+      job.dy_step = dy->stride[ids->ndim];
+      job.row_step = dtable->stride[0];
+      job.column_step = dtable->stride[1];
+      const int64_t pieces = (width + COLUMNS * THREADS - 1) / (COLUMNS * THREADS);
+      return sa_cuda_launch(name, scatter_kernel<T>,
+                            dim3((unsigned)sa_cuda_blocks(dy->device, rows * pieces * THREADS)), dim3(THREADS), 0,
+                            stream, job);
     });
-  sa_cuda_scratch_release(dy->device, count);
+  sa_cuda_scratch_release(dy->device, scratch);
   return status;
 }

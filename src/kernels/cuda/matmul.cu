@@ -14,6 +14,7 @@ static const char *const name = "sa_matmul";
 typedef struct cublasContext *blas_handle;
 enum { NOT_TRANSPOSED = 0, TRANSPOSED = 1, COMPUTE_F32 = 68, COMPUTE_F64 = 70, ANY_ALGORITHM = -1 };
 enum { TYPE_F32 = 0, TYPE_F64 = 1, TYPE_F16 = 2, TYPE_BF16 = 14 };
+enum { MOST_BATCHES = 65535 };  // at a time
 // Real f32, never TF32; halves are added up in f32 to the end.
 enum { MATH_MODE = 16 };
 
@@ -22,12 +23,13 @@ static struct {
   char missing[512];  // why it is not there
   int (*create)(blas_handle *handle);
   int (*set_stream)(blas_handle handle, cudaStream_t stream);
+  int (*set_workspace)(blas_handle handle, void *memory, size_t bytes);
   int (*set_math_mode)(blas_handle handle, int mode);
   const char *(*status_string)(int status);
   int (*multiply)(blas_handle handle, int transposed_a, int transposed_b, int64_t m, int64_t n, int64_t k,
-                  const void *alpha, const void *a, int a_type, int64_t a_step, long long a_batch,
-                  const void *b, int b_type, int64_t b_step, long long b_batch, const void *beta, void *c,
-                  int c_type, int64_t c_step, long long c_batch, int64_t count, int compute, int algorithm);
+                  const void *alpha, const void *a, int a_type, int64_t a_step, long long a_batch, const void *b,
+                  int b_type, int64_t b_step, long long b_batch, const void *beta, void *c, int c_type, int64_t c_step,
+                  long long c_batch, int64_t count, int compute, int algorithm);
 } blas;
 
 static void *open_first(void) {
@@ -62,8 +64,8 @@ static void open_library(void) {
     return;
   }
   if (find(&blas.create, "cublasCreate_v2") && find(&blas.set_stream, "cublasSetStream_v2") &&
-      find(&blas.set_math_mode, "cublasSetMathMode") && find(&blas.status_string, "cublasGetStatusString") &&
-      find(&blas.multiply, "cublasGemmStridedBatchedEx_64"))
+      find(&blas.set_workspace, "cublasSetWorkspace_v2") && find(&blas.set_math_mode, "cublasSetMathMode") &&
+      find(&blas.status_string, "cublasGetStatusString") && find(&blas.multiply, "cublasGemmStridedBatchedEx_64"))
     return;
   snprintf(blas.missing, sizeof blas.missing, "cuBLAS is too old, wanted that of CUDA 12 or newer");
   blas.library = NULL;
@@ -78,7 +80,11 @@ static int check(int status) {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static blas_handle handles[SA_CUDA_DEVICES];
 
-static int take_handle(int device, cudaStream_t stream, blas_handle *handle) {
+// Work memory comes with every product: cuBLAS's own is shared by all streams, and which sums it splits depends on it.
+// 32 MiB are what it wants on Hopper.
+enum { WORKSPACE = 32 << 20 };
+
+static int take_handle(int device, cudaStream_t stream, void *workspace, blas_handle *handle) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, open_library);
   if (!blas.library) return sa_cuda_host->fail(SA_NO_DEVICE, name, "%s", blas.missing);
@@ -89,7 +95,8 @@ static int take_handle(int device, cudaStream_t stream, blas_handle *handle) {
     status = check(blas.create(h));
     if (!status) status = check(blas.set_math_mode(*h, MATH_MODE));
   }
-  if (!status) status = check(blas.set_stream(*h, stream));
+  if (!status) status = check(blas.set_stream(*h, stream));  // which forgets the workspace
+  if (!status) status = check(blas.set_workspace(*h, workspace, WORKSPACE));
   *handle = *h;
   if (status) pthread_mutex_unlock(&lock);
   return status;
@@ -196,13 +203,16 @@ static int multiply(blas_handle handle, const matrix *a, const matrix *b, const 
       for (int t = 0; t < 3; t++) at[t] += rest % batch.shape[dim] * batch.step[t][dim];
       rest /= batch.shape[dim];
     }
-    status = check(
-        blas.multiply(handle, b->by_columns ? TRANSPOSED : NOT_TRANSPOSED, a->by_columns ? TRANSPOSED : NOT_TRANSPOSED,
-                      y->t.shape[column], y->t.shape[row], a->t.shape[column], wide ? (const void *)&one_f64 : &one_f32,
-                      (const char *)b->t.data + at[2] * size, data_type(dtype), b->step, batch.step[2][last],
-                      (const char *)a->t.data + at[1] * size, data_type(dtype), a->step, batch.step[1][last],
-                      wide ? (const void *)&zero_f64 : &zero_f32, (char *)y->t.data + at[0] * size, data_type(dtype),
-                      y->step, batch.step[0][last], inner, wide ? COMPUTE_F64 : COMPUTE_F32, ANY_ALGORITHM));
+    for (int64_t done = 0; !status && done < inner; done += MOST_BATCHES)
+      status = check(blas.multiply(
+          handle, b->by_columns ? TRANSPOSED : NOT_TRANSPOSED, a->by_columns ? TRANSPOSED : NOT_TRANSPOSED,
+          y->t.shape[column], y->t.shape[row], a->t.shape[column], wide ? (const void *)&one_f64 : &one_f32,
+          (const char *)b->t.data + (at[2] + done * batch.step[2][last]) * size, data_type(dtype), b->step,
+          batch.step[2][last], (const char *)a->t.data + (at[1] + done * batch.step[1][last]) * size, data_type(dtype),
+          a->step, batch.step[1][last], wide ? (const void *)&zero_f64 : &zero_f32,
+          (char *)y->t.data + (at[0] + done * batch.step[0][last]) * size, data_type(dtype), y->step,
+          batch.step[0][last], inner - done < MOST_BATCHES ? inner - done : (int64_t)MOST_BATCHES,
+          wide ? COMPUTE_F64 : COMPUTE_F32, ANY_ALGORITHM));
   }
   return status;
 }
@@ -229,11 +239,16 @@ int sa_cuda_matmul(const sa_tensor *a, const sa_tensor *b, const sa_tensor *y) {
   cudaStream_t stream;
   if (!status) status = sa_cuda_use(name, y->device, &stream);
   blas_handle handle = NULL;
-  if (!status) status = take_handle(y->device, stream, &handle);
+  void *workspace = NULL;
+  if (!status) {
+    workspace = sa_cuda_scratch(name, y->device, WORKSPACE);
+    status = workspace ? take_handle(y->device, stream, workspace, &handle) : SA_NO_MEMORY;
+  }
   if (!status) {
     status = multiply(handle, &ma, &mb, &my);
     pthread_mutex_unlock(&lock);
   }
+  if (workspace) sa_cuda_scratch_release(y->device, workspace);
   sa_tensor to = target;
   if (!status && my.packed) status = sa_cuda_copy(&to, &my.t);
   sa_cuda_release(y->device, ma.packed);

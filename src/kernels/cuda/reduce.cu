@@ -53,7 +53,12 @@ static __global__ void __launch_bounds__(SA_GROUP_THREADS) reduce_kernel(reducti
       const int64_t chunk = r.chunks == 1 ? 0 : item / count, first = chunk * r.chunk;
       const int64_t last = first + r.chunk < r.reduced.numel ? first + r.chunk : r.reduced.numel;
       sa_locate<2>(r.results, item - chunk * count, at);
-      for (int64_t i = first + lane; i < last; i += r.group) {
+      const int64_t step = r.reduced.ndim == 1 ? r.reduced.step[0][0] : 0;
+      if (r.reduced.ndim == 1) {
+#pragma unroll 4
+        for (int64_t i = first + lane; i < last; i += r.group) kept = fold(kept, (A)sa_wide(r.x[at[1] + i * step]));
+      }
+      for (int64_t i = first + lane; r.reduced.ndim > 1 && i < last; i += r.group) {
         int64_t inside;
         sa_locate<1>(r.reduced, i, &inside);
         kept = fold(kept, (A)sa_wide(r.x[at[1] + inside]));
@@ -106,7 +111,7 @@ static int reduce(reduction<T, A, Y> r, int device) {
   whole.reduced.ndim = 1;
   whole.reduced.numel = whole.reduced.shape[0] = chunks;
   whole.reduced.step[0][0] = r.results.numel;
-  whole.group = sa_group_size(chunks, r.results.numel, r.results.numel > 1);
+  whole.group = sa_group_size(chunks, r.results.numel, false);
   if (!status) status = run_reduction(whole, device);
   sa_cuda_scratch_release(device, partial);
   return status;

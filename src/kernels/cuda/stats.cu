@@ -76,21 +76,46 @@ int sa_cuda_totals(const sa_tensor *t, double scale, sa_totals *out) {
   return status;
 }
 
-template <class A, class B>
+/*  Comparisons: the dtype is asked for every element, so that there is one kernel for all pairs of them  */
+
+struct elements {
+  const void *data;
+  int dtype;
+
+  __device__ __forceinline__ int64_t integer(int64_t at) const {
+    return dtype == SA_I64   ? ((const int64_t *)data)[at]
+           : dtype == SA_I32 ? ((const int32_t *)data)[at]
+                             : ((const bool *)data)[at];
+  }
+  __device__ __forceinline__ double real(int64_t at) const {
+    switch (dtype) {
+      case SA_F32:
+        return ((const float *)data)[at];
+      case SA_F64:
+        return ((const double *)data)[at];
+      case SA_F16:
+        return sa_wide(((const sa_f16 *)data)[at]);
+      case SA_BF16:
+        return sa_wide(((const sa_bf16 *)data)[at]);
+      default:
+        return (double)integer(at);
+    }
+  }
+};
+
+static bool is_integer(int dtype) {
+  return dtype == SA_BOOL || dtype == SA_I32 || dtype == SA_I64;
+}
+
 struct near_task {
-  const A *a;
-  const B *b;
+  elements a, b;
+  bool integers;
   sa_tolerance wanted;
   int *apart;
-  __device__ static bool near(int64_t x, int64_t y, const sa_tolerance *wanted) {
-    return sa_integers_near(x, y, wanted);
-  }
-  template <class X, class Y>
-  __device__ static bool near(X x, Y y, const sa_tolerance *wanted) {
-    return sa_reals_near((double)x, (double)y, wanted);
-  }
   __device__ void operator()(int64_t, const int64_t *at) const {
-    if (!near(sa_wide(a[at[0]]), sa_wide(b[at[1]]), &wanted)) *apart = 1;
+    const bool near = integers ? sa_integers_near(a.integer(at[0]), b.integer(at[1]), &wanted)
+                               : sa_reals_near(a.real(at[0]), b.real(at[1]), &wanted);
+    if (!near) *apart = 1;
   }
 };
 
@@ -103,15 +128,10 @@ int sa_cuda_all_near(const sa_tensor *a, const sa_tensor *b, const sa_tolerance 
   if (!apart) return SA_NO_MEMORY;
   status = sa_cuda_check(name, cudaMemsetAsync(apart, 0, sizeof *apart, stream));
   const sa_strided walk = sa_walk_of(a, b);
+  const bool integers = is_integer(a->dtype) && is_integer(b->dtype);
   if (!status)
-    status = sa_with_dtype(a->dtype, [&](auto x) {
-      return sa_with_dtype(b->dtype, [&](auto y) {
-        using A = decltype(x);
-        using B = decltype(y);
-        return sa_cuda_each<2>(name, a->device, walk,
-                               near_task<A, B>{(const A *)a->data, (const B *)b->data, *wanted, apart});
-      });
-    });
+    status = sa_cuda_each<2>(name, a->device, walk,
+                             near_task{{a->data, a->dtype}, {b->data, b->dtype}, integers, *wanted, apart});
   if (!status)
     status = sa_cuda_check(name, cudaMemcpyAsync(&found, apart, sizeof found, cudaMemcpyDeviceToHost, stream));
   if (!status) status = sa_cuda_check(name, cudaStreamSynchronize(stream));
