@@ -178,7 +178,7 @@ describe("dropout", function()
       for j = 1, S do v:set(j, j, 1) end
       v = v:view(1, 1, S, S):expand(B, H, S, S)
       for _, probability in ipairs {0.1, 0.5, 0.9} do
-        local wanted = sa.zeros({B * H * L * S})
+        local wanted = sa.zeros({B * H * L * S}, {device = "cpu"})
         local array = wanted:data()
         for i = 0, B * H * L * S - 1 do
           if word(13, i) >= probability * 2 ^ 32 then array[i] = 1 / S / (1 - probability) end

@@ -84,7 +84,7 @@ describe("sa.softmax", function()
 
   it("is what attention does to its scores", function()
     local q, k = sa.randn({1, 2, 6, 8}, {seed = 1}), sa.randn({1, 2, 9, 8}, {seed = 2})
-    local visible = sa.mask.causal "bottom-right":dense {L = 6, S = 9}
+    local visible = sa.mask.causal "bottom-right":dense {L = 6, S = 9}:to(q.device)
     local _, more = sa.sdpa(q, k, k, {mask = visible, weights = true})
     local scores = sa.matmul(q, k:transpose(3, 4)) / math.sqrt(8)
     assert.tensor.near(sa.softmax(sa.where(visible, scores, sa.full({1}, -inf))), more.weights, {atol = 1e-6})

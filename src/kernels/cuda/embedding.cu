@@ -133,7 +133,13 @@ struct range_task {
   }
 };
 
-enum { THREADS = 256, COLUMNS = 4 };  // of a block; that a thread adds up at a time
+enum { THREADS = 256 };  // of a block
+
+// Columns that a thread adds up at a time.
+template <class T>
+struct columns {
+  enum { COUNT = sizeof(decltype(sa_wide(T()))) == 8 ? 2 : 4 };
+};
 
 template <class T>
 struct scatter_job {
@@ -169,6 +175,7 @@ template <class T>
 static __global__ void __launch_bounds__(THREADS) scatter_kernel(const __grid_constant__ scatter_job<T> job) {
   __shared__ int64_t places[THREADS];
   __shared__ int counts[THREADS / 32];
+  enum { COLUMNS = columns<T>::COUNT };
   const int64_t at_once = COLUMNS * THREADS, pieces = (job.width + at_once - 1) / at_once;
   for (int64_t item = blockIdx.x; item < job.rows * pieces; item += gridDim.x) {
     const int64_t row = item / pieces, column = item % pieces * at_once + threadIdx.x;
@@ -229,7 +236,7 @@ int sa_cuda_embedding_backward(const sa_tensor *ids, int64_t base, const sa_tens
       job.dy_step = dy->stride[ids->ndim];
       job.row_step = dtable->stride[0];
       job.column_step = dtable->stride[1];
-      const int64_t pieces = (width + COLUMNS * THREADS - 1) / (COLUMNS * THREADS);
+      const int64_t at_once = columns<T>::COUNT * THREADS, pieces = (width + at_once - 1) / at_once;
       return sa_cuda_launch(name, scatter_kernel<T>,
                             dim3((unsigned)sa_cuda_blocks(dy->device, rows * pieces * THREADS)), dim3(THREADS), 0,
                             stream, job);
