@@ -175,7 +175,7 @@ $(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
 ##> the specs of GPUs on the emulator, and the emulator's own
 .PHONY: test-emulated
 test-emulated: needs-test
-	@$(MAKE) --no-print-directory -j$$(nproc) all emulated
+	@$(MAKE) --no-print-directory -j$$(nproc) all emulated CUDA=0
 	SAFEATTN_CUDA_LIB=$(CURDIR)/$(EMULATED)/cuda.so \
 		SAFEATTN_CUBLAS_LIB=$(CURDIR)/$(EMULATED)/libcublas.so busted -r gpu $(BUSTED_FLAGS)
 	busted spec/emulator_spec.lua

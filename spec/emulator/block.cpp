@@ -121,22 +121,34 @@ void fail(const char *format, ...) {
 
 // SAFEATTN_EMULATED_ORDER: 0 first come first served, 1 last first at the start of a block, others: a seed by which
 // ready threads are picked at random.
+static const long order = setting("SAFEATTN_EMULATED_ORDER", 0);
+
+static void make_ready(thread *t) {
+  block *b = t->home;
+  t->channel = NULL;
+  t->waits = NULL;
+  b->ready[(b->ready_first + b->ready_count++) % MAX_THREADS] = t;
+}
+
+static void one_arrives(block *b) {
+  const bulk_copy copy = std::move(b->arriving.front());
+  b->arriving.pop_front();
+  copy();
+}
+
 static thread *pick(block *b) {
-  static const long order = setting("SAFEATTN_EMULATED_ORDER", 0);
-  static uint64_t state = (uint64_t)order * 0x9e3779b97f4a7c15u;
-  while (b->ready.empty()) {
+  while (!b->ready_count) {
     if (b->arriving.empty()) return NULL;
-    const bulk_copy work = std::move(b->arriving.front());
-    b->arriving.pop_front();
-    work();
+    one_arrives(b);
   }
   if (order > 1) {
+    static uint64_t state = (uint64_t)order * 0x9e3779b97f4a7c15u;
     state = state * 6364136223846793005u + 1442695040888963407u;
-    std::swap(b->ready[(state >> 33) % b->ready.size()], b->ready.front());
+    std::swap(b->ready[(b->ready_first + (state >> 33) % b->ready_count) % MAX_THREADS],
+              b->ready[b->ready_first % MAX_THREADS]);
   }
-  thread *t = b->ready.front();
-  b->ready.pop_front();
-  return t;
+  b->ready_count--;
+  return b->ready[b->ready_first++ % MAX_THREADS];
 }
 
 static void leave(thread *t) {
@@ -158,14 +170,8 @@ void wait(const void *channel, const char *waits, uint64_t detail) {
   leave(t);
 }
 
-static void make_ready(thread *t) {
-  t->channel = NULL;
-  t->waits = NULL;
-  t->home->ready.push_back(t);
-  t->home->idle = 0;
-}
-
 void wake(block *b, const void *channel) {
+  b->idle = 0;
   for (int i = 0; i < b->count; i++) {
     if (b->threads[i].channel == channel) make_ready(&b->threads[i]);
   }
@@ -175,13 +181,9 @@ void pause() {
   thread *t = current();
   block *b = t->home;
   if (++b->idle > 50000000) fail("threads only read the same memory again and again");
-  if (b->ready.empty() && b->arriving.empty()) sched_yield();
-  if (b->ready.empty() && !b->arriving.empty()) {
-    const bulk_copy work = std::move(b->arriving.front());
-    b->arriving.pop_front();
-    work();
-  }
-  b->ready.push_back(t);
+  if (!b->ready_count && !b->arriving.empty()) one_arrives(b);
+  if (!b->ready_count) sched_yield();
+  make_ready(t);
   leave(t);
 }
 
@@ -195,6 +197,7 @@ static void complete(warp *w, gathering *g) {
   if (g->compute) g->compute(g->operand, mask);
   g->mask = 0;
   w->open_count--;
+  b->idle = 0;
   for (int lane = 0; lane < WARP; lane++) {
     if ((mask >> lane & 1) && lanes[lane].channel == g) make_ready(&lanes[lane]);
   }
@@ -330,7 +333,7 @@ static int find_statics(struct dl_phdr_info *info, size_t size, void *argument) 
 struct memory {
   unsigned char *stacks, *shared;
 };
-enum { MAX_THREADS = 1024, PAGE = 4096, SHARED_PAGES = 228 << 10 };
+enum { PAGE = 4096, SHARED_PAGES = 228 << 10 };
 static std::mutex memory_lock;
 static std::vector<memory> memory_kept, memory_all;
 
@@ -448,7 +451,6 @@ static void run_block(block *b, const memory &m, uint3 index) {
     b->warps[i].open_count = 0;
     for (gathering &g : b->warps[i].open) g.mask = 0;
   }
-  static const bool backward = setting("SAFEATTN_EMULATED_ORDER", 0) == 1;
   for (int i = 0; i < b->count; i++) {
     thread *t = &b->threads[i];
     t->home = b;
@@ -459,12 +461,9 @@ static void run_block(block *b, const memory &m, uint3 index) {
     t->channel = NULL;
     t->waits = NULL;
     prepare_stack(t, m.stacks + (size_t)i * STACK_BYTES, i);
-    if (backward) {
-      b->ready.push_front(t);
-    } else {
-      b->ready.push_back(t);
-    }
   }
+  b->ready_first = b->ready_count = 0;
+  for (int i = 0; i < b->count; i++) make_ready(&b->threads[order == 1 ? b->count - 1 - i : i]);
   thread *first = pick(b);
   emulator_switch(&b->host_stack_pointer, first->stack_pointer);
   if (!b->arriving.empty()) {

@@ -12,7 +12,7 @@
 
 namespace emulator {
 
-enum { WARP = 32, NAMED_BARRIERS = 16, SHARED_BASE = 1024, STACK_BYTES = 256 << 10 };
+enum { WARP = 32, NAMED_BARRIERS = 16, SHARED_BASE = 1024, STACK_BYTES = 256 << 10, MAX_THREADS = 1024 };
 
 struct block;
 
@@ -105,7 +105,8 @@ struct block {
   int vote_results[3];
   unsigned char *dynamic, *statics;
   size_t dynamic_bytes, statics_bytes;
-  std::deque<thread *> ready;
+  thread *ready[MAX_THREADS];  // a ring: ready_first, ready_first + 1, ..., ready_count of them
+  unsigned ready_first, ready_count;
   std::deque<bulk_copy> arriving;  // bulk loads under way
   void *host_stack_pointer;
   long idle;  // pauses since something last happened

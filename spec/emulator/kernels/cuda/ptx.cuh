@@ -8,7 +8,7 @@ namespace emulator {
 
 // The halves of a register as floats.
 template <bool F16>
-static inline void halves(uint32_t packed, float *low, float *high) {
+static inline void halves(uint32_t packed, double *low, double *high) {
   *low = F16 ? from_f16((uint16_t)packed) : from_bf16((uint16_t)packed);
   *high = F16 ? from_f16((uint16_t)(packed >> 16)) : from_bf16((uint16_t)(packed >> 16));
 }
@@ -20,7 +20,7 @@ struct mma_operands {
 
 // d[16][8] += a[16][K] b[K][8]; sums are kept in f64 until the end.
 template <int K>
-static inline void multiply(void *const operand[WARP], const float (&a)[16][K], const float (&b)[K][8]) {
+static inline void multiply(void *const operand[WARP], const double (&a)[16][K], const double (&b)[K][8]) {
   double sum[16][8];
   for (int lane = 0; lane < WARP; lane++) {
     const float *d = ((mma_operands *)operand[lane])->d;
@@ -28,7 +28,7 @@ static inline void multiply(void *const operand[WARP], const float (&a)[16][K], 
   }
   for (int i = 0; i < 16; i++) {
     for (int k = 0; k < K; k++) {
-      for (int j = 0; j < 8; j++) sum[i][j] += (double)a[i][k] * (double)b[k][j];
+      for (int j = 0; j < 8; j++) sum[i][j] += a[i][k] * b[k][j];
     }
   }
   for (int lane = 0; lane < WARP; lane++) {
@@ -44,12 +44,12 @@ static inline void need_all(const char *what, uint32_t mask) {
 template <bool F16>
 static void mma_halves(void *const operand[WARP], uint32_t mask) {
   need_all("mma", mask);
-  float a[16][16], b[16][8];
+  double a[16][16], b[16][8];
   for (int lane = 0; lane < WARP; lane++) {
     const mma_operands *mine = (mma_operands *)operand[lane];
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; i++) {
-      float *at = &a[g + i % 2 * 8][2 * t + i / 2 * 8];
+      double *at = &a[g + i % 2 * 8][2 * t + i / 2 * 8];
       halves<F16>(mine->a[i], at, at + 1);
     }
     for (int i = 0; i < 2; i++) halves<F16>(mine->b[i], &b[2 * t + 8 * i][g], &b[2 * t + 8 * i + 1][g]);
@@ -63,7 +63,7 @@ static inline float tf32(uint32_t bits) {
 
 static void mma_tf32s(void *const operand[WARP], uint32_t mask) {
   need_all("mma", mask);
-  float a[16][8], b[8][8];
+  double a[16][8], b[8][8];
   for (int lane = 0; lane < WARP; lane++) {
     const mma_operands *mine = (mma_operands *)operand[lane];
     const int g = lane / 4, t = lane % 4;

@@ -132,10 +132,10 @@ static inline uint32_t pack_halves(float low, float high) {
 template <class T>
 static inline uint32_t note_nonfinite(uint32_t seen, uint32_t pair) {
   constexpr bool f16 = std::is_same<T, __half>::value;
-  float x, y, seen_x, seen_y;
+  double x, y, seen_x, seen_y;
   emulator::halves<f16>(pair, &x, &y);
   emulator::halves<f16>(seen, &seen_x, &seen_y);
-  return pack_halves<T>(x * 0 + seen_x, y * 0 + seen_y);
+  return pack_halves<T>((float)(x * 0 + seen_x), (float)(y * 0 + seen_y));
 }
 
 static inline void store_matrices(uint32_t to, const uint32_t *r) {
