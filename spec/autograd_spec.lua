@@ -337,7 +337,7 @@ describe("backward", function()
       collectgarbage()
       local use = ffi.new("sa_memory_use")
       lib.sa_memory(use)
-      return tonumber(use.bytes)
+      return tonumber(use.bytes + lib.sa_device_bytes())
     end
     local x = sa.zeros({2 ^ 18}, {requires_grad = true})
     local before = bytes()

@@ -1,7 +1,8 @@
 -- casts: every value of the 16-bit floats, every tie between them, and the ends of every range
 
 local ffi = require "ffi"
-local sa = require("spec.helper").sa
+local helper = require "spec.helper"
+local sa = helper.sa
 
 local inf, nan = math.huge, 0 / 0
 local dtypes = {"f32", "f64", "f16", "bf16", "bool", "i32", "i64"}
@@ -28,17 +29,18 @@ end
 
 -- The patterns of a 16-bit tensor, from index 0 on. (Copied: a pointer does not keep its tensor.)
 local function bits_of(t)
-  local bits, list = ffi.cast("const uint16_t *", t:data()), {}
+  local here = t:to("cpu")
+  local bits, list = ffi.cast("const uint16_t *", here:data()), {}
   for n = 0, t:numel() - 1 do list[n] = bits[n] end
   return list
 end
 
 -- A 16-bit tensor that holds the patterns 0 .. 0xffff.
 local function all_patterns(dtype)
-  local t = sa.empty({0x10000}, {dtype = dtype})
+  local t = sa.empty({0x10000}, {dtype = dtype, device = "cpu"})
   local bits = ffi.cast("uint16_t *", t:data())
   for n = 0, 0xffff do bits[n] = n end
-  return t
+  return t:to(helper.device)
 end
 
 local function f64_of(values)
@@ -60,7 +62,8 @@ describe("the 16-bit floats", function()
       local all = all_patterns(dtype)
       for wide, quiet in pairs {f32 = 0x7fc00000, f64 = 0x7ff80000} do
         local widened = all:to(wide)
-        local values, back = widened:data(), bits_of(widened:to(dtype))
+        local here = widened:to("cpu")
+        local values, back = here:data(), bits_of(widened:to(dtype))
         -- the sign, the exponent and the upper bits of the fraction: a NaN is not read as a number, see below
         local upper = ffi.cast("const int32_t *", values) + (wide == "f64" and 1 or 0)
         for n = 0, 0xffff do
@@ -141,9 +144,10 @@ describe("a NaN", function()
   it("is a number in Lua, whatever bits foreign memory has for it", function()
     for dtype, size in pairs {f32 = 4, f64 = 8, f16 = 2, bf16 = 2} do
       for upper = 0xf8, 0xff do
-        local t = sa.zeros({3}, {dtype = dtype})
+        local t = sa.zeros({3}, {dtype = dtype, device = "cpu"})
         local bytes = ffi.cast("uint8_t *", t:data())
         for n = 0, 3 * size - 1 do bytes[n] = n % size == size - 1 and 0xff or upper end
+        t = t:to(helper.device)
         local function is_nan(x)
           assert.equal("number", type(x))
           assert.is_true(x ~= x)

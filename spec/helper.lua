@@ -20,11 +20,12 @@ assert:register("assertion", "tensor_same", function(state, arguments)
   return not problem
 end)
 
---- Calls fn(...), which must raise; gives the message without its position.
+--- Calls fn(...), which must raise; gives the message without its position, and without the device under test.
 function helper.message_of(fn, ...)
   local succeeded, problem = pcall(fn, ...)
   assert(not succeeded, "expected an error")
-  return (tostring(problem):gsub("^[^\n]-:%d+: ", ""))
+  local message = tostring(problem):gsub("^[^\n]-:%d+: ", "")
+  return helper.device == "cpu" and message or (message:gsub(" on cuda:0", ""))
 end
 
 -- Devices

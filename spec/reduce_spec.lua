@@ -7,9 +7,10 @@ local inf, nan = math.huge, 0 / 0
 
 -- The definition over a [a,b,c] tensor: fn(accumulated, x) folds the elements whose dim is reduced.
 local function folded(x, reduced, start, fn)
+  x = x:to("cpu") -- an element at a time
   local shape = {}
   for d = 1, 3 do shape[d] = reduced[d] and 1 or x:size(d) end
-  local out = sa.full(shape, start, {dtype = "f64"})
+  local out = sa.full(shape, start, {dtype = "f64", device = "cpu"})
   for i = 1, x:size(1) do
     for j = 1, x:size(2) do
       for k = 1, x:size(3) do
@@ -20,7 +21,7 @@ local function folded(x, reduced, start, fn)
       end
     end
   end
-  return out
+  return out:to(helper.device)
 end
 
 local function larger(a, x) return (x > a or x ~= x) and x or a end
