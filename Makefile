@@ -150,8 +150,9 @@ GPU_SPECS = $(foreach name,cuda cuda_attention attention masked property forward
 .PHONY: test-gpu
 test-gpu: needs-test
 	@$(BUILD_ALL)
-	SAFEATTN_TEST_DEVICE=cuda SAFEATTN_REQUIRE_CUDA=1 SAFEATTN_CUDA_POISON=1 busted \
-		$(or $(BUSTED_FLAGS),$(GPU_SPECS))
+	$(RUN_GPU_SPECS)
+RUN_GPU_SPECS = SAFEATTN_TEST_DEVICE=cuda SAFEATTN_REQUIRE_CUDA=1 SAFEATTN_CUDA_POISON=1 busted \
+	$(or $(BUSTED_FLAGS),$(GPU_SPECS))
 
 ##> the CUDA part for a machine without a GPU, for tests (build/emulated/cuda.so; spec/emulator/README.md)
 .PHONY: emulated
@@ -172,13 +173,13 @@ $(EMULATED)/libcublas.so: spec/emulator/libraries/cublas.cpp src/cast.h
 $(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
 	$(CXX) -shared -pthread -Wl,-z,nodelete -o $@ $^
 
-##> the specs of GPUs on the emulator, and the emulator's own
+##> the same on the emulator (BUSTED_FLAGS as above), and the emulator's own spec
 .PHONY: test-emulated
 test-emulated: needs-test
 	@$(MAKE) --no-print-directory -j$$(nproc) all emulated CUDA=0
-	SAFEATTN_CUDA_LIB=$(CURDIR)/$(EMULATED)/cuda.so \
-		SAFEATTN_CUBLAS_LIB=$(CURDIR)/$(EMULATED)/libcublas.so busted -r gpu $(BUSTED_FLAGS)
 	busted spec/emulator_spec.lua
+	SAFEATTN_QUICK=1 SAFEATTN_CUDA_LIB=$(CURDIR)/$(EMULATED)/cuda.so \
+		SAFEATTN_CUBLAS_LIB=$(CURDIR)/$(EMULATED)/libcublas.so $(RUN_GPU_SPECS)
 
 # Instructions against their definitions; the same files, built by nvcc, do that on a GPU.
 $(EMULATED)/instructions $(EMULATED)/instructions_hopper: $(EMULATED)/%: $(EMULATED)/spec/cuda/%.cu.o $(filter $(EMULATED)/spec/%,$(EMULATED_OBJECTS))
@@ -220,7 +221,8 @@ bench-plots: needs-demo
 lint: needs-lint
 	luacheck --quiet --no-color lua bin/safeattn spec examples bench safeattn-scm-1.rockspec
 	clang-format --dry-run -Werror $(wildcard src/*.[ch] src/*.cu src/kernels/*/*.[ch] src/kernels/*/*.cu \
-		src/kernels/*/*.cuh examples/c/*.c)
+		src/kernels/*/*.cuh examples/c/*.c spec/cuda/* spec/emulator/*.h spec/emulator/*.cpp spec/emulator/*/*.cpp \
+		spec/emulator/kernels/cuda/*)
 
 ##> the API pages, in build/docs
 .PHONY: docs

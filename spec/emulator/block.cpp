@@ -443,8 +443,8 @@ static void run_block(block *b, const memory &m, uint3 index) {
   b->syncthreads.arrived = 0;
   for (barrier &x : b->named) x.arrived = 0;
   for (barrier &x : b->warpgroups) x.arrived = 0;
-  memset(b->dynamic, 0xff, (size_t)(m.shared - b->dynamic));
-  memset(b->statics, 0xff, b->statics_bytes);
+  poison(b->dynamic, (size_t)(m.shared - b->dynamic));
+  poison(b->statics, b->statics_bytes);
   for (int i = 0; i < WARP; i++) {
     const int lanes = b->count - i * WARP;
     b->warps[i].live = lanes <= 0 ? 0 : lanes >= WARP ? ~0u : (1u << lanes) - 1;

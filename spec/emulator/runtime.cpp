@@ -123,7 +123,7 @@ cudaError_t allocate(void **memory, size_t bytes, int device) {
     return done(cudaErrorMemoryAllocation);
   }
   unsigned char *p = mapping + PAGE + pages - room;
-  memset(mapping + PAGE, 0xff, pages);
+  emulator::poison(mapping + PAGE, pages);
   allocations[(uintptr_t)p] = {bytes, pages + 2 * PAGE, mapping, device};
   if (device >= 0) {
     used[device] += bytes;
@@ -160,6 +160,12 @@ cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) 
 }
 
 }  // namespace
+
+// A NaN of every float type, and one that LuaJIT does not take for another kind of value.
+void emulator::poison(void *memory, size_t bytes) {
+  static const unsigned char nan[2] = {0xff, 0x7f};
+  for (size_t i = 0; i < bytes; i++) ((unsigned char *)memory)[i] = nan[i % 2];
+}
 
 void emulator::open_device_memory() {
   device_access::allow(0);

@@ -73,7 +73,7 @@ cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer);
 cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags);
 cudaError_t cudaDeviceGetPCIBusId(char *text, int length, int device);
 
-// Memory: fresh memory is full of NaN (bytes 0xff); what lies directly before and behind it cannot be touched.
+// Memory: fresh memory is full of NaN; what lies directly before and behind it cannot be touched.
 
 enum cudaMemcpyKind {
   cudaMemcpyHostToHost,
@@ -181,6 +181,7 @@ namespace emulator {
 
 // What CUDA would say of such a launch.
 cudaError_t check_launch(const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream);
+void poison(void *memory, size_t bytes);
 void open_device_memory();  // to the calling thread, which is to run kernels
 void watch_for_faults();    // from now on, who touches what is not there is named
 
