@@ -1,14 +1,15 @@
 """PyTorch's attention on the cases that attention.lua has measured, on the same GPU: one table of both
 
-    python3 bench/gpu/peers.py build/bench-gpu.json [--flex]
+    python3 bench/gpu/peers.py build/bench-gpu.json [--flex] [--only=REGEX]
 
-Reads the cases, times PyTorch's back ends (cuDNN, flash, memory-efficient; FlexAttention compiled, with --flex) the same
+Reads the cases (those whose name the expression finds), times PyTorch's back ends (cuDNN, flash, memory-efficient; FlexAttention compiled, with --flex) the same
 way: medians by CUDA events, after a pause of 0.2 s and back to back. A back end that cannot take a case is left out, and
 one whose output is not right on it is marked with a star. Writes what it measured into the same file.
 """
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -145,7 +146,7 @@ def time_run(run, q, k, v, dout, truth, rows, sustained, case):
     return times
 
 
-def main(path, flex):
+def main(path, flex, only):
     torch.backends.cuda.matmul.allow_tf32 = False
     warnings.simplefilter("ignore")  # a back end that declines a case says so once per reason
     with open(path) as file:
@@ -153,7 +154,7 @@ def main(path, flex):
     print(f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, {torch.cuda.get_device_name()}")
     print(f"{'':34} {'':9} {'forward us: burst (x ours) sustained (x ours)':48} backward")
     for case in bench["results"]:
-        if "mask" not in case:
+        if "mask" not in case or not re.search(only, case["name"]):
             continue
         case["peers"] = time_case(case, not bench["quick"], flex)
         for name, times in {"safeattn": case, **case["peers"]}.items():
@@ -172,4 +173,5 @@ def main(path, flex):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], "--flex" in sys.argv[2:])
+    patterns = [word[len("--only="):] for word in sys.argv[2:] if word.startswith("--only=")]
+    main(sys.argv[1], "--flex" in sys.argv[2:], patterns[-1] if patterns else "")
