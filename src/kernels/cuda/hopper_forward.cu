@@ -74,9 +74,10 @@ static int64_t row_tiles(const sa_problem *p) {
   return (p->queries + SA_TILE - 1) / SA_TILE;
 }
 
-// Whether 16 bytes of a row can be written at once.
+// Whether 16 bytes of a row can be written at once, the rows of a tile 32 bits apart.
 static bool writes_pieces(const sa_operand *x) {
-  return (uintptr_t)x->data % 16 == 0 && x->stride[0] % 8 == 0 && x->stride[1] % 8 == 0 && x->stride[2] % 8 == 0;
+  return (uintptr_t)x->data % 16 == 0 && x->stride[0] % 8 == 0 && x->stride[1] % 8 == 0 && x->stride[2] % 8 == 0 &&
+         x->stride[2] < INT32_MAX / SA_TILE;
 }
 
 bool sa_cuda_hopper_forward_covers(const sa_problem *p) {

@@ -61,8 +61,6 @@ enum {
 
 // A thread's part of the sum of a step that makes it raise the row's maximum.
 #define FORWARD_GROW 1024.f
-// Above its maximum by less than this (log2), a score overflows neither by itself nor in a sum.
-#define FORWARD_JUMP 100.f
 
 // A launch. Steps along a dim of K, V or Q that is broadcast are 0, else 1 (tensor_map.cuh).
 typedef struct forward_call {
@@ -509,7 +507,6 @@ struct forward_consumer {
 
   // Raises the maximum of rows whose sum of this step overflows under the kept one. All others keep it, so that they
   // get the same bits. Whether O must be scaled, by a.
-  template <bool CAREFUL>
   __device__ __forceinline__ bool raise_maxima(float (&a)[2]) {
     float x[2], t[2];
     row_maxima(x);
@@ -521,13 +518,13 @@ struct forward_consumer {
       a[r] = 1.f;
       if (quads >> (lane & 28) & 15) {
         a[r] = exp2_fast(top[r] - x[r]);
-        if (CAREFUL && x[r] > top[r]) low[r] = 0.f;
+        if (x[r] > top[r]) low[r] = 0.f;
         keep(r, x[r]);
         sum[r] *= a[r];
         any = true;
       }
     }
-    if (CAREFUL) settle_huge();
+    settle_huge();
     return __any_sync(~0u, any);
   }
 
@@ -555,8 +552,7 @@ struct forward_consumer {
 
   // S to P (halves, as the A operand) under the row's kept maximum. Whether O must be scaled, by a.
   template <bool CAREFUL>
-  __device__ __forceinline__ bool softmax(bool fresh, bool wary, bool partial, uint2 bits, uint32_t (&p)[pairs],
-                                          float (&a)[2]) {
+  __device__ __forceinline__ bool softmax(bool fresh, bool partial, uint2 bits, uint32_t (&p)[pairs], float (&a)[2]) {
     if (partial) {  // selected, never added: whatever a masked score is, it vanishes
 #pragma unroll
       for (int i = 0; i < scores; i++) {
@@ -569,22 +565,20 @@ struct forward_consumer {
       if (CAREFUL) low[0] = low[1] = 0.f;
       keep(0, forward_minus_infinity()), keep(1, forward_minus_infinity());
     }
-    bool look = fresh || wary;
+    bool look = fresh;
     if (!look && !all_seen) {
       look = __any_sync(~0u, (top[0] == forward_minus_infinity() && (!partial || bits.x)) ||
                                  (top[1] == forward_minus_infinity() && (!partial || bits.y)));
     }
-    bool jumps = CAREFUL;
     if (look) {  // a row without a maximum has nothing in sum and O yet
       float x[2];
       row_maxima(x);
       if (top[0] == forward_minus_infinity()) keep(0, x[0]);
       if (top[1] == forward_minus_infinity()) keep(1, x[1]);
-      jumps |= wary && __any_sync(~0u, x[0] > top[0] + FORWARD_JUMP || x[1] > top[1] + FORWARD_JUMP);
       all_seen = __all_sync(~0u, top[0] != forward_minus_infinity() && top[1] != forward_minus_infinity());
     }
     bool rescale = false;
-    if (jumps) rescale = raise_maxima<CAREFUL>(a);
+    if (CAREFUL) rescale = raise_maxima(a);
     float t[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < scores; i += 2) {
@@ -661,7 +655,7 @@ struct forward_consumer {
       }
     }
     // This thread writes 16 bytes of every fourth row.
-    const int64_t stride = c.out.stride[2];
+    const int stride = (int)c.out.stride[2];
     type *out = (type *)item.out + (warp * 16 + (lane >> 3)) * stride + (lane & 7) * 8;
     const uint32_t buffer = shared_address(shared.out[warp]);
     uint32_t seen = 0;
@@ -750,16 +744,13 @@ struct forward_consumer {
     issue_output(p_before, accumulate);
     const int kind = shared.step[k.at];
     const uint2 bits = read_bits(kind);
-    // Once an item of the block had to be noted, the maximum of every step is looked at, so that a workload whose
-    // scores jump often is not done twice. The bits are the same.
-    const bool wary = shared.flagged >= 0;
     wgmma_wait<1>();
     pin(s);
     release_keys(kind);
     done++;
     float a[2];
     const float top_before[2] = {top[0], top[1]}, sum_before[2] = {sum[0], sum[1]};
-    const bool rescale = softmax<false>(begins, wary, kind & FORWARD_PARTIAL, bits, p, a);
+    const bool rescale = softmax<false>(begins, kind & FORWARD_PARTIAL, bits, p, a);
     wgmma_wait<0>();
     pin(o), pin(p_before);
     release_values();
@@ -791,7 +782,7 @@ struct forward_consumer {
     const uint2 bits = read_bits(kind);
     release_keys(kind);
     done = 1;
-    softmax<false>(true, false, kind & FORWARD_PARTIAL, bits, p, a);
+    softmax<false>(true, kind & FORWARD_PARTIAL, bits, p, a);
     pack_late(p);
 #pragma unroll
     for (int i = 0; i < outs; i++) o[i] = 0.f;
@@ -829,7 +820,7 @@ struct forward_consumer {
         release_keys(kind);
         uint32_t p[pairs];
         float a[2];
-        if (softmax<true>(done == 0, true, kind & FORWARD_PARTIAL, bits, p, a) && done > 0) scale_output(a);
+        if (softmax<true>(done == 0, kind & FORWARD_PARTIAL, bits, p, a) && done > 0) scale_output(a);
         pack_late(p);
         mbarrier_wait(shared_address(&shared.v_full[v.at]), v.parity);
         clean_values();
