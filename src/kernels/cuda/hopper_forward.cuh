@@ -18,7 +18,7 @@
 //   128, 128    128   2, 2             64, 64, 64                213 KiB
 //   192, 128    64    2, 2             64, 32, 32                197 KiB
 //   192, 192    64    2, 2             96, 32, 32                213 KiB
-//   256, 256    64    1, 2             128, 32, 32               213 KiB
+//   256, 256    64    1, 2             128, 32 (P once: 16)      213 KiB, two registers spilled around an item's end
 //
 // The row maximum is only a guard against overflow: any m within 2^127 of the scores gives the same result up to
 // rounding. It is taken from the first step in which a row sees a key and then kept; the sum of a step, needed anyway,
