@@ -32,7 +32,7 @@
 // are zeroed by the first launch of the same call. The order of a chunk's accesses, one line for each link:
 //
 //   bulk add (async proxy) -> bulk_wait: complete, and seen by the thread that issued it
-//   -> async_proxy_fence_global: in order before that thread's ordinary accesses that follow
+//   -> async_proxy_fence_global: in order before that thread's ordinary accesses that follow (publish)
 //   -> store_release of the counter -> load_acquire that reads it, by the one thread that issues the next bulk add
 //   -> async_proxy_fence_global: in order before that thread's bulk copies that follow -> bulk add
 //
@@ -212,6 +212,45 @@ static __device__ __forceinline__ T *hopper_rows(const sa_operand &x, int batch,
   return (T *)x.data + batch * x.stride[0] + head * x.stride[1];
 }
 
+// The tiles of a column that a head sees, in ascending order: of its runs, the PARTIAL ones and the FULL ones, which
+// lie one after the other, each time the one that comes first. In another order the jobs would wait for each other's
+// turns.
+typedef struct hopper_backward_walk {
+  const sa_run *partial, *full;
+  int partials, fulls;     // that are left
+  int row, rows, pattern;  // of the run at hand: the first tile, how many, SA_FULL or which pattern
+
+  __device__ __forceinline__ void open(const sa_run *runs, int count) {
+    int high = count;  // runs before `partials` are PARTIAL, from `high` on FULL
+    partials = 0;
+    while (partials < high) {
+      const int middle = (partials + high) / 2;
+      if (runs[middle].pattern >= 0) {
+        partials = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    partial = runs;
+    full = runs + partials;
+    fulls = count - partials;
+  }
+
+  __device__ __forceinline__ bool next() {
+    if (partials == 0 && fulls == 0) return false;
+    const bool take_full = partials == 0 || (fulls > 0 && full->first < partial->first);
+    const sa_run *run = take_full ? full : partial;
+    row = run->first;
+    rows = run->count;
+    pattern = run->pattern;
+    full += take_full;
+    fulls -= take_full;
+    partial += !take_full;
+    partials -= !take_full;
+    return true;
+  }
+} hopper_backward_walk;
+
 // A job as the producer finds it.
 typedef struct hopper_backward_job {
   int column, steps, batch, key_head;  // steps: 0 when no query sees these keys, -1 when there is no job
@@ -362,14 +401,14 @@ struct hopper_backward_producer {
     bool first = true;
 #pragma unroll 1
     for (int in_group = 0; in_group < c.group; in_group++) {
+      hopper_backward_walk walk;
       const int64_t *start = runs_of(job_batch(n), job_key_head(n) * c.group + in_group, job_column(n));
-      const sa_run *run = c.plan.col_runs + start[0];
+      walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]));
+      while (walk.next()) {
+        const int end = (walk.row + walk.rows) * SA_TILE;
 #pragma unroll 1
-      for (int left = (int)(start[1] - start[0]); left > 0; left--, run++) {
-        const int pattern = run->pattern, end = (run->first + run->count) * SA_TILE;
-#pragma unroll 1
-        for (int query = run->first * SA_TILE; query < end; query += SHAPE::queries) {
-          load_queries(job_batch(n), job_key_head(n) * c.group + in_group, query, pattern);
+        for (int query = walk.row * SA_TILE; query < end; query += SHAPE::queries) {
+          load_queries(job_batch(n), job_key_head(n) * c.group + in_group, query, walk.pattern);
           if (first) load_values(n);
           load_dout(job_batch(n), job_key_head(n) * c.group + in_group, query);
           if (first) load_keys(n);
@@ -427,19 +466,18 @@ struct hopper_backward_producer {
       if (wait_job(n).y < 0) return;
 #pragma unroll 1
       for (int in_group = 0; in_group < c.group; in_group++) {
+        hopper_backward_walk walk;
         const int64_t *start = runs_of(job_batch(n), job_key_head(n) * c.group + in_group, job_column(n));
-        const sa_run *run = c.plan.col_runs + start[0];
+        walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]));
+        while (walk.next()) {
 #pragma unroll 1
-        for (int left = (int)(start[1] - start[0]); left > 0; left--, run++) {
-          int row = run->first;
-#pragma unroll 1
-          for (int rows = run->count; rows > 0; rows--, row++) {
+          for (; walk.rows > 0; walk.rows--, walk.row++) {
             const int head = job_key_head(n) * c.group + in_group;
-            const int2 turn = count_turns(job_batch(n), head, row, job_column(n));
+            const int2 turn = count_turns(job_batch(n), head, walk.row, job_column(n));
             const int slot = told % HOPPER_BACKWARD_TURNS;
             if (lane == 0) {
               mbarrier_wait(base + SHAPE::turn_empty + 8 * slot, (told / HOPPER_BACKWARD_TURNS & 1) ^ 1);
-              shared_store_4i(base + SHAPE::turn + 16 * slot, chunk(job_batch(n), head, row), turn.x, turn.y, 0);
+              shared_store_4i(base + SHAPE::turn + 16 * slot, chunk(job_batch(n), head, walk.row), turn.x, turn.y, 0);
               mbarrier_arrive(base + SHAPE::turn_full + 8 * slot);
             }
             __syncwarp();
@@ -467,6 +505,14 @@ struct hopper_backward_producer {
         *(uint32_t *)(to + 8 * c.dq_out.stride[2]) = pack_halves<type>(sums.z * c.scale, sums.w * c.scale);
       }
     }
+  }
+
+  // Lets the next one add to a chunk, once this thread's copies are complete.
+  __device__ __forceinline__ void publish(int chunk, int next) {
+    if (chunk < 0 || lane > 0) return;
+    bulk_wait<0>();
+    async_proxy_fence_global();
+    store_release(c.turn + chunk, next);
   }
 
   // Takes dQ of warpgroup 1 + w out of shared memory: 64 queries, all columns at width 64, else half of them.
@@ -504,6 +550,7 @@ struct hopper_backward_producer {
           while (seen != turn) seen = load_acquire(c.turn + chunk);
           async_proxy_fence_global();
         }
+        __syncwarp();
         named_barrier_sync(HOPPER_BACKWARD_DQ_FULL + w, 160);
         if (lane == 0 && wanted) {
           if (ordered && turn == (CAREFUL && c.deterministic ? turns : 0)) {
@@ -519,11 +566,7 @@ struct hopper_backward_producer {
         if (lane == 0) bulk_wait_read<0>();
         __syncwarp();
         named_barrier_arrive(HOPPER_BACKWARD_DQ_EMPTY + w, 160);
-        if (ordered && lane == 0 && added >= 0) {
-          bulk_wait<0>();
-          async_proxy_fence_global();
-          store_release(c.turn + added, next);
-        }
+        if (ordered) publish(added, next);
         if (finished) {
           __syncwarp();
           convert(added);
@@ -1032,14 +1075,16 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
     hopper_backward_rows(const __grid_constant__ hopper_backward_call c) {
   enum { LANES = WIDTH / 8, AT_ONCE = HOPPER_BACKWARD_ROWS_THREADS / LANES, ROUNDS = 64 / AT_ONCE };
   __shared__ float part[HOPPER_BACKWARD_ROWS_THREADS / 32];
-  const int blocks = c.padded / 64, flat = blockIdx.x / blocks, first = blockIdx.x % blocks * 64;
+  // From the last head to the first, whose rows are then in the cache when the next launch begins with them.
+  const int block = gridDim.x - 1 - blockIdx.x;
+  const int blocks = c.padded / 64, flat = block / blocks, first = block % blocks * 64;
   const int batch = flat / c.heads, head = flat % c.heads, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   for (int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; n < c.zeroed_count;
        n += (int64_t)gridDim.x * blockDim.x) {
     c.zeroed[n] = 0;
   }
   if (!c.deterministic) {
-    float4 *sums = (float4 *)(c.dq + (int64_t)blockIdx.x * 64 * WIDTH);
+    float4 *sums = (float4 *)(c.dq + (int64_t)block * 64 * WIDTH);
     for (int n = threadIdx.x; n < 64 * WIDTH / 4; n += HOPPER_BACKWARD_ROWS_THREADS) sums[n] = make_float4(0, 0, 0, 0);
   }
   const T *out = hopper_rows<T>(c.out, batch, head), *dout = hopper_rows<T>(c.dout_values, batch, head);
@@ -1094,7 +1139,7 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
   __syncthreads();
   if (threadIdx.x > 0) return;
   for (int n = 1; n < HOPPER_BACKWARD_ROWS_THREADS / 32; n++) sink_sum += part[n];
-  c.sink_part[blockIdx.x] = sink_sum;
+  c.sink_part[block] = sink_sum;
 }
 
 // A head a block: the sum of what its rows gave the sink.
@@ -1120,11 +1165,13 @@ template <class T, int WIDTH>
 __global__ void __launch_bounds__(2 * WIDTH) hopper_backward_convert(const __grid_constant__ hopper_backward_call c) {
   enum { PANELS = WIDTH / SA_PANEL, PIECES = WIDTH / 8 };
   __shared__ uint32_t halves[64][WIDTH / 2 + 4];
-  const int blocks = c.padded / 64, flat = blockIdx.x / blocks, q64 = blockIdx.x % blocks;
+  // From the last head to the first: the newest sums are still in the cache.
+  const int block = gridDim.x - 1 - blockIdx.x;
+  const int blocks = c.padded / 64, flat = block / blocks, q64 = block % blocks;
   const int batch = flat / c.heads, head = flat % c.heads, panel = threadIdx.x / 128, t = threadIdx.x % 128;
   const int64_t *start = c.plan.row_start + sa_device_plane(c.plan, batch, head) * c.plan.row_tiles + q64 / 2;
   const bool none = start[0] == start[1];
-  const int chunk = blockIdx.x * PANELS + panel, row = t / 32 * 16 + t % 32 / 4;
+  const int chunk = block * PANELS + panel, row = t / 32 * 16 + t % 32 / 4;
   const float4 *from = (const float4 *)(c.dq + (int64_t)chunk * 4096);
   uint32_t seen = 0;
   float4 sums[8];
