@@ -171,6 +171,18 @@ helper.describe_cuda("the memory of a CUDA device", function()
     assert.equal(3, sa.ones({3}):sum():item())
   end)
 
+  it("that garbage holds is collected before more is refused", function()
+    if sa.info().cuda:find("Emulated", 1, true) then return pending("the emulator's memory is the host's") end
+    collect()
+    sa.cuda.empty_cache()
+    local count = math.floor(sa.cuda.memory().free * 0.6 / 4)
+    for _ = 1, 3 do sa.empty({count}, on) end
+    -- What was released but is kept for tensors of other sizes makes room too.
+    sa.empty({count}, on):free()
+    sa.empty({math.floor(count * 1.3)}, on):free()
+    sa.cuda.empty_cache()
+  end)
+
   it("of a device that is not there is refused by name", function()
     assert.matches("got cuda:63, wanted one of the %d", helper.message_of(sa.zeros, {1}, {device = "cuda:63"}))
   end)
