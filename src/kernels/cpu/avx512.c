@@ -1,6 +1,6 @@
 // the fused kernels with AVX-512: vectors of 64 bytes, register tiles of 6 x 4
 //
-// 24 sums, 4 vectors of the right side and a broadcast are 29 of the 32 registers. f32 reaches 81 to 84 % of the
+// 24 sums, 4 vectors of the right side and a broadcast are 29 of the 32 registers. f32 reaches 77 to 84 % of the
 // 512-bit peak forward and 83 to 85 % backward; the half types, converted tile by tile, some 5 % less.
 #if defined(__AVX512F__)
 #include <immintrin.h>

@@ -295,13 +295,29 @@ static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, REAL *to)
   }
 }
 
+// Rows that are wanted soon, one for each key that dot products are at.
+#ifndef SAFEATTN_AHEAD
+#define SAFEATTN_AHEAD
+typedef struct sa_ahead {
+  const char *first;
+  int64_t row, bytes;  // from one to the next, and of each
+} sa_ahead;
+
+static inline void sa_call_row(const sa_ahead *ahead, int key) {
+  const char *row = ahead->first + key * ahead->row;
+  for (int64_t byte = 0; byte < ahead->bytes; byte += 64) __builtin_prefetch(row + byte);
+}
+#endif
+
 // Scores of few queries, to[key][ROW], as dot products along the width: vectors of K meet vectors of Q, and K, which
 // comes from memory, is read once. LANES sums at a time; interleaving and adding, log2(LANES) times over, leaves one
-// sum in each lane.
+// sum in each lane. Several rows of K at once are more than the hardware foresees (half of the memory's speed), so K
+// and V are called for ahead, row by row.
 enum { NAME(DOT_QUERIES) = LANES < 4 ? LANES : 4, NAME(DOT_KEYS) = LANES / NAME(DOT_QUERIES) };
 
 static __attribute__((noinline)) void NAME(dots)(const REAL *key, int64_t key_stride, int keys, const REAL *query,
-                                                 int64_t query_stride, int queries, int columns, REAL *to) {
+                                                 int64_t query_stride, int queries, int columns, REAL *to,
+                                                 const sa_ahead *next_key, const sa_ahead *next_value) {
   const NAME(order) low = {SA_LOW}, high = {SA_HIGH};
   for (int q = 0; q < queries; q += NAME(DOT_QUERIES), query += NAME(DOT_QUERIES) * query_stride) {
     for (int first = 0; first < keys; first += NAME(DOT_KEYS)) {
@@ -309,6 +325,10 @@ static __attribute__((noinline)) void NAME(dots)(const REAL *key, int64_t key_st
       const REAL *row[NAME(DOT_KEYS)];
 #pragma GCC unroll 4
       for (int r = 0; r < NAME(DOT_KEYS); r++) row[r] = key + (first + r < keys ? first + r : first) * key_stride;
+      for (int r = first; q == 0 && r < keys && r < first + NAME(DOT_KEYS); r++) {
+        sa_call_row(next_key, r);
+        sa_call_row(next_value, r);
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; i++) sum[i] = NAME(set)(0);
       for (int d = 0; d < columns; d += LANES) {
@@ -440,24 +460,23 @@ static bool NAME(load_bias)(const NAME(block) * block, const sa_stretch *stretch
   return masks;
 }
 
-// S^T of a stretch for few queries, 0 in the lanes beyond them. V's rows, which are wanted next, are called for between
-// the rows of K: all at once they would hold up K.
+// S^T of a stretch for few queries, 0 in the lanes beyond them. V's rows are called for, which are wanted next, and K's
+// some rows further on; where K is converted, which has been done for this stretch, those of the next.
 static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key, int64_t key_stride,
                             const REAL *query, REAL *scores) {
-  const sa_operand *v = &block->p->v;
-  const int64_t bytes = block->p->value_width * sa_size_of(v->dtype);
-  const int width = NAME(columns)(block->p->width);
-  for (int first = 0; first < stretch->count; first += LANES) {
-    const int count = stretch->count - first < LANES ? stretch->count - first : LANES;
-    for (int r = first; r < first + count; r++) {
-      const char *row = sa_at(v, block->batch, block->key_head, stretch->first + r, 0);
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte);
-      for (int i = 0; i < block->vectors * LANES; i += LANES) NAME(store)(scores + r * NAME(ROW) + i, NAME(set)(0));
-    }
-    NAME(dots)
-    (key + first * key_stride, key_stride, count, query, NAME(padded)(block->p->width), block->count, width,
-     scores + first * NAME(ROW));
+  const sa_problem *p = block->p;
+  const int64_t key_bytes = sa_size_of(p->k.dtype), value_bytes = sa_size_of(p->v.dtype);
+  const int64_t further = p->k.dtype == DTYPE ? 8 : stretch->count;
+  const sa_ahead next_key = {sa_at(&p->k, block->batch, block->key_head, stretch->first + further, 0),
+                             p->k.stride[2] * key_bytes, p->width * key_bytes},
+                 next_value = {sa_at(&p->v, block->batch, block->key_head, stretch->first, 0),
+                               p->v.stride[2] * value_bytes, p->value_width * value_bytes};
+  for (int r = 0; r < stretch->count; r++) {
+    for (int i = 0; i < block->vectors * LANES; i += LANES) NAME(store)(scores + r * NAME(ROW) + i, NAME(set)(0));
   }
+  NAME(dots)
+  (key, key_stride, stretch->count, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), scores,
+   &next_key, &next_value);
 }
 
 // The word of a pattern that holds a key's bits for the block: those of one head, for each of its heads.
