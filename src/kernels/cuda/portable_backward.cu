@@ -175,6 +175,10 @@ int sa_cuda_portable_backward(const sa_problem *p) {
   const sa_device_plan *plan = sa_cuda_plan(backward_name, p->plan, p->device);
   if (!plan) return SA_NO_MEMORY;
   const int bytes = p->dtype == SA_F64 ? 8 : p->dtype == SA_F32 ? 4 : 2;
+  // Rows of 2 KiB: 16 of each side do not fit the 99 KiB of a block on devices for graphics.
+  const int64_t width = p->width > p->value_width ? p->width : p->value_width;
+  if (width * bytes > 1024 && sa_cuda_properties_of(p->device)->shared_bytes < 132 << 10)
+    return sa_cuda_reference_backward(p);
   job.p = *p;
   job.plan = *plan;
   job.aligned.q = rows_aligned(p->q, bytes);
