@@ -176,9 +176,9 @@ static __global__ void __launch_bounds__(THREADS) scatter_kernel(const __grid_co
   __shared__ int64_t places[THREADS];
   __shared__ int counts[THREADS / 32];
   enum { COLUMNS = columns<T>::COUNT };
-  const int64_t at_once = COLUMNS * THREADS, pieces = (job.width + at_once - 1) / at_once;
-  for (int64_t item = blockIdx.x; item < job.rows * pieces; item += gridDim.x) {
-    const int64_t row = item / pieces, column = item % pieces * at_once + threadIdx.x;
+  const int64_t at_once = COLUMNS * THREADS;
+  const int64_t column = (int64_t)blockIdx.y * at_once + threadIdx.x;
+  for (int64_t row = blockIdx.x; row < job.rows; row += gridDim.x) {
     const range here = job.ranges[row];
     decltype(sa_wide(T())) sum[COLUMNS] = {0};
     for (int64_t from = (int64_t)here.first; here.last >= 0 && from <= here.last; from += THREADS) {
@@ -238,8 +238,8 @@ int sa_cuda_embedding_backward(const sa_tensor *ids, int64_t base, const sa_tens
       job.column_step = dtable->stride[1];
       const int64_t at_once = columns<T>::COUNT * THREADS, pieces = (width + at_once - 1) / at_once;
       return sa_cuda_launch(name, scatter_kernel<T>,
-                            dim3((unsigned)sa_cuda_blocks(dy->device, rows * pieces * THREADS)), dim3(THREADS), 0,
-                            stream, job);
+                            dim3((unsigned)sa_cuda_blocks(dy->device, rows * THREADS), (unsigned)pieces), dim3(THREADS),
+                            0, stream, job);
     });
   sa_cuda_scratch_release(dy->device, scratch);
   return status;
