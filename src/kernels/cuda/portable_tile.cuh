@@ -181,9 +181,10 @@ static __device__ __forceinline__ void make_finite(char *tile, uint32_t *bad, in
  *      multiply_term        adds term number `term` of TERMS of a b to a sum; terms of one sum wait for each other, so
  *                           those of other sums go between them
  *      multiply             sum += a b, all terms. SWAPPED: what is a here is b where the forward makes the same
- * product; the terms are added in its order, so that the bits are the same sum                  a block while it is
- * summed; value(n) is its c[n] total                a block of a sum over tiles: its d[n] is c[n]. It is a sum, unless
- * FRESH: then a total is made of fresh sums, one a tile
+ *                           product; the terms are added in its order, so that the bits are the same
+ *      sum                  a block while it is summed; value(n) is its c[n]
+ *      total                a block of a sum over tiles: its d[n] is c[n]. It is a sum, unless FRESH: then a total is
+ *                           made of fresh sums, one a tile
  *
  *  left_of is for right_columns (their order of the contraction is their own), left_rows is for right_rows. CAREFUL is
  *  for operands that may hold NaN, Inf or numbers that a rounding takes to Inf: f32 alone needs it (products_f32);
