@@ -88,9 +88,17 @@ describe("sa.matmul", function()
   it("multiplies many small matrices, and activations by a weight, as it does one", function()
     local a, b = sa.randn({300, 4, 5}, {seed = 1}), sa.randn({300, 5, 6}, {seed = 2})
     local y = sa.matmul(a, b)
-    for i = 1, 300, 23 do assert.tensor.bitwise(y:select(1, i), sa.matmul(a:select(1, i), b:select(1, i))) end
+    -- cuBLAS takes other kernels for a batch than for one product.
+    local function same(got, want)
+      if got.device == "cpu" then
+        assert.tensor.bitwise(got, want)
+      else
+        assert.tensor.near(got, want, {atol = 1e-5})
+      end
+    end
+    for i = 1, 300, 23 do same(y:select(1, i), sa.matmul(a:select(1, i), b:select(1, i))) end
     local x, weight = sa.randn({7, 30, 16}, {seed = 3}), sa.randn({16, 24}, {seed = 4})
-    assert.tensor.bitwise(sa.matmul(x, weight), sa.matmul(x:view(210, 16), weight):view(7, 30, 24))
+    same(sa.matmul(x, weight), sa.matmul(x:view(210, 16), weight):view(7, 30, 24))
     assert.tensor.near(sa.matmul(x:transpose(1, 2), weight), sa.matmul(x, weight):transpose(1, 2), {atol = 1e-5})
   end)
 
