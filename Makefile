@@ -118,13 +118,13 @@ test: needs-test
 ##> the prompt: Lua with `sa` and `m` at hand
 .PHONY: repl
 repl: needs-demo
-	@$(MAKE) --no-print-directory all
+	@$(BUILD_ALL)
 	@$(IN_TREE) $(LUAJIT) bin/safeattn
 
 ##> the page that reports are, in headless Chromium
 .PHONY: test-browser
 test-browser: needs-browser
-	@$(MAKE) --no-print-directory all
+	@$(BUILD_ALL)
 	busted spec/browser/report_page.lua
 
 ##> the suite under the address and undefined-behaviour sanitizers
