@@ -168,11 +168,11 @@ typedef struct NAME(block) {
 } NAME(block);
 
 // How many heads a block holds: all that read one key head, when their queries are few and see the same keys, so that K
-// and V are read once for all of them.
+// and V are read once for all of them. At least 1, also where there are no heads at all.
 static int64_t NAME(heads_together)(const sa_problem *p) {
   const int64_t group = p->heads / p->key_heads;
   const bool alone = p->bias.data || p->alibi.data || p->weights.data || p->dropout > 0 || p->plan->heads != 1;
-  return alone || p->queries * group > QUERIES / 2 ? 1 : group;
+  return alone || group == 0 || p->queries * group > QUERIES / 2 ? 1 : group;
 }
 
 static NAME(block) NAME(block_at)(const sa_problem *p, int64_t batch, int64_t head, int64_t index, int64_t heads) {
