@@ -71,8 +71,8 @@ local cases = {
     {"shape", "24 bytes", "at most the array's 16", function() sa.from_pointer(ffi.new("float[4]"), {2, 3}) end},
     {"stride", "1 strides", "2", function() sa.from_pointer(ffi.new("float[4]"), {2, 2}, {stride = {1}}) end},
     {"stride", "-1 at [1]", "a count", function() sa.from_pointer(ffi.new("float[4]"), {4}, {stride = {-1}}) end},
-    {"options", "unknown option device", "dtype, owner, requires_grad or stride",
-      function() sa.from_pointer(ffi.new("float[4]"), {4}, {device = "cpu"}) end},
+    {"options", "unknown option place", "device, dtype, owner, requires_grad or stride",
+      function() sa.from_pointer(ffi.new("float[4]"), {4}, {place = "cpu"}) end},
   },
   shape = {{"t", "a tensor that was freed", "one that lives", function() return freed.shape end}},
   size = {
