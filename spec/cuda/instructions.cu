@@ -226,6 +226,28 @@ static void check_exponentials() {
   }
 }
 
+__global__ void reciprocals(const float *x, float *y) {
+  y[threadIdx.x] = reciprocal_fast(x[threadIdx.x]);
+}
+
+static void check_reciprocals() {
+  both<float> x(32), y(32);
+  for (int i = 0; i < 29; i++) x.host[i] = (i & 1 ? -1.3f : 1.3f) * exp2f((float)(i * 8 - 112));
+  x.host[29] = INFINITY, x.host[30] = 0, x.host[31] = NAN;
+  x.send();
+  sa_cuda_launch("reciprocal_fast", reciprocals, dim3(1), dim3(32), 0, (cudaStream_t)0, (const float *)x.device,
+                 y.device);
+  y.fetch();
+  for (int i = 0; i < 29; i++) {
+    const double want = 1.0 / x.host[i];
+    compare("reciprocal_fast", i, y.host[i], want, fabs(want) * 1.2e-7);
+  }
+  if (!(y.host[29] == 0 && y.host[30] == INFINITY && isnan(y.host[31]))) {
+    printf("reciprocal_fast of inf, 0, nan: %g %g %g\n", y.host[29], y.host[30], y.host[31]);
+    failures++;
+  }
+}
+
 int main() {
   check_products();
   check_loads();
@@ -233,5 +255,6 @@ int main() {
   check_collectives();
   check_conversions();
   check_exponentials();
+  check_reciprocals();
   return report();
 }

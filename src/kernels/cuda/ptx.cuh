@@ -1,4 +1,4 @@
-// instructions of sm_80 and newer that C++ has no words for: matrix products, matrix loads, asynchronous copies, ex2
+// instructions of sm_80 and newer that C++ has no words for: matrix products, matrix loads, copies, ex2, rcp
 #ifndef SAFEATTN_KERNELS_CUDA_PTX_CUH
 #define SAFEATTN_KERNELS_CUDA_PTX_CUH
 #include <cuda_bf16.h>
@@ -84,6 +84,13 @@ static __device__ __forceinline__ void copy_async_wait() {
 static __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x to 1 ulp; results below the smallest normal number are 0.
+static __device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -180,4 +180,9 @@ static inline float exp2_fast(float x) {
   return fabsf(y) < 0x1p-126f ? 0 : y;
 }
 
+static inline float reciprocal_fast(float x) {
+  const float y = 1 / (fabsf(x) < 0x1p-126f ? copysignf(0, x) : x);
+  return fabsf(y) < 0x1p-126f ? copysignf(0, y) : y;
+}
+
 #endif
