@@ -44,10 +44,7 @@
 // rows that see nothing of the kind get the very bits of a clean run; clean inputs pay for a test of the results.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CUH
-#include "kernels/cuda/device.cuh"
-#include "kernels/cuda/plan.cuh"
-#include "kernels/cuda/ptx_hopper.cuh"
-#include "kernels/cuda/tensor_map.cuh"
+#include "kernels/cuda/hopper_backward_call.cuh"
 
 enum {
   HOPPER_BACKWARD_THREADS = 384,
@@ -56,48 +53,12 @@ enum {
   HOPPER_BACKWARD_CONSUMER_REGISTERS = 240,
   HOPPER_BACKWARD_CHUNK = 64,  // rows and columns of the sums of dQ that are added at once
   HOPPER_BACKWARD_TURNS = 4,   // tiles whose turn is known ahead
-  HOPPER_BACKWARD_ROWS_THREADS = 256,
   // Named barriers; those per warpgroup are two.
   HOPPER_BACKWARD_BOTH = 1,
   HOPPER_BACKWARD_DQ_FULL = 2,
   HOPPER_BACKWARD_DQ_EMPTY = 4,
   HOPPER_BACKWARD_WARPGROUP = 6
 };
-
-// A call. Steps along a dim of Q, K, V or dO that is broadcast are 0, else 1 (tensor_map.cuh).
-typedef struct hopper_backward_call {
-  CUtensorMap q, k, v, dout, dk, dv;
-  sa_device_plan plan;
-  sa_operand q_values, k_values, dout_values, out, lse, dlse, dq_out, dk_out, dv_out, sinks, dsinks;
-  int32_t batch, heads, key_heads, queries, keys, width, value_width;
-  int32_t group;   // heads that read one key head
-  int32_t padded;  // queries, to whole tiles
-  int32_t q_batch_step, q_head_step, k_batch_step, k_head_step, v_batch_step, v_head_step, dout_batch_step,
-      dout_head_step;
-  float scale, scale_log2;
-  int32_t deterministic;
-  // Jobs: `jobs` columns of key heads; those of `mixed` neighbouring key heads take turns, so that neighbours in the
-  // order add to different sums.
-  int32_t jobs, mixed;
-  float *dq;         // sums: chunks of [batch, head, padded / 64, width / 64], each [8][128][4] as wgmma leaves them
-  float *lse_log2;   // [batch, head, padded], in the order of hopper_backward_slot: -lse * log2(e)
-  float *delta;      // likewise: rowsum(dO * O) - dLSE
-  float *sink_part;  // [batch, head, padded / 64], or NULL
-  // Counters and notes, all 0 at first.
-  int32_t *zeroed;
-  int64_t zeroed_count;
-  int32_t *next_job;   // two: of the launch, and of the careful one
-  int32_t *flagged;    // whether anything is
-  int32_t *bad_key;    // [batch, key head, column]
-  int32_t *bad_query;  // as chunks of dq
-  int32_t *turn;       // likewise: how many have added
-} hopper_backward_call;
-
-// Row statistics lie so that the four rows of which a thread has accumulators in two neighbouring groups of eight are
-// one load of 16 bytes.
-static __device__ __forceinline__ int hopper_backward_slot(int row) {
-  return (row & ~15) | (row % 8 / 2) * 4 | (row / 8 & 1) * 2 | (row & 1);
-}
 
 template <class T, int WIDTH, bool CAREFUL>
 struct hopper_backward_shape {
@@ -128,89 +89,6 @@ struct hopper_backward_shape {
                             bytes = turn_empty + 8 * HOPPER_BACKWARD_TURNS;
   static_assert(bytes <= 227 << 10, "shared memory of a block");
 };
-
-// Products of D[64][N], unrolled, none waits. Operands in shared memory that are K-major lie in panels PANEL_A, PANEL_B
-// bytes apart.
-template <class T, int STEPS, uint32_t PANEL_A, uint32_t PANEL_B, int N>
-static __device__ __forceinline__ void hopper_product_rows_rows(float (&d)[N], uint32_t a, uint32_t b) {
-  wgmma_first<T, 0, 0>(d, a, b);
-#pragma unroll
-  for (int k = 1; k < STEPS; k++) {
-    wgmma<T, 0, 0>(d, a + ((k / 4 * PANEL_A + k % 4 * 32) >> 4), b + ((k / 4 * PANEL_B + k % 4 * 32) >> 4));
-  }
-}
-
-// D += A B: A in registers, B MN-major.
-template <class T, int STEPS, int N>
-static __device__ __forceinline__ void hopper_product_registers(float (&d)[N], const uint32_t *a, uint32_t b) {
-#pragma unroll
-  for (int k = 0; k < STEPS; k++) wgmma_rows<T, 1>(d, a + 4 * k, b + (k * 2048 >> 4));
-}
-
-// D += A B: A K-major, B MN-major.
-template <class T, int STEPS, uint32_t PANEL_A, int N>
-static __device__ __forceinline__ void hopper_product_rows_columns(float (&d)[N], uint32_t a, uint32_t b) {
-#pragma unroll
-  for (int k = 0; k < STEPS; k++) {
-    wgmma<T, 0, 1>(d, a + ((k / 4 * PANEL_A + k % 4 * 32) >> 4), b + (k * 2048 >> 4));
-  }
-}
-
-// D = A B: both MN-major.
-template <class T, int STEPS, int N>
-static __device__ __forceinline__ void hopper_product_columns_columns(float (&d)[N], uint32_t a, uint32_t b) {
-  wgmma_first<T, 1, 1>(d, a, b);
-#pragma unroll
-  for (int k = 1; k < STEPS; k++) wgmma<T, 1, 1>(d, a + (k * 2048 >> 4), b + (k * 2048 >> 4));
-}
-
-// The halves of a pair as floats.
-template <class T>
-static __device__ __forceinline__ float hopper_low(uint32_t pair) {
-  if constexpr (std::is_same<T, __half>::value) {
-    return __half2float(__ushort_as_half((unsigned short)pair));
-  } else {
-    return __uint_as_float(pair << 16);
-  }
-}
-
-template <class T>
-static __device__ __forceinline__ float hopper_high(uint32_t pair) {
-  if constexpr (std::is_same<T, __half>::value) {
-    return __half2float(__ushort_as_half((unsigned short)(pair >> 16)));
-  } else {
-    return __uint_as_float(pair & 0xffff0000u);
-  }
-}
-
-template <class T>
-static __device__ __forceinline__ bool hopper_nonfinite(uint32_t half) {
-  const uint32_t exponent = std::is_same<T, __half>::value ? 0x7c00 : 0x7f80;
-  return (half & exponent) == exponent;
-}
-
-// The pair with 0 for what is not finite.
-template <class T>
-static __device__ __forceinline__ uint32_t hopper_cleaned(uint32_t pair) {
-  return (hopper_nonfinite<T>(pair) ? 0 : pair & 0xffffu) | (hopper_nonfinite<T>(pair >> 16) ? 0 : pair & 0xffff0000u);
-}
-
-static __device__ __forceinline__ int hopper_warp_sum(int x) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
-  return x;
-}
-
-static __device__ __forceinline__ float hopper_warp_sum_f(float x) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
-  return x;
-}
-
-template <class T>
-static __device__ __forceinline__ T *hopper_rows(const sa_operand &x, int batch, int head) {
-  return (T *)x.data + batch * x.stride[0] + head * x.stride[1];
-}
 
 // The tiles of a column that a head sees, in ascending order: of its runs, the PARTIAL ones and the FULL ones, which
 // lie one after the other, each time the one that comes first. In another order the jobs would wait for each other's
@@ -893,27 +771,12 @@ struct hopper_backward_consumer {
 
   // The careful launch. Everything below waits for all products first; speed does not matter here.
 
-  // One thread a row: to `to` with 0 for what is not finite, and a note whether there was any.
-  __device__ __forceinline__ void clean_row(uint32_t from, uint32_t to, int row, int rows, uint32_t note) {
-    bool bad = false;
-    for (int panel = 0; panel < SHAPE::panels; panel++) {
-      for (int piece = 0; piece < 8; piece++) {
-        const uint32_t at = (panel * rows + row) * 128 + piece * 16;
-        const int4 x = shared_load_4i(from + at);
-        const int4 y = make_int4(hopper_cleaned<type>(x.x), hopper_cleaned<type>(x.y), hopper_cleaned<type>(x.z),
-                                 hopper_cleaned<type>(x.w));
-        bad |= x.x != y.x || x.y != y.y || x.z != y.z || x.w != y.w;
-        shared_store_4i(to + at, y.x, y.y, y.z, y.w);
-      }
-    }
-    shared_store(note + 4 * row, bad);
-  }
-
   // Both warpgroups see the copy after the barriers of the first step.
   __device__ __forceinline__ void clean_keys() {
     const int thread = w * 128 + t;
     if (thread < SA_TILE) {
-      clean_row(base + SHAPE::k, base + SHAPE::clean_k, thread, SA_TILE, base + SHAPE::bad_k);
+      const bool bad = hopper_clean_row<type, SHAPE::panels, SA_TILE>(base + SHAPE::k, base + SHAPE::clean_k, thread);
+      shared_store(base + SHAPE::bad_k + 4 * thread, bad);
     }
     async_proxy_fence();
   }
@@ -929,7 +792,8 @@ struct hopper_backward_consumer {
       const bool is_q = thread < SHAPE::queries;
       const uint32_t at = base + (is_q ? SHAPE::q + g % SHAPE::q_slots * SHAPE::query_bytes
                                        : SHAPE::dout + g % SHAPE::dout_slots * SHAPE::query_bytes);
-      clean_row(at, at, row, SHAPE::queries, base + (is_q ? SHAPE::bad_q : SHAPE::bad_dout));
+      const bool bad = hopper_clean_row<type, SHAPE::panels, SHAPE::queries>(at, at, row);
+      shared_store(base + (is_q ? SHAPE::bad_q : SHAPE::bad_dout) + 4 * row, bad);
     }
     async_proxy_fence();
     named_barrier_sync(HOPPER_BACKWARD_BOTH, 256);
@@ -950,26 +814,6 @@ struct hopper_backward_consumer {
     return shared_load(base + SHAPE::bits + slot * SHAPE::bits_bytes + word * 4) >> bit & 1;
   }
 
-  // Adds the products of a thread's two rows with the elements of a row of Q, dO or K that are not finite. `source` is
-  // at the column of d[0], of which `columns` are left.
-  template <int N>
-  __device__ __forceinline__ void add_nonfinite(float (&d)[N], const type *source, int columns, float weight0,
-                                                float weight1, bool visible0, bool visible1) {
-#pragma unroll
-    for (int n = 0; n < N / 4; n++) {
-      if (8 * n >= columns) continue;
-      const uint32_t pair = *(const uint32_t *)(source + 8 * n);
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const uint32_t half = pair >> 16 * i & 0xffff;
-        if (!hopper_nonfinite<type>(half)) continue;
-        const float x = hopper_low<type>(half);
-        if (visible0) d[4 * n + i] += weight0 * x;
-        if (visible1) d[4 * n + 2 + i] += weight1 * x;
-      }
-    }
-  }
-
   // dV and dK: the thread's keys, all queries of the step.
   __device__ __forceinline__ void repair_keys(float (&d)[sums], int g, uint32_t notes, const sa_operand &operand,
                                               int width) {
@@ -979,8 +823,8 @@ struct hopper_backward_consumer {
 #pragma unroll 1
     for (int i = 0; i < SHAPE::queries; i++) {
       if (!shared_load(base + notes + 4 * i)) continue;
-      add_nonfinite(d, source + i * operand.stride[2], width - lane % 4 * 2, weight(g, key, i), weight(g, key + 8, i),
-                    visible(slot, key, i), visible(slot, key + 8, i));
+      hopper_add_nonfinite(d, source + i * operand.stride[2], width - lane % 4 * 2, weight(g, key, i),
+                           weight(g, key + 8, i), visible(slot, key, i), visible(slot, key + 8, i));
     }
     __syncwarp();
   }
@@ -1002,8 +846,8 @@ struct hopper_backward_consumer {
 #pragma unroll 1
     for (int j = 0; j < SA_TILE; j++) {
       if (!shared_load(base + SHAPE::bad_k + 4 * j)) continue;
-      add_nonfinite(dq, source + j * stride, c.width - column, weight(g, j, query), weight(g, j, query + 8),
-                    visible(slot, j, query), visible(slot, j, query + 8));
+      hopper_add_nonfinite(dq, source + j * stride, c.width - column, weight(g, j, query), weight(g, j, query + 8),
+                           visible(slot, j, query), visible(slot, j, query + 8));
     }
   }
 };
@@ -1058,104 +902,6 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_THREADS, 1)
     registers_take<HOPPER_BACKWARD_CONSUMER_REGISTERS>();
     hopper_backward_consumer<SHAPE, CAREFUL> consumer(c, base, warp / 4 - 1);
     consumer.run();
-  }
-}
-
-template <class T>
-static __device__ __forceinline__ float hopper_backward_sink(const hopper_backward_call &c, int head) {
-  const int64_t at = head * c.sinks.stride[1];
-  return c.sinks.dtype == SA_F32 ? ((const float *)c.sinks.data)[at]
-                                 : hopper_low<T>(((const uint16_t *)c.sinks.data)[at]);
-}
-
-// The rows of Q, 64 a block: their statistics, and the zeros that the launches after this one count on. The sums of dQ
-// are zeroed where they are added to in any order.
-template <class T, int WIDTH>
-__global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
-    hopper_backward_rows(const __grid_constant__ hopper_backward_call c) {
-  enum { LANES = WIDTH / 8, AT_ONCE = HOPPER_BACKWARD_ROWS_THREADS / LANES, ROUNDS = 64 / AT_ONCE };
-  __shared__ float part[HOPPER_BACKWARD_ROWS_THREADS / 32];
-  // From the last head to the first, whose rows are then in the cache when the next launch begins with them.
-  const int block = gridDim.x - 1 - blockIdx.x;
-  const int blocks = c.padded / 64, flat = block / blocks, first = block % blocks * 64;
-  const int batch = flat / c.heads, head = flat % c.heads, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-  for (int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; n < c.zeroed_count;
-       n += (int64_t)gridDim.x * blockDim.x) {
-    c.zeroed[n] = 0;
-  }
-  if (!c.deterministic) {
-    float4 *sums = (float4 *)(c.dq + (int64_t)block * 64 * WIDTH);
-    for (int n = threadIdx.x; n < 64 * WIDTH / 4; n += HOPPER_BACKWARD_ROWS_THREADS) sums[n] = make_float4(0, 0, 0, 0);
-  }
-  const T *out = hopper_rows<T>(c.out, batch, head), *dout = hopper_rows<T>(c.dout_values, batch, head);
-  const uint64_t *dead_rows =
-      c.plan.dead_rows + sa_device_plane(c.plan, batch, head) * ((c.queries + 63) / 64) + first / 64;
-  const uint64_t dead_bits = first < c.queries ? *dead_rows : ~(uint64_t)0;
-  uint4 x[ROUNDS], y[ROUNDS];
-#pragma unroll
-  for (int n = 0; n < ROUNDS; n++) {
-    const int row = first + n * AT_ONCE + group;
-    x[n] = y[n] = make_uint4(0, 0, 0, 0);
-    if (row >= c.queries || lane * 8 >= c.value_width) continue;
-    x[n] = *(const uint4 *)(out + row * c.out.stride[2] + lane * 8);
-    y[n] = *(const uint4 *)(dout + row * c.dout_values.stride[2] + lane * 8);
-  }
-  float sink_sum = 0;
-#pragma unroll
-  for (int n = 0; n < ROUNDS; n++) {
-    const int row = first + n * AT_ONCE + group;
-    const uint32_t *a = (const uint32_t *)&x[n], *b = (const uint32_t *)&y[n];
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      sum = fmaf(hopper_low<T>(a[i]), hopper_low<T>(b[i]), fmaf(hopper_high<T>(a[i]), hopper_high<T>(b[i]), sum));
-    }
-#pragma unroll
-    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    if (lane != 0) continue;
-    const bool beyond = row >= c.queries, dead = beyond || dead_bits >> row % 64 & 1;
-    float lse = 0, delta = 0;
-    if (!beyond) {
-      lse = ((const float *)c.lse.data)[batch * c.lse.stride[0] + head * c.lse.stride[1] + row * c.lse.stride[2]];
-      if (c.dlse.data) {
-        delta =
-            -((const float *)c.dlse.data)[batch * c.dlse.stride[0] + head * c.dlse.stride[1] + row * c.dlse.stride[2]];
-      }
-    }
-    if (!dead) delta += sum;
-    if (c.sink_part && !beyond) {
-      // A dead row is all sink.
-      const float share = dead ? 1.f : expf(hopper_backward_sink<T>(c, head) - lse);
-      sink_sum -= share * delta;
-    }
-    const int64_t at = (int64_t)flat * c.padded + hopper_backward_slot(row);
-    // Visible scores that are all -inf are NaN; a dead row has no pair that is not masked, this only keeps it tidy.
-    c.lse_log2[at] = dead ? -INFINITY : lse == -INFINITY ? NAN : -lse * 1.44269504f;
-    c.delta[at] = dead ? 0.f : delta;
-  }
-  if (!c.sink_part) return;
-  sink_sum = hopper_warp_sum_f(sink_sum);
-  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sink_sum;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  for (int n = 1; n < HOPPER_BACKWARD_ROWS_THREADS / 32; n++) sink_sum += part[n];
-  c.sink_part[block] = sink_sum;
-}
-
-// A head a block: the sum of what its rows gave the sink.
-template <class T>
-__global__ void __launch_bounds__(32) hopper_backward_sinks(const __grid_constant__ hopper_backward_call c) {
-  const int head = blockIdx.x, blocks = c.padded / 64;
-  float sum = 0;
-  for (int64_t n = threadIdx.x; n < (int64_t)c.batch * blocks; n += 32) {
-    sum += c.sink_part[(n / blocks * c.heads + head) * blocks + n % blocks];
-  }
-  sum = hopper_warp_sum_f(sum);
-  if (threadIdx.x > 0) return;
-  if (c.dsinks.dtype == SA_F32) {
-    ((float *)c.dsinks.data)[head * c.dsinks.stride[1]] = sum;
-  } else {
-    ((uint16_t *)c.dsinks.data)[head * c.dsinks.stride[1]] = (uint16_t)pack_halves<T>(sum, 0.f);
   }
 }
 

@@ -1,0 +1,265 @@
+// what the backward kernels of Hopper have in common: a call, the statistics of its rows, products, and what is done
+// with elements that are not finite
+#ifndef SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CALL_CUH
+#define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CALL_CUH
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/plan.cuh"
+#include "kernels/cuda/ptx_hopper.cuh"
+#include "kernels/cuda/tensor_map.cuh"
+
+enum { HOPPER_BACKWARD_ROWS_THREADS = 256 };
+
+// A call. Steps along a dim of Q, K, V or dO that is broadcast are 0, else 1 (tensor_map.cuh).
+typedef struct hopper_backward_call {
+  CUtensorMap q, k, v, dout, dk, dv;
+  sa_device_plan plan;
+  sa_operand q_values, k_values, dout_values, out, lse, dlse, dq_out, dk_out, dv_out, sinks, dsinks;
+  int32_t batch, heads, key_heads, queries, keys, width, value_width;
+  int32_t group;   // heads that read one key head
+  int32_t padded;  // queries, to whole tiles
+  int32_t q_batch_step, q_head_step, k_batch_step, k_head_step, v_batch_step, v_head_step, dout_batch_step,
+      dout_head_step;
+  float scale, scale_log2;
+  int32_t deterministic;
+  // Jobs: `jobs` columns of key heads; those of `mixed` neighbouring key heads take turns, so that neighbours in the
+  // order add to different sums.
+  int32_t jobs, mixed;
+  float *dq;         // sums: chunks of [batch, head, padded / 64, width / 64], each [8][128][4] as wgmma leaves them
+  float *lse_log2;   // [batch, head, padded], in the order of hopper_backward_slot: -lse * log2(e)
+  float *delta;      // likewise: rowsum(dO * O) - dLSE
+  float *sink_part;  // [batch, head, padded / 64], or NULL
+  // Counters and notes, all 0 at first.
+  int32_t *zeroed;
+  int64_t zeroed_count;
+  int32_t *next_job;   // two: of the launch, and of the careful one
+  int32_t *flagged;    // whether anything is
+  int32_t *bad_key;    // [batch, key head, column]
+  int32_t *bad_query;  // as chunks of dq
+  int32_t *turn;       // likewise: how many have added
+} hopper_backward_call;
+
+// Row statistics lie so that the four rows of which a thread has accumulators in two neighbouring groups of eight are
+// one load of 16 bytes.
+static __device__ __forceinline__ int hopper_backward_slot(int row) {
+  return (row & ~15) | (row % 8 / 2) * 4 | (row / 8 & 1) * 2 | (row & 1);
+}
+
+// Products of D[64][N], unrolled, none waits. Operands in shared memory that are K-major lie in panels PANEL_A, PANEL_B
+// bytes apart.
+template <class T, int STEPS, uint32_t PANEL_A, uint32_t PANEL_B, int N>
+static __device__ __forceinline__ void hopper_product_rows_rows(float (&d)[N], uint32_t a, uint32_t b) {
+  wgmma_first<T, 0, 0>(d, a, b);
+#pragma unroll
+  for (int k = 1; k < STEPS; k++) {
+    wgmma<T, 0, 0>(d, a + ((k / 4 * PANEL_A + k % 4 * 32) >> 4), b + ((k / 4 * PANEL_B + k % 4 * 32) >> 4));
+  }
+}
+
+// D += A B: A in registers, B MN-major.
+template <class T, int STEPS, int N>
+static __device__ __forceinline__ void hopper_product_registers(float (&d)[N], const uint32_t *a, uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < STEPS; k++) wgmma_rows<T, 1>(d, a + 4 * k, b + (k * 2048 >> 4));
+}
+
+// D += A B: A K-major, B MN-major.
+template <class T, int STEPS, uint32_t PANEL_A, int N>
+static __device__ __forceinline__ void hopper_product_rows_columns(float (&d)[N], uint32_t a, uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < STEPS; k++) {
+    wgmma<T, 0, 1>(d, a + ((k / 4 * PANEL_A + k % 4 * 32) >> 4), b + (k * 2048 >> 4));
+  }
+}
+
+// D = A B: both MN-major.
+template <class T, int STEPS, int N>
+static __device__ __forceinline__ void hopper_product_columns_columns(float (&d)[N], uint32_t a, uint32_t b) {
+  wgmma_first<T, 1, 1>(d, a, b);
+#pragma unroll
+  for (int k = 1; k < STEPS; k++) wgmma<T, 1, 1>(d, a + (k * 2048 >> 4), b + (k * 2048 >> 4));
+}
+
+// The halves of a pair as floats.
+template <class T>
+static __device__ __forceinline__ float hopper_low(uint32_t pair) {
+  if constexpr (std::is_same<T, __half>::value) {
+    return __half2float(__ushort_as_half((unsigned short)pair));
+  } else {
+    return __uint_as_float(pair << 16);
+  }
+}
+
+template <class T>
+static __device__ __forceinline__ float hopper_high(uint32_t pair) {
+  if constexpr (std::is_same<T, __half>::value) {
+    return __half2float(__ushort_as_half((unsigned short)(pair >> 16)));
+  } else {
+    return __uint_as_float(pair & 0xffff0000u);
+  }
+}
+
+template <class T>
+static __device__ __forceinline__ bool hopper_nonfinite(uint32_t half) {
+  const uint32_t exponent = std::is_same<T, __half>::value ? 0x7c00 : 0x7f80;
+  return (half & exponent) == exponent;
+}
+
+// The pair with 0 for what is not finite.
+template <class T>
+static __device__ __forceinline__ uint32_t hopper_cleaned(uint32_t pair) {
+  return (hopper_nonfinite<T>(pair) ? 0 : pair & 0xffffu) | (hopper_nonfinite<T>(pair >> 16) ? 0 : pair & 0xffff0000u);
+}
+
+static __device__ __forceinline__ int hopper_warp_sum(int x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  return x;
+}
+
+static __device__ __forceinline__ float hopper_warp_sum_f(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  return x;
+}
+
+template <class T>
+static __device__ __forceinline__ T *hopper_rows(const sa_operand &x, int batch, int head) {
+  return (T *)x.data + batch * x.stride[0] + head * x.stride[1];
+}
+
+// A row of panels PANEL_ROWS rows high, from `from` to `to`, with 0 for what is not finite; whether there was any.
+template <class T, int PANELS, int PANEL_ROWS>
+static __device__ __forceinline__ bool hopper_clean_row(uint32_t from, uint32_t to, int row) {
+  bool bad = false;
+  for (int panel = 0; panel < PANELS; panel++) {
+    for (int piece = 0; piece < 8; piece++) {
+      const uint32_t at = (panel * PANEL_ROWS + row) * 128 + piece * 16;
+      const int4 x = shared_load_4i(from + at);
+      const int4 y =
+          make_int4(hopper_cleaned<T>(x.x), hopper_cleaned<T>(x.y), hopper_cleaned<T>(x.z), hopper_cleaned<T>(x.w));
+      bad |= x.x != y.x || x.y != y.y || x.z != y.z || x.w != y.w;
+      shared_store_4i(to + at, y.x, y.y, y.z, y.w);
+    }
+  }
+  return bad;
+}
+
+// Adds the products of a thread's two rows of sums with the elements of a row of Q, dO or K that are not finite.
+// `source` is at the column of d[0], of which `columns` are left.
+template <class T, int N>
+static __device__ __forceinline__ void hopper_add_nonfinite(float (&d)[N], const T *source, int columns, float weight0,
+                                                            float weight1, bool visible0, bool visible1) {
+#pragma unroll
+  for (int n = 0; n < N / 4; n++) {
+    if (8 * n >= columns) continue;
+    const uint32_t pair = *(const uint32_t *)(source + 8 * n);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint32_t half = pair >> 16 * i & 0xffff;
+      if (!hopper_nonfinite<T>(half)) continue;
+      const float x = hopper_low<T>(half);
+      if (visible0) d[4 * n + i] += weight0 * x;
+      if (visible1) d[4 * n + 2 + i] += weight1 * x;
+    }
+  }
+}
+
+template <class T>
+static __device__ __forceinline__ float hopper_backward_sink(const hopper_backward_call &c, int head) {
+  const int64_t at = head * c.sinks.stride[1];
+  return c.sinks.dtype == SA_F32 ? ((const float *)c.sinks.data)[at]
+                                 : hopper_low<T>(((const uint16_t *)c.sinks.data)[at]);
+}
+
+// The rows of Q, 64 a block: their statistics, and the zeros that the launches after this one count on. The sums of dQ
+// are zeroed where they are added to in any order.
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
+    hopper_backward_rows(const __grid_constant__ hopper_backward_call c) {
+  enum { LANES = WIDTH / 8, AT_ONCE = HOPPER_BACKWARD_ROWS_THREADS / LANES, ROUNDS = 64 / AT_ONCE };
+  __shared__ float part[HOPPER_BACKWARD_ROWS_THREADS / 32];
+  // From the last head to the first, whose rows are then in the cache when the next launch begins with them.
+  const int block = gridDim.x - 1 - blockIdx.x;
+  const int blocks = c.padded / 64, flat = block / blocks, first = block % blocks * 64;
+  const int batch = flat / c.heads, head = flat % c.heads, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+  for (int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; n < c.zeroed_count;
+       n += (int64_t)gridDim.x * blockDim.x) {
+    c.zeroed[n] = 0;
+  }
+  if (!c.deterministic) {
+    float4 *sums = (float4 *)(c.dq + (int64_t)block * 64 * WIDTH);
+    for (int n = threadIdx.x; n < 64 * WIDTH / 4; n += HOPPER_BACKWARD_ROWS_THREADS) sums[n] = make_float4(0, 0, 0, 0);
+  }
+  const T *out = hopper_rows<T>(c.out, batch, head), *dout = hopper_rows<T>(c.dout_values, batch, head);
+  const uint64_t *dead_rows =
+      c.plan.dead_rows + sa_device_plane(c.plan, batch, head) * ((c.queries + 63) / 64) + first / 64;
+  const uint64_t dead_bits = first < c.queries ? *dead_rows : ~(uint64_t)0;
+  uint4 x[ROUNDS], y[ROUNDS];
+#pragma unroll
+  for (int n = 0; n < ROUNDS; n++) {
+    const int row = first + n * AT_ONCE + group;
+    x[n] = y[n] = make_uint4(0, 0, 0, 0);
+    if (row >= c.queries || lane * 8 >= c.value_width) continue;
+    x[n] = *(const uint4 *)(out + row * c.out.stride[2] + lane * 8);
+    y[n] = *(const uint4 *)(dout + row * c.dout_values.stride[2] + lane * 8);
+  }
+  float sink_sum = 0;
+#pragma unroll
+  for (int n = 0; n < ROUNDS; n++) {
+    const int row = first + n * AT_ONCE + group;
+    const uint32_t *a = (const uint32_t *)&x[n], *b = (const uint32_t *)&y[n];
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      sum = fmaf(hopper_low<T>(a[i]), hopper_low<T>(b[i]), fmaf(hopper_high<T>(a[i]), hopper_high<T>(b[i]), sum));
+    }
+#pragma unroll
+    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    if (lane != 0) continue;
+    const bool beyond = row >= c.queries, dead = beyond || dead_bits >> row % 64 & 1;
+    float lse = 0, delta = 0;
+    if (!beyond) {
+      lse = ((const float *)c.lse.data)[batch * c.lse.stride[0] + head * c.lse.stride[1] + row * c.lse.stride[2]];
+      if (c.dlse.data) {
+        delta =
+            -((const float *)c.dlse.data)[batch * c.dlse.stride[0] + head * c.dlse.stride[1] + row * c.dlse.stride[2]];
+      }
+    }
+    if (!dead) delta += sum;
+    if (c.sink_part && !beyond) {
+      // A dead row is all sink.
+      const float share = dead ? 1.f : expf(hopper_backward_sink<T>(c, head) - lse);
+      sink_sum -= share * delta;
+    }
+    const int64_t at = (int64_t)flat * c.padded + hopper_backward_slot(row);
+    // Visible scores that are all -inf are NaN; a dead row has no pair that is not masked, this only keeps it tidy.
+    c.lse_log2[at] = dead ? -INFINITY : lse == -INFINITY ? NAN : -lse * 1.44269504f;
+    c.delta[at] = dead ? 0.f : delta;
+  }
+  if (!c.sink_part) return;
+  sink_sum = hopper_warp_sum_f(sink_sum);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sink_sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int n = 1; n < HOPPER_BACKWARD_ROWS_THREADS / 32; n++) sink_sum += part[n];
+  c.sink_part[block] = sink_sum;
+}
+
+// A head a block: the sum of what its rows gave the sink.
+template <class T>
+__global__ void __launch_bounds__(32) hopper_backward_sinks(const __grid_constant__ hopper_backward_call c) {
+  const int head = blockIdx.x, blocks = c.padded / 64;
+  float sum = 0;
+  for (int64_t n = threadIdx.x; n < (int64_t)c.batch * blocks; n += 32) {
+    sum += c.sink_part[(n / blocks * c.heads + head) * blocks + n % blocks];
+  }
+  sum = hopper_warp_sum_f(sum);
+  if (threadIdx.x > 0) return;
+  if (c.dsinks.dtype == SA_F32) {
+    ((float *)c.dsinks.data)[head * c.dsinks.stride[1]] = sum;
+  } else {
+    ((uint16_t *)c.dsinks.data)[head * c.dsinks.stride[1]] = (uint16_t)pack_halves<T>(sum, 0.f);
+  }
+}
+
+#endif
