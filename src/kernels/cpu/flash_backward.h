@@ -32,16 +32,13 @@ typedef struct NAME(backward_job) {
 } NAME(backward_job);
 
 typedef struct NAME(backward_room) {
-  REAL *packed_query;            // [width][ROW], for S
-  REAL *packed_dout;             // [value width][ROW], for dP
-  REAL *query;                   // [QUERIES][width, padded], times scale, for dK
+  NAME(element) * packed_query;  // as pack_query does, for S
+  NAME(backward_products) products;
+  REAL *query;                   // [QUERIES][width, padded], times query_factor, for dK
   REAL *dout;                    // [QUERIES][value width, padded], for dV
   REAL *base, *factor, *delta;   // [QUERIES]
   NAME(gathered) again;          // peaks and sums of rows whose LSE is too coarse
   REAL *dscores;                 // [KEYS][ROW]: dP^T, then dS^T
-  REAL *key_rows;                // [KEYS][width, padded]
-  REAL *value_rows;              // [KEYS][value width, padded]
-  REAL *finite_key;              // [KEYS][width, padded]
   REAL *wild_query, *wild_dout;  // query and dout with their non-finite elements
   REAL *dquery;                  // [QUERIES][width, padded]
   REAL *dkey;                    // [chunk][width, padded]
@@ -55,8 +52,8 @@ static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backwar
   const sa_problem *p = job->p;
   const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
   return (NAME(backward_room)){
-      .packed_query = NAME(take)(room, NAME(query_room)(p)),
-      .packed_dout = NAME(take)(room, p->value_width * NAME(ROW)),
+      .packed_query = sa_room_take(room, NAME(query_room)(p) * (int64_t)sizeof(NAME(element))),
+      .products = NAME(take_backward_products)(room, p, job->chunk),
       .query = NAME(take)(room, QUERIES * width),
       .dout = NAME(take)(room, QUERIES * value_width),
       .base = NAME(take)(room, QUERIES),
@@ -64,9 +61,6 @@ static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backwar
       .again = {.peak = NAME(take)(room, QUERIES), .sum = NAME(take)(room, QUERIES)},
       .delta = NAME(take)(room, QUERIES),
       .dscores = NAME(take)(room, KEYS * NAME(ROW)),
-      .key_rows = NAME(take)(room, KEYS * width),
-      .value_rows = NAME(take)(room, KEYS * value_width),
-      .finite_key = NAME(take)(room, KEYS * width),
       .wild_query = NAME(take)(room, QUERIES * width),
       .wild_dout = NAME(take)(room, QUERIES * value_width),
       .dquery = NAME(take)(room, QUERIES * width),
@@ -103,8 +97,8 @@ static void NAME(gather_again)(const NAME(block) * block, const NAME(backward_ro
   sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
-    const REAL *key =
-        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few, room->key_rows, &stride);
+    const NAME(element) *key = NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few,
+                                             room->products.key_rows, &stride);
     memcpy(room->factor, again.peak, sizeof *room->factor * block->vectors * LANES);
     NAME(score)(block, &stretch, key, stride, room->packed_query, &room->stretch, room->factor);
     NAME(soften)(block, stretch.count, room->stretch.scores, room->factor, &again, room->delta, NULL);
@@ -321,17 +315,12 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   const sa_problem *p = job->p;
   const int width = (int)p->width, value_width = (int)p->value_width, keys = stretch->count;
   const int64_t padded = NAME(padded)(width), value_padded = NAME(padded)(value_width);
-  const int columns = block->vectors * LANES;
-  int64_t key_stride, value_stride;
-  const REAL *key = NAME(rows_of)(&p->k, block, stretch->first, keys, width, true, room->key_rows, &key_stride);
-  const REAL *value =
-      NAME(rows_of)(&p->v, block, stretch->first, keys, value_width, false, room->value_rows, &value_stride);
-
+  int64_t key_stride;
+  const NAME(element) *key =
+      NAME(rows_of)(&p->k, block, stretch->first, keys, width, true, room->products.key_rows, &key_stride);
   const uint64_t *visible = NAME(score)(block, stretch, key, key_stride, room->packed_query, &room->stretch, NULL);
   REAL *weights = room->stretch.scores, *dscores = room->dscores;
-  NAME(product)
-  (value, value_stride, 1, room->packed_dout, NAME(ROW), dscores, NAME(ROW), keys, columns, value_width, SA_FROM_ZERO,
-   NULL, NULL);
+  NAME(dweight_product)(block, stretch, &room->products, dscores);
   const uint64_t *kept = NAME(keep)(block, stretch, &room->stretch);
   const NAME(pairing) by = {visible, kept, room->base, factor ? room->factor : NULL, room->delta};
   NAME(differentiate)(block, keys, &by, weights, dscores);
@@ -339,9 +328,7 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   const int64_t offset = stretch->first - chunk * job->chunk;
   if (p->dv.data) {
     REAL *to = room->dvalue + offset * value_padded;
-    NAME(product)
-    (weights, NAME(ROW), 1, room->dout, value_padded, to, value_padded, keys, NAME(columns)(value_width), block->count,
-     SA_FROM_SELF, NULL, NULL);
+    NAME(add_dvalues)(block, keys, weights, room->dout, &room->products, to);
     if (wild_dout) NAME(give_to_keys)(block, keys, visible, weights, room->wild_dout, value_padded, to);
   }
   if (p->dbias.data) NAME(add_dbias)(job, block, stretch, chunk, dscores);
@@ -359,23 +346,12 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   }
   if (p->dk.data) {
     REAL *to = room->dkey + offset * padded;
-    NAME(product)
-    (dscores, NAME(ROW), 1, room->query, padded, to, padded, keys, NAME(columns)(width), block->count, SA_FROM_SELF,
-     NULL, NULL);
+    NAME(add_dkeys)(block, keys, dscores, room->query, &room->products, to);
     if (wild_query) NAME(give_to_keys)(block, keys, visible, dscores, room->wild_query, padded, to);
   }
-  if (!p->dq.data) return;
-  const sa_product_start start = first ? SA_FROM_ZERO : SA_FROM_SELF;
-  if (wild_key && visible && NAME(has_nonfinite)(key, key_stride, keys, width)) {
-    NAME(finite_part)(key, key_stride, keys, width, room->finite_key);
-    NAME(product)
-    (dscores, 1, NAME(ROW), room->finite_key, padded, room->dquery, padded, block->count, NAME(columns)(width), keys,
-     start, NULL, NULL);
-    NAME(add_nonfinite)(block, keys, visible, dscores, key, key_stride, width, padded, room->dquery);
-  } else {
-    NAME(product)
-    (dscores, 1, NAME(ROW), key, key_stride, room->dquery, padded, block->count, NAME(columns)(width), keys, start,
-     NULL, NULL);
+  if (p->dq.data) {
+    NAME(add_dqueries)
+    (block, stretch, visible, key, key_stride, dscores, wild_key, first, &room->products, room->dquery);
   }
 }
 
@@ -428,10 +404,10 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
     factor |= room->factor[i] != 1;
   }
   NAME(pack_query)(block, dead, room->packed_query);
-  NAME(pack)(&p->dout, block, (int)p->value_width, 1, p->dout.data ? dead : ~UINT64_C(0), room->packed_dout);
   const bool wild_query =
-      NAME(copy_rows)(&p->q, block, (int)p->width, (REAL)p->scale, dead, room->query, room->wild_query);
+      NAME(copy_rows)(&p->q, block, (int)p->width, NAME(query_factor)(p), dead, room->query, room->wild_query);
   const bool wild_dout = NAME(copy_rows)(&p->dout, block, (int)p->value_width, 1, dead, room->dout, room->wild_dout);
+  NAME(open_queries)(block, dead, room->query, room->dout, &room->products);
   bool first = true;
   sa_walk walk =
       sa_walk_start(p->plan, block->plane, block->query, block->count, chunk * tiles, (chunk + 1) * tiles, STRETCH);
@@ -440,7 +416,10 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   }
   if (!p->dq.data) return;
   const int64_t padded = NAME(padded)(p->width);
-  if (first) memset(room->dquery, 0, sizeof(REAL) * block->count * padded);
+  if (first)
+    memset(room->dquery, 0, sizeof(REAL) * block->count * padded);
+  else
+    NAME(close_queries)(block, &room->products, room->dquery);
   if (job->chunks > 1) {
     NAME(add_dquery)(job, block, chunk, room->dquery);
   } else {
@@ -449,10 +428,10 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
 }
 
 static void NAME(write_keys)(const sa_operand *to, const NAME(block) * block, int64_t first, int count, int width,
-                             const REAL *rows) {
-  for (int r = 0; r < count; r++) {
-    NAME(write_row)
-    (sa_at(to, block->batch, block->key_head, first + r, 0), to->dtype, width, rows + r * NAME(padded)(width));
+                             REAL factor, REAL *rows) {
+  for (int r = 0; r < count; r++, rows += NAME(padded)(width)) {
+    for (int d = 0; factor != 1 && d < width; d++) rows[d] *= factor;
+    NAME(write_row)(sa_at(to, block->batch, block->key_head, first + r, 0), to->dtype, width, rows);
   }
 }
 
@@ -466,13 +445,7 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
   memset(room->dvalue, 0, sizeof(REAL) * count * NAME(padded)(p->value_width));
   // With no query heads at all, the gradients of the keys are still written: zeros.
   const NAME(block) keys = {.p = p, .batch = batch, .key_head = key_head};
-  bool wild_key = false;
-  for (int r = 0; r < count && !wild_key; r += KEYS) {
-    int64_t stride;
-    const int some = count - r < KEYS ? count - r : KEYS;
-    const REAL *key = NAME(rows_of)(&p->k, &keys, first + r, some, (int)p->width, false, room->key_rows, &stride);
-    wild_key = NAME(has_nonfinite)(key, stride, some, (int)p->width);
-  }
+  const bool wild_key = NAME(open_keys)(&keys, first, count, &room->products);
   for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
     double dslope = 0;
     for (int64_t index = 0; index < job->blocks && !sa_interrupt_pending(); index++) {
@@ -481,8 +454,8 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
     }
     if (job->dalibi) job->dalibi[(head * p->batch + batch) * job->chunks + chunk] = dslope;
   }
-  if (p->dk.data) NAME(write_keys)(&p->dk, &keys, first, count, (int)p->width, room->dkey);
-  if (p->dv.data) NAME(write_keys)(&p->dv, &keys, first, count, (int)p->value_width, room->dvalue);
+  if (p->dk.data) NAME(write_keys)(&p->dk, &keys, first, count, (int)p->width, NAME(key_factor)(p), room->dkey);
+  if (p->dv.data) NAME(write_keys)(&p->dv, &keys, first, count, (int)p->value_width, 1, room->dvalue);
 }
 
 static void NAME(backward_item)(void *argument, int64_t item, int worker) {

@@ -13,9 +13,9 @@ typedef struct NAME(gathered) {
 } NAME(gathered);
 
 typedef struct NAME(forward_room) {
-  REAL *query;   // [width][ROW], packed
-  REAL *rows;    // [KEYS][the larger width, padded]: K or V, converted
-  REAL *finite;  // [KEYS][value width, padded]: V for the careful path
+  NAME(element) * query;  // as pack_query does
+  NAME(forward_products) products;
+  REAL *leaked;  // [QUERIES][value width, padded]
   REAL *factor;  // [QUERIES]
   REAL *peak;    // [QUERIES]: with the stretch in hand
   NAME(gathered) own;
@@ -70,49 +70,29 @@ static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, cons
     NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, NULL);
 }
 
-// The contributions of non-finite values to the rows that see them: o += w v where v is NaN or Inf.
-static void NAME(add_nonfinite)(const NAME(block) * block, int keys, const uint64_t *visible, const REAL *weights,
-                                const REAL *value, int64_t value_stride, int width, int64_t padded, REAL *o) {
-  for (int r = 0; r < keys; r++) {
-    for (int d = 0; d < width; d++) {
-      const REAL v = value[r * value_stride + d];
-      if (v * 0 == 0) continue;
-      for (int i = 0; i < block->count; i++) {
-        if (visible[r] >> i & 1) o[i * padded + d] += weights[r * NAME(ROW) + i] * v;
-      }
-    }
-  }
-}
-
 // Attention of one block over the tiles [tile_first, tile_end). `careful` is the path for blocks that came out
 // non-finite: the same products in the same order, with V's non-finite elements 0, and then these given to the rows
-// that see them; so a row that sees none gets the very bits that any finite V would have given. Returns whether some
-// stretch had masked pairs, that is, whether a non-finite value can have leaked.
+// that see them; so a row that sees none gets the very bits that any finite V would have given. Returns whether a
+// non-finite value can have leaked.
 static bool NAME(gather)(const NAME(block) * block, int64_t tile_first, int64_t tile_end, bool careful,
                          const NAME(forward_room) * room, NAME(gathered) * gathered) {
   const sa_problem *p = block->p;
-  const int width = (int)p->value_width, columns = NAME(columns)(width);
-  const int64_t padded = NAME(padded)(width);
-  bool started = false, masked = false;
+  const int64_t padded = NAME(padded)(p->value_width);
+  bool started = false, leaks = false;
   gathered->alive = 0;
   for (int i = 0; i < QUERIES; i++) {
     gathered->peak[i] = -(REAL)INFINITY;
     gathered->sum[i] = 0;
   }
-  REAL *leaked = NULL;
-  if (careful) {
-    leaked = room->finite + KEYS * padded;
-    memset(leaked, 0, sizeof *leaked * QUERIES * padded);
-  }
+  if (careful) memset(room->leaked, 0, sizeof *room->leaked * QUERIES * padded);
   sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->each, tile_first, tile_end, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
-    const REAL *key =
-        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few, room->rows, &stride);
+    const NAME(element) *key = NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few,
+                                             room->products.rows, &stride);
     memcpy(room->peak, gathered->peak, sizeof *room->peak * block->vectors * LANES);
     const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, room->peak);
     if (visible) {
-      masked = true;
       for (int r = 0; r < stretch.count; r++) gathered->alive |= visible[r];
     } else {
       gathered->alive = ~UINT64_C(0);
@@ -120,26 +100,18 @@ static bool NAME(gather)(const NAME(block) * block, int64_t tile_first, int64_t 
     REAL *weights = room->stretch.scores;
     const uint64_t *kept = NAME(keep)(block, &stretch, &room->stretch);
     NAME(soften)(block, stretch.count, weights, room->peak, gathered, room->factor, kept);
-    const REAL *value = NAME(rows_of)(&p->v, block, stretch.first, stretch.count, width, true, room->rows, &stride);
-    const sa_product_start start = started ? SA_FROM_SCALED : SA_FROM_ZERO;
-    if (careful && visible && NAME(has_nonfinite)(value, stride, stretch.count, width)) {
-      NAME(finite_part)(value, stride, stretch.count, width, room->finite);
-      NAME(product)
-      (weights, 1, NAME(ROW), room->finite, padded, gathered->o, padded, block->count, columns, stretch.count, start,
-       room->factor, NULL);
-      NAME(add_nonfinite)(block, stretch.count, visible, weights, value, stride, width, padded, leaked);
-    } else {
-      NAME(product)
-      (weights, 1, NAME(ROW), value, stride, gathered->o, padded, block->count, columns, stretch.count, start,
-       room->factor, NULL);
-    }
+    leaks |= NAME(add_values)(block, &stretch, visible, weights, started ? room->factor : NULL, &room->products,
+                              gathered->o, careful ? room->leaked : NULL);
     started = true;
   }
-  if (!started) memset(gathered->o, 0, sizeof(REAL) * block->count * padded);
+  if (started)
+    NAME(close_values)(block, &room->products, gathered->o);
+  else
+    memset(gathered->o, 0, sizeof(REAL) * block->count * padded);
   if (careful) {
-    for (int64_t d = 0; d < block->count * padded; d++) gathered->o[d] += leaked[d];
+    for (int64_t d = 0; d < block->count * padded; d++) gathered->o[d] += room->leaked[d];
   }
-  return masked;
+  return leaks;
 }
 
 static void NAME(gather_safely)(const NAME(block) * block, int64_t tile_first, int64_t tile_end,
@@ -252,8 +224,8 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_ro
   sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->each, 0, p->plan->col_tiles, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
-    const REAL *key =
-        NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few, room->rows, &stride);
+    const NAME(element) *key = NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few,
+                                             room->products.rows, &stride);
     const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, NULL);
     NAME(weigh)(block, stretch.count, visible, gathered->peak, gathered->sum, room->stretch.scores);
     for (int i = 0; i < block->count; i++) {
@@ -281,12 +253,10 @@ static NAME(gathered) NAME(take_gathered)(sa_room *room, const sa_problem *p) {
 }
 
 static NAME(forward_room) NAME(take_forward)(sa_room *room, const sa_problem *p) {
-  const int64_t width = NAME(padded)(p->width);
-  const int64_t value_width = NAME(padded)(p->value_width);
   return (NAME(forward_room)){
-      .query = NAME(take)(room, NAME(query_room)(p)),
-      .rows = NAME(take)(room, KEYS * (width > value_width ? width : value_width)),
-      .finite = NAME(take)(room, (KEYS + QUERIES) * value_width),
+      .query = sa_room_take(room, NAME(query_room)(p) * (int64_t)sizeof(NAME(element))),
+      .products = NAME(take_forward_products)(room, p),
+      .leaked = NAME(take)(room, QUERIES * NAME(padded)(p->value_width)),
       .factor = NAME(take)(room, QUERIES),
       .peak = NAME(take)(room, QUERIES),
       .own = NAME(take_gathered)(room, p),

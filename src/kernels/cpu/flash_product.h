@@ -1,0 +1,437 @@
+// the products of attention by fused multiply-adds, for one REAL; part of flash_tile.h
+//
+// An ISA with matrix instructions has a file of its own with what is here: element, pack_query, query_room, rows_of,
+// score_product, and what the two passes multiply by.
+
+// What operands of products are made of.
+typedef REAL NAME(element);
+
+// How a product starts: from 0, from what c holds, or from that times a factor per row.
+#ifndef SAFEATTN_PRODUCT_START
+#define SAFEATTN_PRODUCT_START
+typedef enum sa_product_start { SA_FROM_ZERO, SA_FROM_SELF, SA_FROM_SCALED } sa_product_start;
+#endif
+
+// A strip of register tiles, one below the other: each is c[rows][vectors * LANES] = start + a b, where a's element
+// (i, k) is a[i * a_stride + k], or a[i + k * a_stride] when a is `turned`. Every accumulator is one chain of fused
+// multiply-adds over k in rising order, so an element's bits do not depend on the tile that computed it: backward gets
+// the very scores of the forward. `peak` (may be NULL) is raised to the largest of each column on the way out, while
+// the sums are still in registers.
+static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int rows, int vectors, int tiles,
+                                                              const REAL *restrict a, int64_t a_stride,
+                                                              const REAL *restrict b, int64_t b_row, REAL *restrict c,
+                                                              int64_t c_row, int depth, sa_product_start start,
+                                                              const REAL *restrict factor, REAL *restrict peak) {
+  for (int tile = 0; tile < tiles; tile++) {
+    NAME(vector) sum[6][4];
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) {
+        sum[i][j] = NAME(set)(0);
+        if (start != SA_FROM_ZERO) sum[i][j] = NAME(load)(c + i * c_row + j * LANES);
+        if (turned && start == SA_FROM_SCALED) sum[i][j] = sum[i][j] * NAME(set)(factor[i]);
+      }
+    }
+    const REAL *left = a, *right = b;
+    for (int k = 0; k < depth; k++) {
+      NAME(vector) row[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) row[j] = NAME(load)(right + j * LANES);
+#pragma GCC unroll 6
+      for (int i = 0; i < rows; i++) {
+        const NAME(vector) x = NAME(set)(turned ? left[i] : left[i * a_stride]);
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) sum[i][j] = NAME(fma)(x, row[j], sum[i][j]);
+      }
+      left += turned ? a_stride : 1;
+      right += b_row;
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) NAME(store)(c + i * c_row + j * LANES, sum[i][j]);
+    }
+    if (!turned && peak) {
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; j++) {
+        NAME(vector) top = NAME(load)(peak + j * LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) top = NAME(max)(sum[i][j], top);
+        NAME(store)(peak + j * LANES, top);
+      }
+    }
+    a += turned ? rows : rows * a_stride;
+    c += rows * c_row;
+    if (turned && start == SA_FROM_SCALED) factor += rows;
+  }
+}
+
+// One function a shape: inlined into a larger one, the 6 x 4 tile spilled 3 of its 24 accumulators. The strip's loop is
+// inside, because a tile of 64 steps takes no longer than some 400 cycles, of which a call cost 30.
+#define SA_STRIP(R, V)                                                                                              \
+  static __attribute__((noinline)) void NAME(strip_##R##x##V)(                                                      \
+      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
+      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak) {                           \
+    NAME(strip)(false, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak);                   \
+  }                                                                                                                 \
+  static __attribute__((noinline)) void NAME(turned_##R##x##V)(                                                     \
+      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
+      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak) {                           \
+    NAME(strip)(true, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak);                    \
+  }
+#define SA_STRIPS(V) SA_STRIP(1, V) SA_STRIP(2, V) SA_STRIP(3, V) SA_STRIP(4, V) SA_STRIP(5, V) SA_STRIP(6, V)
+SA_STRIPS(1)
+SA_STRIPS(2)
+#if TILE_VECTORS == 4
+SA_STRIPS(4)
+#endif
+#undef SA_STRIPS
+#undef SA_STRIP
+
+typedef void (*NAME(strip_function))(int, const REAL *, int64_t, const REAL *, int64_t, REAL *, int64_t, int,
+                                     sa_product_start, const REAL *, REAL *);
+#define SA_STRIP_ROW(WAY, V)                                                                             \
+  {                                                                                                      \
+    NULL, NAME(WAY##_1x##V), NAME(WAY##_2x##V), NAME(WAY##_3x##V), NAME(WAY##_4x##V), NAME(WAY##_5x##V), \
+        NAME(WAY##_6x##V)                                                                                \
+  }
+static const NAME(strip_function) NAME(strips)[2][TILE_VECTORS == 4 ? 3 : 2][7] = {
+    {SA_STRIP_ROW(strip, 1), SA_STRIP_ROW(strip, 2),
+#if TILE_VECTORS == 4
+     SA_STRIP_ROW(strip, 4)
+#endif
+    },
+    {SA_STRIP_ROW(turned, 1), SA_STRIP_ROW(turned, 2),
+#if TILE_VECTORS == 4
+     SA_STRIP_ROW(turned, 4)
+#endif
+    },
+};
+#undef SA_STRIP_ROW
+
+// c[rows][columns] = start + a b, columns a multiple of LANES; a's element (i, k) at a[i * a_row + k * a_step], one of
+// the two being 1. `peak` is for an a with a_step 1. Every column of tiles reads all of a block of a's rows, which
+// therefore is to stay in the first cache beside a column of b: with all rows at once AVX2 lost 8 % in double.
+static void NAME(product)(const REAL *a, int64_t a_row, int64_t a_step, const REAL *b, int64_t b_row, REAL *c,
+                          int64_t c_row, int rows, int columns, int depth, sa_product_start start, const REAL *factor,
+                          REAL *peak) {
+  enum { CACHED = 18 << 10 };
+  const bool turned = a_step != 1;
+  const int64_t a_stride = turned ? a_step : a_row;
+  const int fitting = depth ? CACHED / (int)sizeof(REAL) / depth : rows;
+  const int block = fitting >= rows ? rows : fitting < 12 ? 12 : fitting / 6 * 6;
+  for (int row = 0; row < rows; row += block) {
+    const int count = rows - row < block ? rows - row : block;
+    const int whole = count / 6, rest = count % 6;
+    for (int column = 0; column < columns;) {
+      int shape = TILE_VECTORS == 4 ? 2 : 1;
+      while ((LANES << shape) > columns - column) shape--;
+      const NAME(strip_function) *strips = NAME(strips)[turned][shape];
+      REAL *top = peak ? peak + column : NULL;
+      if (whole) {
+        strips[6](whole, a + row * a_row, a_stride, b + column, b_row, c + row * c_row + column, c_row, depth, start,
+                  factor ? factor + row : NULL, top);
+      }
+      if (rest) {
+        const int last = row + whole * 6;
+        strips[rest](1, a + last * a_row, a_stride, b + column, b_row, c + last * c_row + column, c_row, depth, start,
+                     factor ? factor + last : NULL, top);
+      }
+      column += LANES << shape;
+    }
+  }
+}
+
+// to[dim][ROW] = factor * rows of x, transposed, 0 beyond the block and in the rows whose bit is set in `skip`.
+static void NAME(pack)(const sa_operand *x, const NAME(block) * block, int width, REAL factor, uint64_t skip,
+                       REAL *to) {
+  REAL rows[LANES * SA_FUSED_WIDTH];
+  for (int first = 0; first < block->vectors * LANES; first += LANES) {
+    for (int i = 0; i < LANES; i++) {
+      const bool absent = first + i >= block->count || skip >> (first + i) & 1;
+      REAL *row = rows + i * SA_FUSED_WIDTH;
+      if (absent)
+        memset(row, 0, sizeof *row * width);
+      else
+        NAME(read_row)
+      (NAME(row_at)(x, block, first + i), x->dtype, width, row);
+    }
+    NAME(turn)(rows, SA_FUSED_WIDTH, width, factor, to + first);
+  }
+}
+
+// The queries as the scores want them, times scale: packed, or, when they are few, as rows of whole vectors.
+static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, REAL *to) {
+  const sa_operand *q = &block->p->q;
+  const int width = (int)block->p->width;
+  const REAL scale = (REAL)(block->p->scale * (block->plain ? 1.4426950408889634 : 1));
+  if (!block->few) {
+    NAME(pack)(q, block, width, scale, skip, to);
+    return;
+  }
+  for (int i = 0; i < NAME(FEW); i++, to += NAME(padded)(width)) {
+    memset(to, 0, sizeof *to * NAME(columns)(width));
+    if (i >= block->count || skip >> i & 1) continue;
+    NAME(read_row)(NAME(row_at)(q, block, i), q->dtype, width, to);
+    for (int d = 0; d < width; d++) to[d] *= scale;
+  }
+}
+
+// What pack_query fills.
+static int64_t NAME(query_room)(const sa_problem *p) {
+  const int64_t packed = p->width * NAME(ROW), rows = NAME(FEW) * NAME(padded)(p->width);
+  return packed > rows ? packed : rows;
+}
+
+// Rows that are wanted soon, one for each key that dot products are at.
+#ifndef SAFEATTN_AHEAD
+#define SAFEATTN_AHEAD
+typedef struct sa_ahead {
+  const char *first;
+  int64_t row, bytes;  // from one to the next, and of each
+} sa_ahead;
+
+static inline void sa_call_row(const sa_ahead *ahead, int key) {
+  const char *row = ahead->first + key * ahead->row;
+  for (int64_t byte = 0; byte < ahead->bytes; byte += 64) __builtin_prefetch(row + byte);
+}
+#endif
+
+// Scores of few queries, to[key][ROW], as dot products along the width: vectors of K meet vectors of Q, and K, which
+// comes from memory, is read once. LANES sums at a time; interleaving and adding, log2(LANES) times over, leaves one
+// sum in each lane. Several rows of K at once are more than the hardware foresees (half of the memory's speed), so K
+// and V are called for ahead, row by row.
+enum { NAME(DOT_QUERIES) = LANES < 4 ? LANES : 4, NAME(DOT_KEYS) = LANES / NAME(DOT_QUERIES) };
+
+static __attribute__((noinline)) void NAME(dots)(const REAL *key, int64_t key_stride, int keys, const REAL *query,
+                                                 int64_t query_stride, int queries, int columns, REAL *to,
+                                                 const sa_ahead *next_key, const sa_ahead *next_value) {
+  const NAME(order) low = {SA_LOW}, high = {SA_HIGH};
+  for (int q = 0; q < queries; q += NAME(DOT_QUERIES), query += NAME(DOT_QUERIES) * query_stride) {
+    for (int first = 0; first < keys; first += NAME(DOT_KEYS)) {
+      NAME(vector) sum[LANES];
+      const REAL *row[NAME(DOT_KEYS)];
+#pragma GCC unroll 4
+      for (int r = 0; r < NAME(DOT_KEYS); r++) row[r] = key + (first + r < keys ? first + r : first) * key_stride;
+      for (int r = first; q == 0 && r < keys && r < first + NAME(DOT_KEYS); r++) {
+        sa_call_row(next_key, r);
+        sa_call_row(next_value, r);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) sum[i] = NAME(set)(0);
+      for (int d = 0; d < columns; d += LANES) {
+        NAME(vector) x[NAME(DOT_KEYS)];
+#pragma GCC unroll 4
+        for (int r = 0; r < NAME(DOT_KEYS); r++) x[r] = NAME(load)(row[r] + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < NAME(DOT_QUERIES); i++) {
+          const NAME(vector) y = NAME(load)(query + i * query_stride + d);
+#pragma GCC unroll 4
+          for (int r = 0; r < NAME(DOT_KEYS); r++) {
+            sum[r * NAME(DOT_QUERIES) + i] = NAME(fma)(x[r], y, sum[r * NAME(DOT_QUERIES) + i]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int n = LANES / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) {
+          sum[i] = __builtin_shuffle(sum[i], sum[i + n], low) + __builtin_shuffle(sum[i], sum[i + n], high);
+        }
+      }
+      REAL lanes[LANES];
+      NAME(store)(lanes, sum[0]);
+      for (int r = 0; r < NAME(DOT_KEYS) && first + r < keys; r++) {
+        memcpy(to + (first + r) * NAME(ROW) + q, lanes + r * NAME(DOT_QUERIES), sizeof *to * NAME(DOT_QUERIES));
+      }
+    }
+  }
+}
+
+// `count` rows of K or V from `first` on: in place where the kernels can read them so, else converted into `room`.
+static const REAL *NAME(rows_of)(const sa_operand *x, const NAME(block) * block, int64_t first, int count, int width,
+                                 bool whole_vectors, REAL *room, int64_t *stride) {
+  const int columns = NAME(columns)(width);
+  const int64_t padded = NAME(padded)(width);
+  if (x->dtype == DTYPE && (!whole_vectors || width == columns)) {
+    *stride = x->stride[2];
+    return sa_at(x, block->batch, block->key_head, first, 0);
+  }
+  *stride = padded;
+  for (int r = 0; r < count; r++) {
+    REAL *row = room + (int64_t)r * padded;
+    NAME(read_row)(sa_at(x, block->batch, block->key_head, first + r, 0), x->dtype, width, row);
+    for (int d = width; d < columns; d++) row[d] = 0;
+  }
+  return room;
+}
+
+// S^T of a stretch for few queries, 0 in the lanes beyond them. V's rows are called for, which are wanted next, and K's
+// some rows further on; where K is converted, which has been done for this stretch, those of the next.
+static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key, int64_t key_stride,
+                            const REAL *query, REAL *scores) {
+  const sa_problem *p = block->p;
+  const int64_t key_bytes = sa_size_of(p->k.dtype), value_bytes = sa_size_of(p->v.dtype);
+  const int64_t further = p->k.dtype == DTYPE ? 8 : stretch->count;
+  const sa_ahead next_key = {sa_at(&p->k, block->batch, block->key_head, stretch->first + further, 0),
+                             p->k.stride[2] * key_bytes, p->width * key_bytes},
+                 next_value = {sa_at(&p->v, block->batch, block->key_head, stretch->first, 0),
+                               p->v.stride[2] * value_bytes, p->value_width * value_bytes};
+  for (int r = 0; r < stretch->count; r++) {
+    for (int i = 0; i < block->vectors * LANES; i += LANES) NAME(store)(scores + r * NAME(ROW) + i, NAME(set)(0));
+  }
+  NAME(dots)
+  (key, key_stride, stretch->count, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), scores,
+   &next_key, &next_value);
+}
+
+// S^T of a stretch, as K and Q alone give it. `peak` (NULL when queries are few) is raised to the largest of each
+// query.
+static void NAME(score_product)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key,
+                                int64_t key_stride, const REAL *packed_query, REAL *scores, REAL *peak) {
+  if (block->few) {
+    NAME(score_few)(block, stretch, key, key_stride, packed_query, scores);
+    return;
+  }
+  const int columns = block->vectors * LANES, keys = stretch->count;
+  const bool calls = block->p->bias.data && block->p->bias.stride[3];
+  const int step = calls ? 12 : keys;
+  for (int r = 0; r < keys; r += step) {
+    const int rows = keys - r < step ? keys - r : step;
+    NAME(product)
+    (key + r * key_stride, key_stride, 1, packed_query, NAME(ROW), scores + r * NAME(ROW), NAME(ROW), rows, columns,
+     (int)block->p->width, SA_FROM_ZERO, NULL, peak);
+    if (calls) NAME(call_bias)(block, stretch, r * QUERIES / keys, (r + rows) * QUERIES / keys);
+  }
+}
+
+// What the products of the forward need in a worker's room.
+typedef struct NAME(forward_products) {
+  REAL *rows;    // [KEYS][the larger width, padded]: K or V, converted
+  REAL *finite;  // [KEYS][value width, padded]: V for the careful path
+} NAME(forward_products);
+
+static NAME(forward_products) NAME(take_forward_products)(sa_room *room, const sa_problem *p) {
+  const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
+  return (NAME(forward_products)){.rows = NAME(take)(room, KEYS * (width > value_width ? width : value_width)),
+                                  .finite = NAME(take)(room, KEYS * value_width)};
+}
+
+// o = o * factor + P V, where `factor` is one of each query; NULL: o starts. With `leaked`, which gets what is not
+// finite in V, P meets 0 in its place. Returns whether it can have leaked to who does not see it.
+static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
+                             const REAL *weights, const REAL *factor, const NAME(forward_products) * room, REAL *o,
+                             REAL *leaked) {
+  const int width = (int)block->p->value_width, columns = NAME(columns)(width);
+  const int64_t padded = NAME(padded)(width);
+  const sa_product_start start = factor ? SA_FROM_SCALED : SA_FROM_ZERO;
+  int64_t stride;
+  const REAL *value =
+      NAME(rows_of)(&block->p->v, block, stretch->first, stretch->count, width, true, room->rows, &stride);
+  if (leaked && visible && NAME(has_nonfinite)(value, stride, stretch->count, width)) {
+    NAME(finite_part)(value, stride, stretch->count, width, room->finite);
+    NAME(add_nonfinite)(block, stretch->count, visible, weights, value, stride, width, padded, leaked);
+    value = room->finite;
+    stride = padded;
+  }
+  NAME(product)
+  (weights, 1, NAME(ROW), value, stride, o, padded, block->count, columns, stretch->count, start, factor, NULL);
+  return visible;
+}
+
+// After the last stretch: o as rows of queries, as it is here all along.
+static void NAME(close_values)(const NAME(block) * block, const NAME(forward_products) * room, REAL *o) {}
+
+// What the products of the backward need in a worker's room.
+typedef struct NAME(backward_products) {
+  REAL *packed_dout;  // [value width][ROW], for dP
+  REAL *key_rows;     // [KEYS][width, padded]
+  REAL *value_rows;   // [KEYS][value width, padded]
+  REAL *finite_key;   // [KEYS][width, padded]
+} NAME(backward_products);
+
+static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int64_t chunk) {
+  const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
+  return (NAME(backward_products)){.packed_dout = NAME(take)(room, p->value_width * NAME(ROW)),
+                                   .key_rows = NAME(take)(room, KEYS * width),
+                                   .value_rows = NAME(take)(room, KEYS * value_width),
+                                   .finite_key = NAME(take)(room, KEYS * width)};
+}
+
+// Rows of Q meet dS times this, and what that gives for K times the other.
+static REAL NAME(query_factor)(const sa_problem *p) {
+  return (REAL)p->scale;
+}
+static REAL NAME(key_factor)(const sa_problem *p) {
+  return 1;
+}
+
+// Before a chunk of keys: whether some element of K is not finite.
+static bool NAME(open_keys)(const NAME(block) * keys, int64_t first, int count,
+                            const NAME(backward_products) * products) {
+  const sa_operand *k = &keys->p->k;
+  const int width = (int)keys->p->width;
+  bool wild = false;
+  for (int r = 0; r < count && !wild; r += KEYS) {
+    int64_t stride;
+    const int some = count - r < KEYS ? count - r : KEYS;
+    const REAL *key = NAME(rows_of)(k, keys, first + r, some, width, false, products->key_rows, &stride);
+    wild = NAME(has_nonfinite)(key, stride, some, width);
+  }
+  return wild;
+}
+
+// Before a block of queries: what dO is to be packed to. `query` and `dout` are its rows, finite and padded.
+static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
+                               const NAME(backward_products) * products) {
+  const sa_problem *p = block->p;
+  NAME(pack)(&p->dout, block, (int)p->value_width, 1, p->dout.data ? dead : ~UINT64_C(0), products->packed_dout);
+}
+
+// dP^T = V dO^T.
+static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *stretch,
+                                  const NAME(backward_products) * products, REAL *dweights) {
+  const int width = (int)block->p->value_width;
+  int64_t stride;
+  const REAL *value =
+      NAME(rows_of)(&block->p->v, block, stretch->first, stretch->count, width, false, products->value_rows, &stride);
+  NAME(product)
+  (value, stride, 1, products->packed_dout, NAME(ROW), dweights, NAME(ROW), stretch->count, block->vectors * LANES,
+   width, SA_FROM_ZERO, NULL, NULL);
+}
+
+// dV += P^T dO.
+static void NAME(add_dvalues)(const NAME(block) * block, int keys, const REAL *weights, const REAL *dout,
+                              const NAME(backward_products) * products, REAL *to) {
+  const int width = (int)block->p->value_width;
+  NAME(product)
+  (weights, NAME(ROW), 1, dout, NAME(padded)(width), to, NAME(padded)(width), keys, NAME(columns)(width), block->count,
+   SA_FROM_SELF, NULL, NULL);
+}
+
+// dK += dS^T Q.
+static void NAME(add_dkeys)(const NAME(block) * block, int keys, const REAL *dscores, const REAL *query,
+                            const NAME(backward_products) * products, REAL *to) {
+  const int width = (int)block->p->width;
+  NAME(product)
+  (dscores, NAME(ROW), 1, query, NAME(padded)(width), to, NAME(padded)(width), keys, NAME(columns)(width), block->count,
+   SA_FROM_SELF, NULL, NULL);
+}
+
+// dQ += dS K, or dS K alone when it is the `first`. What is not finite in K, when it is `wild`, reaches who sees it.
+static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
+                               const REAL *key, int64_t stride, const REAL *dscores, bool wild, bool first,
+                               const NAME(backward_products) * products, REAL *to) {
+  const int width = (int)block->p->width, keys = stretch->count;
+  const int64_t padded = NAME(padded)(width);
+  const bool apart = wild && visible && NAME(has_nonfinite)(key, stride, keys, width);
+  if (apart) NAME(finite_part)(key, stride, keys, width, products->finite_key);
+  NAME(product)
+  (dscores, 1, NAME(ROW), apart ? products->finite_key : key, apart ? padded : stride, to, padded, block->count,
+   NAME(columns)(width), keys, first ? SA_FROM_ZERO : SA_FROM_SELF, NULL, NULL);
+  if (apart) NAME(add_nonfinite)(block, keys, visible, dscores, key, stride, width, padded, to);
+}
+
+// After the last stretch of a block: dQ as rows of queries, likewise.
+static void NAME(close_queries)(const NAME(block) * block, const NAME(backward_products) * products, REAL *dquery) {}
