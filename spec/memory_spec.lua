@@ -71,6 +71,35 @@ print(status "VmHWM")
     assert.same(before, use())
   end)
 
+  it("is told from what lives, however they mix: none is lost and none given back too early", function()
+    collect()
+    local before = use()
+    local kept, n = {}, 0
+    for round = 1, 12 do
+      for k = 1, 150 do
+        n = n + 1
+        kept[n] = {sa.full({k}, n), bytes = 4 * k}
+        if k % 10 == 0 then kept[n][1]:free() kept[n] = nil end
+      end
+      for k = 1, n do
+        if kept[k] and (k * 7919 + round * 104729) % 5 < 2 then kept[k] = nil end
+      end
+      collect()
+      local bytes, blocks = before.bytes, before.blocks
+      for k = 1, n do
+        local t = kept[k]
+        if t then
+          bytes, blocks = bytes + t.bytes, blocks + 1
+          assert.same({k, k}, {t[1]:stats().min, t[1]:stats().max})
+        end
+      end
+      assert.same({bytes, blocks}, {use().bytes, use().blocks})
+    end
+    for k = 1, n do kept[k] = nil end
+    collect()
+    assert.same(before, use())
+  end)
+
   it("is given back at once by free, while views keep what they see", function()
     collect()
     local before = use()

@@ -27,6 +27,7 @@ for round = 1, 12 do
   assert(not ok and problem:find("sdpa: v: has " .. 5 + round .. " keys", 1, true), problem)
   if round % 4 == 0 then collectgarbage() end
 end
+kept = sa.ones {3}
 return string.format("sum %.0f", sum)
 ]]
 
@@ -56,6 +57,7 @@ describe("Lua states in threads", function()
       assert.equal(0, status, output)
       assert.equal(alone:match "sum %d+", output:match "sum %d+")
       assert.is_truthy(alone:match "sum %d+", alone)
+      assert.equal("0 bytes in 0 blocks are left", output:match "%d+ bytes in %d+ blocks are left")
     end)
   end
 end)

@@ -1,6 +1,7 @@
 // memory of the CPU: aligned pieces, the blocks that tensors hold, their counts, and failures on request
 #include "memory.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +15,11 @@ enum {
   PAGE = 4096,
   HUGE_PAGE = 2 << 20,
   MAPPED_FROM = 1 << 20,  // pieces of so many bytes are mapped, smaller ones come from malloc
-  SPARE_SLOTS = 16,       // released mappings kept for the next piece of their size
+  STEPS = 32,             // pieces of up to so many times ALIGNMENT are kept by their size,
+  SMALL_BYTES_AT_MOST = 2 << 20,
+  MIDDLING = 4,  // and so many larger ones
+  MIDDLING_BYTES_AT_MOST = 256 << 10,
+  SPARE_SLOTS = 16,  // released mappings kept for the next piece of their size
   SPARE_BYTES_AT_MOST = 64 << 20
 };
 
@@ -23,6 +28,7 @@ typedef struct header {
   void *base;      // what malloc or mmap gave
   int64_t mapped;  // bytes of the mapping; 0: base is malloc's
   int64_t bytes;   // that were asked for
+  int64_t room;    // bytes that it has
   int64_t zeroed;  // 1 while the memory is fresh from the system
 } header;
 
@@ -36,12 +42,12 @@ static char *align_up(char *address, uintptr_t alignment) {
   return address + (-(uintptr_t)address & (alignment - 1));
 }
 
-static void *finish_piece(char *memory, void *base, int64_t mapped, int64_t bytes) {
-  *header_of(memory) = (header){base, mapped, bytes, mapped != 0};
+static void *finish_piece(char *memory, void *base, int64_t mapped, int64_t room) {
+  *header_of(memory) = (header){base, mapped, room, room, mapped != 0};
   return memory;
 }
 
-static void *new_small(int64_t bytes) {
+static void *new_piece(int64_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
   // Ends where the piece ends, so that the sanitizer sees the first byte beyond.
   char *base = NULL;
@@ -51,6 +57,121 @@ static void *new_small(int64_t bytes) {
   if (!base) return NULL;
 #endif
   return finish_piece(align_up(base + sizeof(header), ALIGNMENT), base, 0, bytes);
+}
+
+/*  Small and middling pieces
+ *
+ *  A collector gives tensors back by the thousand, and malloc then joins and sorts what the next calls take apart
+ * again; scratch of 64 KiB and more makes it do so at every call. That was a tenth of a small call. So each thread
+ * keeps small pieces by their size, and a few larger ones, until it ends.
+ */
+
+static _Thread_local struct {
+  void *pile[STEPS + 1];     // of small pieces; each begins with the next
+  int64_t small_bytes;       // in all piles
+  void *middling[MIDDLING];  // any may be NULL
+  unsigned oldest;           // roughly: the next of them to be given up
+  bool watched;              // whether the end of the thread frees them
+} kept;
+
+static int steps_of(int64_t bytes) {
+  return bytes > 0 ? (int)((bytes + ALIGNMENT - 1) / ALIGNMENT) : 1;
+}
+
+static void free_piece(void *memory) {
+  if (memory) free(header_of(memory)->base);
+}
+
+static void free_kept(void *unused) {
+  for (int steps = 0; steps <= STEPS; steps++) {
+    for (void *memory = kept.pile[steps], *next; memory; memory = next) {
+      next = *(void **)memory;
+      free_piece(memory);
+    }
+  }
+  for (int k = 0; k < MIDDLING; k++) free_piece(kept.middling[k]);
+  memset(&kept, 0, sizeof kept);
+}
+
+static pthread_key_t end_of_thread;
+
+static void make_key(void) {
+  pthread_key_create(&end_of_thread, free_kept);
+}
+
+static void watch_thread(void) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, make_key);
+  pthread_setspecific(end_of_thread, &kept);
+  kept.watched = true;
+}
+
+static void *take_small(int steps) {
+  void *memory = kept.pile[steps];
+  if (!memory) return NULL;
+  kept.pile[steps] = *(void **)memory;
+  kept.small_bytes -= (int64_t)steps * ALIGNMENT;
+  return memory;
+}
+
+static bool keep_small(void *memory, int steps) {
+  if (kept.small_bytes > SMALL_BYTES_AT_MOST) return false;
+  if (!kept.watched) watch_thread();
+  *(void **)memory = kept.pile[steps];
+  kept.pile[steps] = memory;
+  kept.small_bytes += (int64_t)steps * ALIGNMENT;
+  return true;
+}
+
+// A kept piece that has room for `bytes` and wastes at most an eighth of itself.
+static void *take_middling(int64_t bytes) {
+  for (int k = 0; k < MIDDLING; k++) {
+    void *memory = kept.middling[k];
+    const int64_t room = memory ? header_of(memory)->room : 0;
+    if (room < bytes || room - room / 8 > bytes) continue;
+    kept.middling[k] = NULL;
+    return memory;
+  }
+  return NULL;
+}
+
+// Gives the piece that is not kept: this one, or one that makes room for it, or NULL.
+static void *keep_middling(void *memory) {
+  if (header_of(memory)->room > MIDDLING_BYTES_AT_MOST) return memory;
+  if (!kept.watched) watch_thread();
+  int slot = 0;
+  while (slot < MIDDLING && kept.middling[slot]) slot++;
+  if (slot == MIDDLING) slot = (int)(kept.oldest++ % MIDDLING);
+  void *before = kept.middling[slot];
+  kept.middling[slot] = memory;
+  return before;
+}
+
+static bool keeps_pieces(void) {
+#ifdef __SANITIZE_ADDRESS__
+  return false;  // it is to see each piece freed
+#else
+  return true;
+#endif
+}
+
+static void *new_small(int64_t bytes) {
+  if (!keeps_pieces()) return new_piece(bytes);
+  const int steps = bytes <= STEPS * ALIGNMENT ? steps_of(bytes) : 0;
+  void *memory = steps ? take_small(steps) : take_middling(bytes);
+  if (!memory) memory = new_piece(steps ? steps * ALIGNMENT : bytes);
+  if (memory) header_of(memory)->bytes = bytes;
+  return memory;
+}
+
+static void release_small(void *memory) {
+  const int64_t room = header_of(memory)->room;
+  if (!keeps_pieces())
+    free_piece(memory);
+  else if (room > STEPS * ALIGNMENT)
+    free_piece(keep_middling(memory));
+  else if (!keep_small(memory, (int)(room / ALIGNMENT)))
+    free_piece(memory);
 }
 
 /*  Large pieces
@@ -109,8 +230,7 @@ static char *take_spare(int64_t bytes) {
     char *memory = swap_slot(slot, NULL);
     if (!memory) continue;
     header *const piece = header_of(memory);
-    const int64_t room = (char *)piece->base + piece->mapped - memory;
-    if (room >= bytes && room - room / 8 <= bytes) {
+    if (piece->room >= bytes && piece->room - piece->room / 8 <= bytes) {
       piece->bytes = bytes;
       piece->zeroed = 0;
       return memory;
@@ -133,7 +253,9 @@ static void *new_large(int64_t bytes) {
   if (base > start) munmap(start, (size_t)(base - start));
   if (start + reserved > end) munmap(end, (size_t)(start + reserved - end));
   madvise(memory, (size_t)length, MADV_HUGEPAGE);  // refused where there are none: no loss
-  return finish_piece(memory, base, end - base, bytes);
+  finish_piece(memory, base, end - base, length);
+  header_of(memory)->bytes = bytes;
+  return memory;
 }
 
 static int64_t mapped_from(void) {
@@ -158,7 +280,7 @@ void *sa_cpu_allocate(const char *function, int64_t bytes) {
 void sa_cpu_release(void *memory) {
   if (!memory) return;
   if (header_of(memory)->mapped == 0)
-    free(header_of(memory)->base);
+    release_small(memory);
   else
     keep_spare(memory);
 }
@@ -271,4 +393,11 @@ void sa_block_release(sa_block *block) {
   count(block->device, -block->bytes, -1);
   block->backend->release(block->device, block->data);
   free(block);
+}
+
+void sa_blocks_release(sa_block **blocks, int64_t count) {
+  for (int64_t k = 0; k < count; k++) {
+    sa_block_release(blocks[k]);
+    blocks[k] = NULL;
+  }
 }

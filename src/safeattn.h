@@ -75,6 +75,9 @@ int sa_tensor_borrow(sa_tensor *out, void *data, int dtype, int device, int ndim
                      const int64_t *stride);  // stride NULL: row-major; takes no ownership of data
 void sa_tensor_retain(const sa_tensor *t);
 void sa_tensor_release(sa_tensor *t);  // drops the hold and empties the descriptor; releasing an empty one is fine
+// For a binding that learns late which descriptors are gone: drops the holds of their blocks (NULL: none), and empties
+// the list.
+void sa_blocks_release(sa_block **blocks, int64_t count);
 
 int64_t sa_tensor_numel(const sa_tensor *t);
 int64_t sa_dtype_size(int dtype);      // bytes

@@ -419,14 +419,25 @@ void sa_attention_init(sa_attention *a) {
   a->deterministic = 1;
 }
 
+// The lists are as long as their counts say: to clear them, too, takes longer than a small call's checks.
+static void open_call(call *c, const char *function, sa_attention *a) {
+  c->function = function;
+  c->a = a;
+  c->p = (sa_problem){0};
+  c->plan = NULL;
+  c->asides = c->creations = c->input_count = 0;
+}
+
 int sa_forward(sa_attention *a) {
   if (!a) return sa_fail(SA_INVALID, __func__, "a: is NULL, wanted a filled sa_attention");
-  call c = {.function = __func__, .a = a};
+  call c;
+  open_call(&c, __func__, a);
   return close_call(&c, forward(&c));
 }
 
 int sa_backward(sa_attention *a) {
   if (!a) return sa_fail(SA_INVALID, __func__, "a: is NULL, wanted a filled sa_attention");
-  call c = {.function = __func__, .a = a};
+  call c;
+  open_call(&c, __func__, a);
   return close_call(&c, backward(&c));
 }

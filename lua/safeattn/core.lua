@@ -164,7 +164,9 @@ end
 
 -- Arguments
 
-local no_options = setmetatable({}, {__newindex = function() error("shared, read-only", 2) end})
+--- The options of a call without any.
+core.no_options = setmetatable({}, {__newindex = function() error("shared, read-only", 2) end})
+local no_options = core.no_options
 
 --- Checks a table of options; nil counts as an empty one.
 -- @param allowed a table with the legal names as keys

@@ -208,7 +208,8 @@ local function expanded(g, kept, ndim, shape)
   local out, wide = new_handle(), new_handle()
   if not lib.sa_tensor_contiguous(g.handle) then g = g:clone() end
   call("backward", lib.sa_tensor_view, out, g.handle, ndim, kept)
-  call("backward", lib.sa_tensor_expand, wide, out, ndim, shape)
+  local view = tensor.adopt(out)
+  call("backward", lib.sa_tensor_expand, wide, view.handle, ndim, shape)
   return tensor.adopt(wide)
 end
 

@@ -9,12 +9,12 @@ local random = require "safeattn.random"
 
 local ffi, lib = core.ffi, core.lib
 local describe, fail, call = core.describe, core.fail, core.call
-local pointer, new_handle, adopt = tensor.pointer, tensor.handle, tensor.adopt
+local pointer, adopt = tensor.pointer, tensor.adopt
+local descriptor, new_handle = tensor.descriptor, tensor.handle
 
 local M = {}
 
 local attention_type = ffi.typeof "sa_attention"
-local attention_size = ffi.sizeof(attention_type)
 local tensor_list = ffi.typeof "const sa_tensor *[?]"
 local output_list = ffi.typeof "sa_tensor *[?]"
 
@@ -96,23 +96,31 @@ end
 local Run = {}
 Run.__index = Run
 
-local function set_extras(a, fname, run, options)
+-- The mask, and its nodes: a mask with Lua functions keeps those of the last few sizes only.
+local function set_extras(a, fname, options)
   local bias, sinks, alibi = options.bias, options.sinks, options.alibi
   if bias ~= nil then a.bias = pointer(bias, fname, "bias") end
   if sinks ~= nil then a.sinks = pointer(sinks, fname, "sinks") end
   if alibi ~= nil then a.alibi = pointer(alibi, fname, "alibi") end
-  run.bias, run.sinks, run.alibi = bias, sinks, alibi
-  if options.mask ~= nil then
-    local given = mask_of(fname, options.mask)
-    -- The nodes too: a mask with Lua functions keeps those of the last few sizes only.
-    run.mask, run.mask_nodes = given, mask_nodes(fname, given, a.q, a.k)
-    a.mask = run.mask_nodes
-  end
+  if options.mask == nil then return end
+  local given = mask_of(fname, options.mask)
+  local nodes = mask_nodes(fname, given, a.q, a.k)
+  a.mask = nodes
+  return given, nodes
 end
 
--- An output of C: the handle to fill, as a tensor once C has filled it.
+local function set_options(a, fname, options)
+  local used, nodes = set_extras(a, fname, options)
+  set_numbers(a, fname, options)
+  set_choices(a, fname, options)
+  a.causal = causality(fname, options.causal)
+  if options.window ~= nil then set_window(a, fname, options.window) end
+  return used, nodes
+end
+
+-- An output of C: the descriptor to fill, as a tensor once C has filled it.
 local function output(wanted)
-  return wanted and new_handle() or nil
+  return wanted and descriptor() or nil
 end
 
 local function adopted(handle)
@@ -124,44 +132,50 @@ local function forward(fname, q, k, v, options, wants_lse, for_backward)
   local a = attention_type()
   lib.sa_attention_init(a)
   a.q, a.k, a.v = pointer(q, fname, "q"), pointer(k, fname, "k"), pointer(v, fname, "v")
-  local run = setmetatable({q = q, k = k, v = v, attention = a}, Run)
-  set_extras(a, fname, run, options)
-  set_numbers(a, fname, options)
-  set_choices(a, fname, options)
-  a.causal = causality(fname, options.causal)
-  if options.window ~= nil then set_window(a, fname, options.window) end
+  local plain = options == core.no_options and not M.backend
+  local mask_used, nodes, weights, dead
+  if not plain then mask_used, nodes = set_options(a, fname, options) end
 
   local given = options.out
   local out = given == nil and new_handle() or pointer(given, fname, "out")
   local lse = output(wants_lse or for_backward)
-  local weights = output(core.boolean(fname, "weights", options.weights, false))
-  local dead = output(for_backward and run.bias)
-  a.out, a.lse, a.weights, a.dead = out, lse, weights, dead
-  if given ~= nil then autograd.change(fname, "out", given) end
+  a.out, a.lse = out, lse
+  if not plain then
+    weights = output(core.boolean(fname, "weights", options.weights, false))
+    dead = output(for_backward and options.bias)
+    a.weights, a.dead = weights, dead
+    if given ~= nil then autograd.change(fname, "out", given) end
+  end
   call(fname, lib.sa_forward, a)
 
-  run.out = given or adopt(out)
-  run.lse, run.weights, run.dead = adopted(lse), adopted(weights), adopted(dead)
-  run.backend = a.used == lib.SA_REFERENCE and "reference" or "fused"
-  run.kernel = ffi.string(a.kernel)
+  -- What every run has is there at once: a table that grows costs as much as all of this.
+  local run = setmetatable({
+    q = q, k = k, v = v, attention = a, out = given or adopt(out), lse = adopted(lse),
+    backend = a.used == lib.SA_REFERENCE and "reference" or "fused", kernel = ffi.string(a.kernel),
+  }, Run)
+  if not plain then
+    run.bias, run.sinks, run.alibi = options.bias, options.sinks, options.alibi
+    run.mask, run.mask_nodes = mask_used, nodes
+    run.weights, run.dead = adopted(weights), adopted(dead)
+  end
   return run
 end
 
 -- The gradients that are wanted: a table with some of dq, dk, dv, dbias, dsinks, dalibi.
 local function gradients(fname, run, dout, dlse, wanted)
-  -- Not attention_type(run.attention): LuaJIT compiles no copy by a constructor, and a small call took twice as long.
-  local a = attention_type()
-  ffi.copy(a, run.attention, attention_size)
-  a.q, a.k, a.v = pointer(run.q, fname, "q"), pointer(run.k, fname, "k"), pointer(run.v, fname, "v")
-  a.out, a.lse = pointer(run.out, fname, "out"), pointer(run.lse, fname, "lse")
-  if run.bias then a.bias = pointer(run.bias, fname, "bias") end
-  if run.sinks then a.sinks = pointer(run.sinks, fname, "sinks") end
-  if run.alibi then a.alibi = pointer(run.alibi, fname, "alibi") end
-  if dout ~= nil then a.dout = pointer(dout, fname, "dout") end
-  if dlse ~= nil then a.dlse = pointer(dlse, fname, "dlse") end
+  -- The forward's own struct: it has the inputs and the outputs, which may have been freed since.
+  local a = run.attention
+  pointer(run.q, fname, "q") pointer(run.k, fname, "k") pointer(run.v, fname, "v")
+  pointer(run.out, fname, "out") pointer(run.lse, fname, "lse")
+  if run.bias then pointer(run.bias, fname, "bias") end
+  if run.sinks then pointer(run.sinks, fname, "sinks") end
+  if run.alibi then pointer(run.alibi, fname, "alibi") end
+  a.dout = dout ~= nil and pointer(dout, fname, "dout") or nil
+  a.dlse = dlse ~= nil and pointer(dlse, fname, "dlse") or nil
   -- The struct keeps nothing alive, and LuaJIT keeps no local variable that is not read again.
   run.dout, run.dlse = dout, dlse
-  local dq, dk, dv = output(wanted.q), output(wanted.k), output(wanted.v)
+  local dq = wanted.q and new_handle() or nil
+  local dk, dv = output(wanted.k), output(wanted.v)
   local dbias, dsinks, dalibi = output(wanted.bias), output(wanted.sinks), output(wanted.alibi)
   a.dq, a.dk, a.dv, a.dbias, a.dsinks, a.dalibi = dq, dk, dv, dbias, dsinks, dalibi
   call(fname, lib.sa_backward, a)
@@ -180,7 +194,7 @@ function Run.backward(run, dout, dlse)
     fail(fname, nil, "self: got %s, wanted what sa.forward gave", describe(run))
   end
   if dout == nil and dlse == nil then fail(fname, nil, "dout: got nil, wanted a tensor like out (or dlse like lse)") end
-  return gradients(fname, run, dout, dlse, run)
+  return (gradients(fname, run, dout, dlse, run))
 end
 
 --- Attention without a tape.

@@ -36,26 +36,102 @@ local function collect_past_limit()
   device_limit = math.max(LEAST_DEVICE_LIMIT, GROWTH * tonumber(lib.sa_device_bytes()))
 end
 
-local Handle = ffi.typeof("sa_tensor")
+-- Who holds a block is told by its handle. A finaliser on each handle would cost as much as all else about a small
+-- tensor (0.3 us), and whatever trace is recorded while one runs is given up. So handles stand in a weak table, what
+-- they hold in an array beside it, and the finaliser of one object per collection gives back what has lost its handle.
+local holders = setmetatable({}, {__mode = "v"})
+local block_array = ffi.typeof "sa_block *[?]"
+local room = 256
+local blocks = block_array(room) -- [0] is not used
+local slots = 0                  -- 1 .. slots are in use, or spare
+local spare, spares = {}, 0      -- the lowest last
+local watched = false            -- whether an object waits for the next collection
+local Watch = ffi.typeof "char[1]"
+local watch
 
---- An empty `sa_tensor` for C to fill; its finaliser is armed.
-function tensor.handle()
-  collect_past_limit()
-  return ffi.gc(Handle(), lib.sa_tensor_release)
+-- Gives back the blocks of first .. last.
+local function give_back(first, last)
+  if first <= last then lib.sa_blocks_release(blocks + first, last - first + 1) end
 end
 
---- Makes a Lua tensor of a filled handle.
+local function sweep()
+  local highest, last = 0, slots
+  spares = 0
+  for slot = slots, 1, -1 do
+    if holders[slot] then
+      give_back(slot + 1, last)
+      last = slot - 1
+      if highest == 0 then highest = slot end
+    elseif highest > 0 then
+      spares = spares + 1
+      spare[spares] = slot
+    end
+  end
+  give_back(1, last)
+  slots, watched = highest, false
+  -- With nothing left to watch, these modules themselves may go.
+  if slots > 0 then watch() end
+end
+
+function watch()
+  watched = true
+  ffi.gc(Watch(), sweep)
+end
+
+-- Goes with the Lua state, or with these modules.
+local closing = ffi.gc(Watch(), function() give_back(1, slots) end)
+
+local function more_slots()
+  local wanted = math.max(2 * slots, 128)
+  if wanted >= room then
+    local larger = block_array(2 * wanted)
+    ffi.copy(larger, blocks, room * ffi.sizeof "void *")
+    blocks, room = larger, 2 * wanted
+  end
+  for slot = wanted, slots + 1, -1 do
+    spares = spares + 1
+    spare[spares] = slot
+  end
+  slots = wanted
+  if not watched and closing then watch() end
+end
+
+local function slot_for(handle)
+  if spares == 0 then more_slots() end
+  local slot = spare[spares]
+  spares = spares - 1
+  -- In this order: reading `block` makes a cdata, at which the collector may run and look for slots without holders.
+  holders[slot] = handle
+  blocks[slot] = handle.block
+  return slot
+end
+
+-- Calls that end a function stand in parentheses here: tail calls count as turns of a loop, and LuaJIT gives up a trace
+-- that has more than a few.
+
+--- An empty `sa_tensor` for C to fill.
+tensor.descriptor = ffi.typeof "sa_tensor"
+local descriptor = tensor.descriptor
+
+--- The same, where C is about to allocate: garbage that holds much memory is collected first.
+function tensor.handle()
+  collect_past_limit()
+  return (descriptor())
+end
+
+--- Makes a Lua tensor of a filled handle, which from now on gives its memory back when it is garbage.
 -- @param storage what tensors on the same memory share (see tensor.storage); nil for memory of its own
 function tensor.adopt(handle, storage)
-  return setmetatable({
+  return (setmetatable({
     handle = handle,     -- false once freed
+    slot = slot_for(handle),
     storage = storage or false,
     node = false,        -- the tape's record of what made this tensor
     output = 0,          -- which output of it
     tracked = false,     -- a leaf whose gradient is wanted
     gradient = false,
     sink = false,        -- what stands for this leaf on the tape
-  }, Tensor)
+  }, Tensor))
 end
 local adopt = tensor.adopt
 
@@ -100,8 +176,8 @@ end
 -- error.
 function methods.free(t)
   local handle = pointer(t, "free", "t")
-  ffi.gc(handle, nil)
   lib.sa_tensor_release(handle)
+  blocks[t.slot] = nil
   t.handle, t.storage, t.node, t.gradient, t.sink = false, false, false, false, false
 end
 

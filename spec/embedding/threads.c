@@ -24,6 +24,23 @@ static void *run_state(void *unused) {
   return result;
 }
 
+static const char count[] =
+    "package.path = 'lua/?.lua;lua/?/init.lua;' .. package.path\n"
+    "local core = require 'safeattn.core'\n"
+    "local use = core.ffi.new 'sa_memory_use'\n"
+    "core.lib.sa_memory(use)\n"
+    "return string.format('%d bytes in %d blocks are left', tonumber(use.bytes), tonumber(use.blocks))\n";
+
+// What states that have ended left behind.
+static void print_left(void) {
+  lua_State *L = luaL_newstate();
+  if (!L) return;
+  luaL_openlibs(L);
+  luaL_dostring(L, count);
+  printf("%s\n", lua_tostring(L, -1));
+  lua_close(L);
+}
+
 int main(int argc, char **argv) {
   const int states = argc == 3 ? atoi(argv[2]) : 0;
   if (states < 1 || states > STATES_AT_MOST) {
@@ -43,5 +60,6 @@ int main(int argc, char **argv) {
   }
   printf("%s\n%d of %d differ\n", results[0] ? results[0] : "nothing", different, states);
   for (int k = 0; k < states; k++) free(results[k]);
+  print_left();
   return different != 0;
 }
