@@ -64,6 +64,45 @@ helper.describe_cuda("attention on a CUDA device", function()
     end
   end)
 
+  -- Whole tiles, their edges and their tails; biases that are read two keys at once and one by one.
+  for n, options in ipairs {
+    {bias = "ls"}, {bias = "1hls", extras_dtype = "f32", causal = "bottom-right"}, {bias = "bhls", bias_values = "inf"},
+    {bias = "b11s", bias_values = "inf", extras_dtype = "f32"}, {bias = "1hls", bias_values = "inf", mask = "random"},
+    {bias = "b1l1"}, {bias = "ls", keys = 257},
+    {bias = "ls", bias_values = "lowest", extras_dtype = "f32", sinks = true},
+    {bias = "bhls", keys = 131, extras_dtype = "f32", bias_values = "lowest"},
+    {bias = "ls", softcap = 3, alibi = true, dropout = 0.1, sinks = true, causal = "top-left", key_heads = 1},
+    {bias = "bhls", bias_values = "inf", softcap = 3, alibi = true, dropout = 0.1, sinks = true, values = "heavy"},
+    {softcap = 3}, {softcap = 30, values = "spread"}, {softcap = 300, values = "spread", mask = "dead"},
+    {alibi = true}, {alibi = true, causal = "bottom-right", queries = 129},
+    {dropout = 0.2}, {dropout = 0.2, keys = 129}, {dropout = 0.3, keys = 250, mask = "random"},
+    {softcap = 2, scale = -0.5}, {alibi = true, scale = -0.5},
+  } do
+    local names = {}
+    for name, value in pairs(options) do names[#names + 1] = name .. " " .. tostring(value) end
+    table.sort(names)
+    it("with " .. table.concat(names, ", "), function()
+      for _, shape in ipairs {{"bf16", 128}, {"f16", 64}, {"bf16", 40}} do
+        local c = {dtype = shape[1], width = shape[2], seed = n, heads = 2, queries = 200, keys = 256}
+        for name, value in pairs(options) do c[name] = value end
+        cases.check(c, engines)
+      end
+    end)
+  end
+
+  it("says which kernels served a call", function()
+    local function kernel(options, width)
+      local q = sa.randn({1, 2, 160, width or 64}, {seed = 1, dtype = "bf16", device = "cuda"})
+      return sa.forward(q, q, q, options).kernel
+    end
+    local fastest = sa.info().cuda:find("capability 9.0", 1, true) and not os.getenv "SAFEATTN_CUDA_KERNELS"
+    local bias = sa.zeros({160, 160}, {dtype = "bf16", device = "cuda"})
+    for _, options in ipairs {{}, {softcap = 3}, {bias = bias}, {dropout = 0.1, seed = 1}} do
+      assert.equal(fastest and "hopper-bf16-64" or "portable-bf16", kernel(options))
+    end
+    assert.equal("portable-bf16", kernel({weights = true}))
+  end)
+
   if not os.getenv "SAFEATTN_QUICK" then
     it("of 65537 batches of 2 heads", function()
       cases.check({dtype = "bf16", queries = 2, keys = 3, batch = 65537, heads = 2, key_heads = 1, width = 8,

@@ -348,8 +348,6 @@ static int forward(call *c) {
   int status = check_inputs(c);
   if (!status) status = use_inputs(c);
   if (status) return status;
-  const sa_attention_kernels *kernels = choose_kernels(c, false);
-  if (!kernels) return SA_UNSUPPORTED;
   row_shape(c, p->value_width, shape);
   row_shape(c, p->keys, weights_shape);
   status = use_output(c, "out", a->out, p->dtype, c->rank, shape, &p->out);
@@ -359,7 +357,9 @@ static int forward(call *c) {
   if (status) return status;
   shift_rows(&p->lse);
   shift_rows(&p->dead);
-  return run_kernel(c, kernels->forward);
+  // The choice hangs on what is to be written, too.
+  const sa_attention_kernels *kernels = choose_kernels(c, false);
+  return kernels ? run_kernel(c, kernels->forward) : SA_UNSUPPORTED;
 }
 
 // What forward made, given back to backward.
@@ -388,8 +388,6 @@ static int backward(call *c) {
   int status = check_inputs(c);
   if (!status) status = use_inputs(c);
   if (status) return status;
-  const sa_attention_kernels *kernels = choose_kernels(c, true);
-  if (!kernels) return SA_UNSUPPORTED;
   row_shape(c, p->value_width, shape);
   const int real = lse_dtype(p->dtype);
   status = check_saved(c, "out", a->out, true, p->dtype, c->rank, shape, true, &p->out);
@@ -410,7 +408,8 @@ static int backward(call *c) {
   // Gradients per head run along [H], which is the last dim of their tensors and the second of four.
   p->dsinks.stride[1] = p->dsinks.stride[3];
   p->dalibi.stride[1] = p->dalibi.stride[3];
-  return run_kernel(c, kernels->backward);
+  const sa_attention_kernels *kernels = choose_kernels(c, true);
+  return kernels ? run_kernel(c, kernels->backward) : SA_UNSUPPORTED;
 }
 
 void sa_attention_init(sa_attention *a) {

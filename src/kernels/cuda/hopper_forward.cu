@@ -39,34 +39,61 @@ static int stream_counter(const char *function, int device, cudaStream_t stream,
 
 // A kernel's widths: those of q and v are rounded up to them with zeros, which TMA adds.
 typedef struct shape_entry {
-  int width, value_width;
+  int width, value_width, extras, keys;
   int (*bf16)(const char *, const forward_call &, int, cudaStream_t);
   int (*f16)(const char *, const forward_call &, int, cudaStream_t);
 } shape_entry;
 
-#define SHAPE(w, v)                                                  \
-  {                                                                  \
-    w, v, hopper_forward_launch<forward_shape<__nv_bfloat16, w, v>>, \
-        hopper_forward_launch<forward_shape<__half, w, v>>           \
+#define SHAPES(X)                 \
+  X(64, 64, 0)                    \
+  X(96, 96, 0)                    \
+  X(128, 128, 0)                  \
+  X(192, 128, 0)                  \
+  X(192, 192, 0)                  \
+  X(256, 256, 0)                  \
+  X(64, 64, FORWARD_SOFTCAP)      \
+  X(64, 64, FORWARD_ALIBI)        \
+  X(64, 64, FORWARD_DROPOUT)      \
+  X(64, 64, FORWARD_HALF_BIAS)    \
+  X(64, 64, FORWARD_FLOAT_BIAS)   \
+  X(64, 64, FORWARD_ANY)          \
+  X(128, 128, FORWARD_SOFTCAP)    \
+  X(128, 128, FORWARD_ALIBI)      \
+  X(128, 128, FORWARD_DROPOUT)    \
+  X(128, 128, FORWARD_HALF_BIAS)  \
+  X(128, 128, FORWARD_FLOAT_BIAS) \
+  X(128, 128, FORWARD_ANY)
+#define LAUNCH(type, ...) hopper_forward_launch<forward_shape<type, __VA_ARGS__>>
+#define DECLARE(...)                                                                                             \
+  extern template int LAUNCH(__nv_bfloat16, __VA_ARGS__)(const char *, const forward_call &, int, cudaStream_t); \
+  extern template int LAUNCH(__half, __VA_ARGS__)(const char *, const forward_call &, int, cudaStream_t);
+#define ENTRY(w, v, extras)                   \
+  {w,                                         \
+   v,                                         \
+   extras,                                    \
+   forward_shape<__half, w, v, extras>::keys, \
+   LAUNCH(__nv_bfloat16, w, v, extras),       \
+   LAUNCH(__half, w, v, extras)},
+SHAPES(DECLARE)
+static const shape_entry shapes[] = {SHAPES(ENTRY)};
+
+// What a kernel must be able to do: one thing, or anything.
+static int extras_of(const sa_problem *p) {
+  const bool bias = p->bias.data, softcap = p->softcap > 0, alibi = p->alibi.data, dropout = p->dropout > 0;
+  if (bias + softcap + alibi + dropout > 1) return FORWARD_ANY;
+  if (softcap) return p->softcap <= HOPPER_SOFTCAP ? FORWARD_SOFTCAP : FORWARD_ANY;
+  if (alibi) return FORWARD_ALIBI;
+  if (dropout) return FORWARD_DROPOUT;
+  if (!bias) return 0;
+  if (!hopper_bias_pairs(p)) return FORWARD_ANY;
+  return p->bias.dtype == SA_F32 ? FORWARD_FLOAT_BIAS : FORWARD_HALF_BIAS;
+}
+
+static const shape_entry *shape_of(const sa_problem *p) {
+  const int extras = extras_of(p);
+  for (const shape_entry &shape : shapes) {
+    if (p->width <= shape.width && p->value_width <= shape.value_width && extras == shape.extras) return &shape;
   }
-#define DECLARE(w, v)                                                                                               \
-  extern template int hopper_forward_launch<forward_shape<__nv_bfloat16, w, v>>(const char *, const forward_call &, \
-                                                                                int, cudaStream_t);                 \
-  extern template int hopper_forward_launch<forward_shape<__half, w, v>>(const char *, const forward_call &, int,   \
-                                                                         cudaStream_t);
-DECLARE(64, 64)
-DECLARE(96, 96)
-DECLARE(128, 128)
-DECLARE(192, 128)
-DECLARE(192, 192)
-DECLARE(256, 256)
-
-static const shape_entry shapes[] = {SHAPE(64, 64),   SHAPE(96, 96),   SHAPE(128, 128),
-                                     SHAPE(192, 128), SHAPE(192, 192), SHAPE(256, 256)};
-
-static const shape_entry *shape_of(int64_t width, int64_t value_width) {
-  for (const shape_entry &shape : shapes)
-    if (width <= shape.width && value_width <= shape.value_width) return &shape;
   return NULL;
 }
 
@@ -84,10 +111,9 @@ bool sa_cuda_hopper_forward_covers(const sa_problem *p) {
   if (p->dtype != SA_BF16 && p->dtype != SA_F16) return false;
   if (sa_cuda_properties_of(p->device)->major != 9) return false;
   if (!p->batch || !p->heads || !p->queries || !p->keys || !p->width || !p->value_width) return false;
-  if (!shape_of(p->width, p->value_width) || p->value_width % 8) return false;
-  if (p->bias.data || p->alibi.data || p->weights.data || p->softcap > 0 || p->dropout > 0) return false;
+  if (!shape_of(p) || p->value_width % 8 || p->weights.data) return false;
   const double scale_log2 = p->scale * 1.4426950408889634;
-  if (!(scale_log2 >= FLT_MIN && scale_log2 <= FLT_MAX)) return false;
+  if (hopper_has_extras(p) ? !hopper_scores_fit(p) : !(scale_log2 >= FLT_MIN && scale_log2 <= FLT_MAX)) return false;
   if (p->queries > INT32_MAX - SA_TILE || p->keys > INT32_MAX - SA_TILE) return false;
   if (p->batch * p->heads > INT32_MAX / 2 / row_tiles(p)) return false;
   const int64_t q[4] = {p->batch, p->heads, p->queries, p->width}, k[4] = {p->batch, p->key_heads, p->keys, p->width};
@@ -136,10 +162,9 @@ static void group_heads(const sa_problem *p, forward_call *c) {
 static int tensor_maps(const char *function, const sa_problem *p, const shape_entry *shape, forward_call *c) {
   const int64_t q[4] = {p->batch, p->heads, p->queries, p->width}, k[4] = {p->batch, p->key_heads, p->keys, p->width};
   const int64_t v[4] = {p->batch, p->key_heads, p->keys, p->value_width};
-  const int keys = shape->width <= 128 ? 128 : 64;
   int status = sa_cuda_tensor_map(function, &c->q, &p->q, q, SA_TILE);
-  if (!status) status = sa_cuda_tensor_map(function, &c->k, &p->k, k, keys);
-  if (!status) status = sa_cuda_tensor_map(function, &c->v, &p->v, v, keys);
+  if (!status) status = sa_cuda_tensor_map(function, &c->k, &p->k, k, shape->keys);
+  if (!status) status = sa_cuda_tensor_map(function, &c->v, &p->v, v, shape->keys);
   c->q_batch_step = sa_cuda_tensor_map_step(&p->q, q, 0);
   c->q_head_step = sa_cuda_tensor_map_step(&p->q, q, 1);
   c->k_batch_step = sa_cuda_tensor_map_step(&p->k, k, 0);
@@ -156,7 +181,7 @@ int sa_cuda_hopper_forward(const sa_problem *p) {
   if (status) return status;
   const sa_device_plan *plan = sa_cuda_plan(function, p->plan, p->device);
   if (!plan) return SA_NO_MEMORY;
-  const shape_entry *shape = shape_of(p->width, p->value_width);
+  const shape_entry *shape = shape_of(p);
   forward_call c = {};
   c.plan = *plan;
   c.values = p->v;
@@ -170,6 +195,9 @@ int sa_cuda_hopper_forward(const sa_problem *p) {
   c.keys = (int32_t)p->keys;
   c.value_width = (int32_t)p->value_width;
   c.scale_log2 = (float)(p->scale * 1.4426950408889634);
+  c.scores = hopper_scores_of(p);
+  const bool one_plane = p->plan->batch * p->plan->heads == 1, one_bias = p->bias.data && p->bias.stride[0] == 0;
+  if (one_plane && one_bias && p->bias.stride[1] != 0) c.batches = (int32_t)p->batch;
   c.items = (int32_t)(p->batch * p->heads * row_tiles(p));
   group_heads(p, &c);
   status = tensor_maps(function, p, shape, &c);

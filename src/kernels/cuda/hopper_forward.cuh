@@ -20,6 +20,11 @@
 //   192, 192    64    2, 2             96, 32, 32                213 KiB
 //   256, 256    64    1, 2             128, 32 (P once: 16)      213 KiB, two registers spilled around an item's end
 //
+// Bias, softcap, ALiBi and dropout (hopper_scores.cuh) are kernels of their own, for widths of 64 and 128: one for each
+// alone and one for all of them, since branches around code that is not run cost more than the code. With a bias, steps
+// have 64 keys and the registers that frees hold the bias of a step: it is read straight into the places of the
+// accumulators while the product is made. Dropout draws its bits under the products too.
+//
 // The row maximum is only a guard against overflow: any m within 2^127 of the scores gives the same result up to
 // rounding. It is taken from the first step in which a row sees a key and then kept; the sum of a step, needed anyway,
 // tells when it has become too small (GROW), and then P, the sum and O are divided by a power of two. What a row gets
@@ -28,10 +33,13 @@
 // An item whose output is not finite is noted and done again by its block when all else is done, carefully: the same
 // products in the same order, but with the elements of V that are not finite replaced by 0 and then added to the rows
 // that see them, and with the maximum raised where the kept one would overflow. So rows that see nothing of the kind
-// get the very bits of a clean run, and clean inputs pay for one test of O.
+// get the very bits of a clean run, and clean inputs pay for one test of O. A bias of -inf masks by itself as long as
+// the product is finite; what a product that is not leaves behind ends in the careful path, too, where it is selected.
+// A row is dead when it has no maximum at its end and saw no key while it had none: `alive`.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_CUH
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/hopper_scores.cuh"
 #include "kernels/cuda/plan.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/ptx_hopper.cuh"
@@ -61,6 +69,19 @@ enum {
 
 // A thread's part of the sum of a step that makes it raise the row's maximum.
 #define FORWARD_GROW 1024.f
+// Above its maximum by less than this (log2), a score overflows neither by itself nor in a sum.
+#define FORWARD_JUMP 100.f
+
+// What a kernel can do beyond the scale, as the template argument EXTRAS of forward_shape.
+enum {
+  FORWARD_SOFTCAP = 1,  // alone: up to HOPPER_SOFTCAP
+  FORWARD_ALIBI = 2,
+  FORWARD_DROPOUT = 4,
+  FORWARD_HALF_BIAS = 8,  // alone: of q's dtype, two keys read at once
+  FORWARD_FLOAT_BIAS = 16,
+  FORWARD_BIAS = FORWARD_HALF_BIAS | FORWARD_FLOAT_BIAS,
+  FORWARD_ANY = 31
+};
 
 // A launch. Steps along a dim of K, V or Q that is broadcast are 0, else 1 (tensor_map.cuh).
 typedef struct forward_call {
@@ -75,14 +96,20 @@ typedef struct forward_call {
   int32_t *counter;       // two, zero before and after every launch
   int32_t *flagged_next;  // [items]: the list of a block's items to be done again
   uint16_t group_order[FORWARD_GROUPS];
+  // Extras. Where all batches have one bias, those of a head are neighbours in place of the heads of a batch: then
+  // `batches` is their number, else 0.
+  hopper_scores scores;
+  int32_t batches;
 } forward_call;
 
-template <class T, int WIDTH, int VALUE_WIDTH>
+template <class T, int WIDTH, int VALUE_WIDTH, int EXTRAS = 0>
 struct forward_shape {
   using type = T;
   static constexpr int width = WIDTH, value_width = VALUE_WIDTH;
-  static constexpr int keys = WIDTH <= 128 ? 128 : 64;  // a step
-  static constexpr int steps = SA_TILE / keys;          // a tile
+  static constexpr int extras = EXTRAS;
+  // A step. With 128 keys there are no registers for a bias.
+  static constexpr int keys = WIDTH <= 128 && !(EXTRAS & FORWARD_BIAS) ? 128 : 64;
+  static constexpr int steps = SA_TILE / keys;  // a tile
   static constexpr int q_slots = WIDTH <= 192 ? 2 : 1;
   static constexpr int panels = (WIDTH + SA_PANEL - 1) / SA_PANEL;
   static constexpr int value_panels = (VALUE_WIDTH + SA_PANEL - 1) / SA_PANEL;
@@ -100,8 +127,9 @@ typedef struct forward_item {
   void *out;  // its first row
   float *lse;
   uint8_t *dead_rows;
-  float sink;                   // in units of log2, -inf when there are none
+  float sink;                   // in units of the scores, -inf when there are none
   uint16_t dead[SA_TILE / 16];  // a bit a query that sees no key or lies beyond the last
+  float slope;                  // of ALiBi
 } forward_item;
 
 template <class SHAPE>
@@ -150,8 +178,8 @@ static __device__ __forceinline__ int64_t forward_plane_rows(const forward_call 
   return sa_device_plane(c.plan, batch, head) * c.plan.row_tiles;
 }
 
-// The logit of a head's sink, in units of log2; -inf when there are no sinks.
-static __device__ __forceinline__ float forward_sink(const sa_operand &sinks, int head) {
+// The logit of a head's sink, in units of log2 unless others are asked for; -inf when there are no sinks.
+static __device__ __forceinline__ float forward_sink(const sa_operand &sinks, int head, float unit = 1.44269504f) {
   if (!sinks.data) return forward_minus_infinity();
   const int64_t at = head * sinks.stride[1];
   float x;
@@ -162,7 +190,7 @@ static __device__ __forceinline__ float forward_sink(const sa_operand &sinks, in
   } else {
     x = __half2float(((const __half *)sinks.data)[at]);
   }
-  return x * 1.44269504f;
+  return x * unit;
 }
 
 // The first row of a tile, in elements of `x`.
@@ -195,7 +223,8 @@ struct forward_finder {
     const uint32_t turn = (uint32_t)work / (uint32_t)c.group_items, i = work - turn * c.group_items;
     const uint32_t rank = i / (uint32_t)c.group_heads;
     const uint32_t flat = (c.ordered ? c.group_order[turn] : turn) * c.group_heads + (i - rank * c.group_heads);
-    const int batch = flat / (uint32_t)c.heads, head = flat - batch * c.heads;
+    int batch = flat / (uint32_t)c.heads, head = flat - batch * c.heads;
+    if (SHAPE::extras & FORWARD_BIAS && c.batches) head = flat / (uint32_t)c.batches, batch = flat - head * c.batches;
     const int64_t rows = forward_plane_rows(c, batch, head);
     const int tile = __ldg(c.plan.row_order + rows + rank);
     const int64_t first = __ldg(c.plan.row_start + rows + tile);
@@ -216,7 +245,8 @@ struct forward_finder {
       item.out = (uint16_t *)c.out.data + forward_offset(c.out, batch, head, tile);
       item.lse = c.lse.data ? (float *)c.lse.data + forward_offset(c.lse, batch, head, tile) : NULL;
       item.dead_rows = c.dead.data ? (uint8_t *)c.dead.data + forward_offset(c.dead, batch, head, tile) : NULL;
-      item.sink = forward_sink(c.sinks, head);
+      if (SHAPE::extras & FORWARD_ALIBI) item.slope = hopper_slope(c.scores, head);
+      item.sink = SHAPE::extras ? forward_sink(c.sinks, head, c.scores.base) : forward_sink(c.sinks, head);
     }
     hand_over();
     return true;
@@ -430,11 +460,17 @@ struct forward_consumer {
   float sum[2];           // this thread's part
   float low[2];           // what the careful path takes off the scores besides: the rounding of a huge maximum
   bool all_seen;          // every row of the warp has a maximum
+  int32_t alive;          // rows that saw a key whose bias is not -inf while they had no maximum: bits 0 and 1
   int number = 0;         // of the item at hand
   int done, done_before;  // its steps, and those of the item before
   bool last, begins;      // the step at hand is its item's last, begins an item
   forward_ring<SHAPE::q_slots> q;
   forward_ring<FORWARD_STAGES> k, v;
+
+  // Extras: the thread's first key of the step, the bias of the step (of halves, two a register) and which weights
+  // dropout keeps.
+  int first_key;
+  uint32_t bias[SHAPE::extras & FORWARD_FLOAT_BIAS ? scores : scores / 2], kept[(scores + 31) / 32];
 
   __device__ __forceinline__ forward_consumer(const forward_call &call, forward_shared<SHAPE> &memory)
       : c(call), shared(memory) {}
@@ -477,15 +513,15 @@ struct forward_consumer {
     return bits;
   }
 
-  // The greatest score of each row, in units of log2.
+  // The greatest score of each row, in the units of the maximum.
   __device__ __forceinline__ void row_maxima(float (&x)[2]) {
     float t[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) t[i] = fmaxf(s[i], s[i + 4]);
 #pragma unroll
     for (int i = 8; i < scores; i++) t[i % 4] = fmaxf(t[i % 4], s[i]);
-    x[0] = forward_quad_max(fmaxf(t[0], t[1])) * c.scale_log2;
-    x[1] = forward_quad_max(fmaxf(t[2], t[3])) * c.scale_log2;
+    x[0] = forward_quad_max(fmaxf(t[0], t[1])) * (SHAPE::extras ? 1.f : c.scale_log2);
+    x[1] = forward_quad_max(fmaxf(t[2], t[3])) * (SHAPE::extras ? 1.f : c.scale_log2);
   }
 
   __device__ __forceinline__ void keep(int r, float maximum) {
@@ -493,13 +529,34 @@ struct forward_consumer {
     shift[r] = maximum == forward_minus_infinity() ? 0.f : -maximum;
   }
 
+  // Whether the call wants what the kernel can do; a kernel for one thing alone is called for it.
+  __device__ __forceinline__ bool wants(int extra, bool wanted) {
+    return SHAPE::extras & extra && ((SHAPE::extras & ~extra) == 0 || wanted);
+  }
+
+  __device__ __forceinline__ bool has_bias() {
+    return wants(FORWARD_BIAS, c.scores.bias.data);
+  }
+
+  // A difference of scores as an exponent of 2.
+  __device__ __forceinline__ float octaves(float x) {
+    if constexpr (SHAPE::extras & FORWARD_BIAS) return x * c.scores.unit;
+    return x;
+  }
+
+  // What the exponential of a score is taken of.
+  __device__ __forceinline__ float exponent(int i) {
+    if constexpr (SHAPE::extras) return octaves(s[i] + shift[i >> 1 & 1]);
+    return fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]);
+  }
+
   // The exponentials of a thread's scores, summed as softmax() does.
   __device__ __forceinline__ void sums(float (&t)[2]) {
     float part[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < scores; i += 2) {
-      part[i & 3] += exp2_fast(fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]));
-      part[(i & 3) + 1] += exp2_fast(fmaf(s[i + 1], c.scale_log2, shift[i >> 1 & 1]));
+      part[i & 3] += exp2_fast(exponent(i));
+      part[(i & 3) + 1] += exp2_fast(exponent(i + 1));
     }
     t[0] = part[0] + part[1];
     t[1] = part[2] + part[3];
@@ -507,6 +564,7 @@ struct forward_consumer {
 
   // Raises the maximum of rows whose sum of this step overflows under the kept one. All others keep it, so that they
   // get the same bits. Whether O must be scaled, by a.
+  template <bool CAREFUL>
   __device__ __forceinline__ bool raise_maxima(float (&a)[2]) {
     float x[2], t[2];
     row_maxima(x);
@@ -517,14 +575,15 @@ struct forward_consumer {
       const uint32_t quads = __ballot_sync(~0u, t[r] == -forward_minus_infinity());
       a[r] = 1.f;
       if (quads >> (lane & 28) & 15) {
-        a[r] = exp2_fast(top[r] - x[r]);
-        if (x[r] > top[r]) low[r] = 0.f;
+        a[r] = exp2_fast(octaves(top[r] - x[r]));
+        if (CAREFUL && x[r] > top[r]) low[r] = 0.f;
         keep(r, x[r]);
         sum[r] *= a[r];
         any = true;
       }
     }
-    settle_huge();
+    // With extras the maximum is taken off a score before the difference gets its unit, so that it is exact.
+    if (CAREFUL && !SHAPE::extras) settle_huge();
     return __any_sync(~0u, any);
   }
 
@@ -546,13 +605,187 @@ struct forward_consumer {
 
   template <bool CAREFUL>
   __device__ __forceinline__ float exponential(int i) {
-    const float x = fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]);
-    return exp2_fast(CAREFUL ? x - low[i >> 1 & 1] : x);
+    const float x = exponent(i);
+    return exp2_fast(CAREFUL && !SHAPE::extras ? x - low[i >> 1 & 1] : x);
+  }
+
+  // Extras. The bias of the step in stage k is on its way while the product is made.
+  __device__ __forceinline__ void meet_step() {
+    const hopper_scores &rule = c.scores;
+    first_key = shared.key[k.at] + 2 * (lane & 3);
+    if constexpr (SHAPE::extras & FORWARD_BIAS) {
+      if (!has_bias()) return;
+      const bool whole = wants(FORWARD_BIAS, rule.bias_pairs) && first_key - 2 * (lane & 3) + SHAPE::keys <= c.keys;
+      if (is_float_bias()) {
+        whole ? load_bias<uint32_t, true>() : load_bias<uint32_t, false>();
+      } else {
+        whole ? load_bias<uint16_t, true>() : load_bias<uint16_t, false>();
+      }
+    }
+  }
+
+  __device__ __forceinline__ bool is_float_bias() {
+    return SHAPE::extras & FORWARD_FLOAT_BIAS && wants(FORWARD_FLOAT_BIAS, c.scores.bias.dtype == SA_F32);
+  }
+
+  // The first of this thread's two queries.
+  __device__ __forceinline__ int query() {
+    return shared.item[number % FORWARD_ITEMS].tile * SA_TILE + warp * 16 + lane / 4;
+  }
+
+  // PAIRS: two neighbouring keys are read at once. Otherwise the last key is read for those beyond it; the last row is
+  // read for those beyond it always.
+  template <class E, bool PAIRS>
+  __device__ __forceinline__ void load_bias() {
+    const forward_item &item = shared.item[number % FORWARD_ITEMS];
+    const sa_operand &x = c.scores.bias;
+    const E *rows[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      rows[r] = (const E *)x.data + item.batch * x.stride[0] + item.head * x.stride[1] +
+                min(query() + 8 * r, c.queries - 1) * x.stride[2];
+      if (PAIRS) rows[r] += first_key;
+    }
+#pragma unroll
+    for (int n = 0; n < scores / 2; n++) {
+      const E *row = rows[n & 1];
+      const int key = n / 2 * 8, one = min(first_key + key, c.keys - 1), two = min(first_key + key + 1, c.keys - 1);
+      if constexpr (sizeof(E) == 4 && PAIRS) {
+        const uint2 both = __ldg((const uint2 *)(row + key));
+        bias[2 * n] = both.x, bias[2 * n + 1] = both.y;
+      } else if constexpr (PAIRS) {
+        bias[n] = __ldg((const uint32_t *)(row + key));
+      } else if constexpr (sizeof(E) == 4) {
+        bias[2 * n] = __ldg(row + one * x.stride[3]), bias[2 * n + 1] = __ldg(row + two * x.stride[3]);
+      } else {
+        bias[n] = __ldg(row + one * x.stride[3]) | (uint32_t)__ldg(row + two * x.stride[3]) << 16;
+      }
+    }
+  }
+
+  template <class E>
+  __device__ __forceinline__ float bias_of(int i) {
+    if constexpr (sizeof(E) == 4) return __uint_as_float(bias[i]);
+    return half_value((uint16_t)(i & 1 ? bias[i / 2] >> 16 : bias[i / 2]));
+  }
+
+  // Key - query - diagonal of a score.
+  __device__ __forceinline__ float apart(int i) {
+    return (float)(first_key - query() - c.scores.diagonal) + (float)(i / 4 * 8 + (i & 1) - (i & 2) * 4);
+  }
+
+  // ALiBi's slope of the item; 0 without.
+  __device__ __forceinline__ float slope_of_item() {
+    return SHAPE::extras & FORWARD_ALIBI ? shared.item[number % FORWARD_ITEMS].slope : 0.f;
+  }
+
+  template <class E>
+  __device__ __forceinline__ void add_bias() {
+    const float slope = slope_of_item();
+    if (slope != 0.f) {
+#pragma unroll
+      for (int i = 0; i < scores; i++)
+        s[i] = hopper_score(c.scores, s[i], hopper_extra(bias_of<E>(i), slope, apart(i)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < scores; i++) s[i] = hopper_score(c.scores, s[i], bias_of<E>(i));
+    }
+  }
+
+  // Products to scores. Where the bias is -inf a finite product becomes -inf; what a product that is not finite becomes
+  // ends in the careful path.
+  __device__ __forceinline__ void extend_scores() {
+    const hopper_scores &rule = c.scores;
+    if (wants(FORWARD_SOFTCAP, rule.capped == 1)) {
+#pragma unroll
+      for (int i = 0; i < scores; i++) s[i] = hopper_capped<true>(rule, s[i]);
+    } else if (SHAPE::extras == FORWARD_ANY && rule.capped) {
+#pragma unroll
+      for (int i = 0; i < scores; i++) s[i] = hopper_capped<false>(rule, s[i]);
+    }
+    const float slope = slope_of_item();
+    if (has_bias()) {
+      is_float_bias() ? add_bias<uint32_t>() : add_bias<uint16_t>();
+    } else if (slope != 0.f) {
+#pragma unroll
+      for (int i = 0; i < scores; i++) s[i] = hopper_score(rule, s[i], hopper_extra(0.f, slope, apart(i)));
+    } else {
+#pragma unroll
+      for (int i = 0; i < scores; i++) s[i] = hopper_score(rule, s[i], 0.f);
+    }
+  }
+
+  // The bits of a step without the pairs whose bias is -inf.
+  __device__ __forceinline__ uint2 biased_bits(bool partial, uint2 bits) {
+    const bool wide = is_float_bias();
+    if (!partial) bits = make_uint2(~0u, ~0u);
+#pragma unroll
+    for (int i = 0; i < scores; i++) {
+      const float x = wide ? bias_of<uint32_t>(i) : bias_of<uint16_t>(i);
+      const uint32_t bit = x == forward_minus_infinity() ? 1u << (2 * (i >> 2) + (i & 1)) : 0;
+      (i & 2 ? bits.y : bits.x) &= ~bit;
+    }
+    return make_uint2(bits.x & (uint32_t)((1ull << scores / 2) - 1), bits.y & (uint32_t)((1ull << scores / 2) - 1));
+  }
+
+  // Rows without a maximum that see a key all the same: their scores are -inf or NaN.
+  __device__ __forceinline__ void note_alive(bool partial, uint2 bits) {
+    if (!has_bias()) return;
+    const uint2 seen = biased_bits(partial, bits);
+    alive |= (seen.x != 0) | (seen.y != 0) << 1;
+  }
+
+  __device__ __forceinline__ bool drops() {
+    return wants(FORWARD_DROPOUT, c.scores.threshold);
+  }
+
+  // Which weights of the step dropout keeps, a bit for each score. Lanes 2 n and 2 n + 1 share the blocks of four
+  // weights: each draws every second one for both.
+  __device__ __forceinline__ void draw() {
+    const hopper_scores &rule = c.scores;
+    if (!drops()) return;
+    const forward_item &item = shared.item[number % FORWARD_ITEMS];
+    const uint64_t first = hopper_first_weight(rule, item.batch, c.heads, item.head) + first_key;
+    const uint64_t weights[2] = {first + (uint64_t)query() * c.keys, first + (uint64_t)(query() + 8) * c.keys};
+    if (c.keys % 4 == 0) {
+      const int odd = lane & 1;
+#pragma unroll
+      for (int w = 0; w < scores / 32; w++) {
+        uint32_t other = 0;
+        kept[w] = 0;
+#pragma unroll 4
+        for (int x = 0; x < 8; x++) {
+          const int j = x / 2 * 2 + odd, r = x & 1;
+          const uint32_t four = hopper_kept_block(rule, (weights[r] + 64 * w + 8 * j) / 4);
+          kept[w] |= (odd ? four >> 2 : four & 3) << (4 * j + 2 * r);
+          other |= (odd ? four & 3 : four >> 2) << (4 * j + 2 * r);
+        }
+        kept[w] |= __shfl_xor_sync(~0u, other, 1);
+      }
+    } else {
+#pragma unroll
+      for (int w = 0; w < scores / 32; w++) {
+        kept[w] = 0;
+#pragma unroll 1
+        for (int i = 0; i < 32; i++) {
+          const uint64_t weight = (i & 2 ? weights[1] : weights[0]) + 64 * w + i / 4 * 8 + (i & 1);
+          kept[w] |= (uint32_t)hopper_keeps(rule, weight) << i;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void drop() {
+    if (!drops()) return;
+#pragma unroll
+    for (int i = 0; i < scores; i++) s[i] = kept[i / 32] >> i % 32 & 1 ? s[i] : 0.f;
   }
 
   // S to P (halves, as the A operand) under the row's kept maximum. Whether O must be scaled, by a.
   template <bool CAREFUL>
-  __device__ __forceinline__ bool softmax(bool fresh, bool partial, uint2 bits, uint32_t (&p)[pairs], float (&a)[2]) {
+  __device__ __forceinline__ bool softmax(bool fresh, bool wary, bool partial, uint2 bits, uint32_t (&p)[pairs],
+                                          float (&a)[2]) {
+    if constexpr (SHAPE::extras) extend_scores();
     if (partial) {  // selected, never added: whatever a masked score is, it vanishes
 #pragma unroll
       for (int i = 0; i < scores; i++) {
@@ -564,28 +797,36 @@ struct forward_consumer {
       sum[0] = sum[1] = 0.f;
       if (CAREFUL) low[0] = low[1] = 0.f;
       keep(0, forward_minus_infinity()), keep(1, forward_minus_infinity());
+      if (SHAPE::extras) alive = 0;
     }
-    bool look = fresh;
+    bool look = fresh || wary;
     if (!look && !all_seen) {
       look = __any_sync(~0u, (top[0] == forward_minus_infinity() && (!partial || bits.x)) ||
                                  (top[1] == forward_minus_infinity() && (!partial || bits.y)));
     }
+    bool jumps = CAREFUL;
     if (look) {  // a row without a maximum has nothing in sum and O yet
       float x[2];
       row_maxima(x);
       if (top[0] == forward_minus_infinity()) keep(0, x[0]);
       if (top[1] == forward_minus_infinity()) keep(1, x[1]);
+      if constexpr (SHAPE::extras) note_alive(partial, bits);
+      jumps |= wary && __any_sync(~0u, octaves(x[0] - top[0]) > FORWARD_JUMP || octaves(x[1] - top[1]) > FORWARD_JUMP);
       all_seen = __all_sync(~0u, top[0] != forward_minus_infinity() && top[1] != forward_minus_infinity());
     }
     bool rescale = false;
-    if (CAREFUL) rescale = raise_maxima(a);
+    if (jumps) rescale = raise_maxima<CAREFUL>(a);
     float t[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < scores; i += 2) {
       s[i] = exponential<CAREFUL>(i);
       s[i + 1] = exponential<CAREFUL>(i + 1);
       t[i & 3] += s[i], t[(i & 3) + 1] += s[i + 1];
-      if (!SHAPE::packs_late) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
+      if (!SHAPE::packs_late && !SHAPE::extras) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
+    }
+    if constexpr (SHAPE::extras) {
+      drop();
+      if (!SHAPE::packs_late) pack(p);
     }
     t[0] += t[1], t[2] += t[3];
     // Rare. The branch has a second use: ptxas cannot move the wait for P V above it, and so not above the
@@ -598,7 +839,14 @@ struct forward_consumer {
         const float row = forward_quad_sum(t[2 * r]);
         const int e = quads >> (lane & 28) & 15 ? min((int)(__float_as_uint(row) >> 23) - 127, 126) : 0;
         f[r] = __uint_as_float((uint32_t)(127 - e) << 23);  // 2^-e
-        if (e) keep(r, top[r] + e);
+        if constexpr (SHAPE::extras) {                      // a huge maximum cannot be raised by e, but by what f says
+          const float raised = top[r] + e * c.scores.octave;
+          f[r] = exp2_fast(octaves(top[r] - raised));
+          if (e) keep(r, raised);
+          if (!e) f[r] = 1.f;
+        } else if (e) {
+          keep(r, top[r] + e);
+        }
         a[r] = rescale ? a[r] * f[r] : f[r];
         sum[r] *= f[r];
         t[2 * r] *= f[r];
@@ -615,11 +863,13 @@ struct forward_consumer {
     return rescale;
   }
 
-  __device__ __forceinline__ void pack_late(uint32_t (&p)[pairs]) {
-    if constexpr (SHAPE::packs_late) {
+  __device__ __forceinline__ void pack(uint32_t (&p)[pairs]) {
 #pragma unroll
-      for (int i = 0; i < scores; i += 2) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
-    }
+    for (int i = 0; i < scores; i += 2) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
+  }
+
+  __device__ __forceinline__ void pack_late(uint32_t (&p)[pairs]) {
+    if constexpr (SHAPE::packs_late) pack(p);
   }
 
   __device__ __forceinline__ void scale_output(const float (&a)[2]) {
@@ -628,7 +878,9 @@ struct forward_consumer {
   }
 
   // Writes the rows of item `of`, whose maxima and sums are given, and notes the item when they are not finite.
-  __device__ __forceinline__ void write_item(int of, const float (&maximum)[2], const float (&part)[2], bool note) {
+  // `lives`: its bits of `alive`.
+  __device__ __forceinline__ void write_item(int of, const float (&maximum)[2], const float (&part)[2], int lives,
+                                             bool note) {
     const forward_item &item = shared.item[of % FORWARD_ITEMS];
     const int rows = min(c.queries - item.tile * SA_TILE - warp * 16, 16);  // of the warp; none or less beyond the end
     const uint32_t dead_bits = item.dead[warp];
@@ -638,19 +890,26 @@ struct forward_consumer {
     for (int r = 0; r < 2; r++) {
       const int row = lane / 4 + 8 * r;
       dead[r] = dead_bits >> row & 1;
+      if constexpr (SHAPE::extras) {
+        const uint32_t quads = __ballot_sync(~0u, lives >> r & 1);
+        if (has_bias()) dead[r] = maximum[r] == forward_minus_infinity() && !(quads >> (lane & 28) & 15);
+      }
       const float sink = item.sink;
       float total = forward_quad_sum(part[r]), base = maximum[r], weight = 1.f;
       if (sink != forward_minus_infinity()) {  // its share of the sum, under the greater of both maxima
         base = fmaxf(base, sink);
-        weight = exp2_fast(maximum[r] - base);
-        total = total * weight + exp2_fast(sink - base);
+        weight = exp2_fast(octaves(maximum[r] - base));
+        total = total * weight + exp2_fast(octaves(sink - base));
       }
       factor[r] = weight / total;
+      if (SHAPE::extras) factor[r] *= c.scores.kept;
       bad |= !dead[r] && !(total < -forward_minus_infinity());
       // Visible scores that are all -inf have no sum and no softmax.
-      const float lse = dead[r] ? sink : total == 0.f ? __int_as_float(0x7fffffff) : base + __log2f(total);
+      const float log_total = SHAPE::extras ? __log2f(total) * c.scores.octave : __log2f(total);
+      const float lse = dead[r] ? sink : total == 0.f ? __int_as_float(0x7fffffff) : base + log_total;
       if (lane % 4 == 0 && row < rows) {
-        if (item.lse) item.lse[(warp * 16 + row) * c.lse.stride[2]] = lse * 0.69314718f;
+        const float natural = SHAPE::extras ? c.scores.natural : 0.69314718f;
+        if (item.lse) item.lse[(warp * 16 + row) * c.lse.stride[2]] = lse * natural;
         if (item.dead_rows) item.dead_rows[(warp * 16 + row) * c.dead.stride[2]] = dead[r];
       }
     }
@@ -736,27 +995,33 @@ struct forward_consumer {
   __device__ __forceinline__ void step(uint32_t (&p_before)[pairs], uint32_t (&p)[pairs]) {
     const int accumulate = begins ? done_before > 1 : done > 1;
     mbarrier_wait(shared_address(&shared.k_full[k.at]), k.parity);
+    if constexpr (SHAPE::extras) meet_step();
     pin(s), pin(o), pin(p_before);
     wgmma_fence();
     issue_scores();
     mbarrier_wait(shared_address(&shared.v_full[v.at]), v.parity);
     wgmma_fence();
     issue_output(p_before, accumulate);
+    if constexpr (SHAPE::extras) draw();
     const int kind = shared.step[k.at];
     const uint2 bits = read_bits(kind);
+    // Once an item of the block had to be noted, the maximum of every step is looked at, so that a workload whose
+    // scores jump often is not done twice. The bits are the same.
+    const bool wary = shared.flagged >= 0;
     wgmma_wait<1>();
     pin(s);
     release_keys(kind);
     done++;
     float a[2];
     const float top_before[2] = {top[0], top[1]}, sum_before[2] = {sum[0], sum[1]};
-    const bool rescale = softmax<false>(begins, kind & FORWARD_PARTIAL, bits, p, a);
+    const int alive_before = SHAPE::extras ? alive : 0;
+    const bool rescale = softmax<false>(begins, wary, kind & FORWARD_PARTIAL, bits, p, a);
     wgmma_wait<0>();
     pin(o), pin(p_before);
     release_values();
     pack_late(p);
     if (begins) {
-      write_item(number - 1, top_before, sum_before, true);
+      write_item(number - 1, top_before, sum_before, alive_before, true);
     } else if (rescale) {
       scale_output(a);
     }
@@ -770,7 +1035,7 @@ struct forward_consumer {
     wgmma_wait<0>();
     pin(o), pin(p);
     release_values();
-    write_item(number - 2, top, sum, true);  // the end of the stream was counted too
+    write_item(number - 2, top, sum, SHAPE::extras ? alive : 0, true);  // the end of the stream was counted too
   }
 
   __device__ __forceinline__ void run() {
@@ -782,7 +1047,7 @@ struct forward_consumer {
     const uint2 bits = read_bits(kind);
     release_keys(kind);
     done = 1;
-    softmax<false>(true, kind & FORWARD_PARTIAL, bits, p, a);
+    softmax<false>(true, false, kind & FORWARD_PARTIAL, bits, p, a);
     pack_late(p);
 #pragma unroll
     for (int i = 0; i < outs; i++) o[i] = 0.f;
@@ -803,6 +1068,10 @@ struct forward_consumer {
   // S = Q K^T with nothing beside it. What kind of step it is.
   __device__ __forceinline__ int lone_scores() {
     mbarrier_wait(shared_address(&shared.k_full[k.at]), k.parity);
+    if constexpr (SHAPE::extras) {
+      meet_step();
+      draw();
+    }
     pin(s);
     wgmma_fence();
     issue_scores();
@@ -816,11 +1085,15 @@ struct forward_consumer {
     while (next_item()) {
       do {
         const int kind = lone_scores(), key = shared.key[k.at];
-        const uint2 bits = read_bits(kind);
+        uint2 bits = read_bits(kind);
+        bool partial = kind & FORWARD_PARTIAL;
         release_keys(kind);
+        if constexpr (SHAPE::extras) {
+          if (has_bias()) bits = biased_bits(partial, bits), partial = true;
+        }
         uint32_t p[pairs];
         float a[2];
-        if (softmax<true>(done == 0, kind & FORWARD_PARTIAL, bits, p, a) && done > 0) scale_output(a);
+        if (softmax<true>(done == 0, true, partial, bits, p, a) && done > 0) scale_output(a);
         pack_late(p);
         mbarrier_wait(shared_address(&shared.v_full[v.at]), v.parity);
         clean_values();
@@ -829,11 +1102,11 @@ struct forward_consumer {
         issue_output(p, done > 0);
         wgmma_wait<0>();
         pin(o), pin(p);
-        add_poison(key, kind & FORWARD_PARTIAL, bits);
+        add_poison(key, partial, bits);
         release_values();
         done++;
       } while (!last);
-      write_item(number, top, sum, false);
+      write_item(number, top, sum, alive, false);
       q.next();
       number++;
     }
@@ -873,6 +1146,14 @@ struct forward_consumer {
         const int source = (lane & 28) | key % 8 / 2, bit = key / 8 * 2 + key % 2;
         const uint32_t seen0 = __shfl_sync(~0u, bits.x, source) >> bit & 1;
         const uint32_t seen1 = __shfl_sync(~0u, bits.y, source) >> bit & 1;
+        // Of dropped weights, which are 0, comes NaN.
+        uint32_t keeps = ~0u;
+        if constexpr (SHAPE::extras & FORWARD_DROPOUT) {
+          if (drops()) {
+            const uint32_t mine = SHAPE::keys == 128 && key >= 64 ? kept[(scores - 1) / 32] : kept[0];
+            keeps = __shfl_sync(~0u, mine, source) >> (key % 64 / 8 * 4 + key % 2);
+          }
+        }
         const uint16_t *row = (const uint16_t *)c.values.data + item.batch * c.values.stride[0] +
                               item.key_head * c.values.stride[1] + ((int64_t)first_key + key) * c.values.stride[2];
 #pragma unroll
@@ -883,7 +1164,9 @@ struct forward_consumer {
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             const uint32_t half = i & 1 ? pair >> 16 : pair & 0xffff;
-            if (is_nonfinite(half) && (!partial || (i & 2 ? seen1 : seen0))) o[4 * x + i] += half_value(half);
+            if (is_nonfinite(half) && (!partial || (i & 2 ? seen1 : seen0))) {
+              o[4 * x + i] += keeps >> (i & 2) & 1 ? half_value(half) : 0.f * half_value(half);
+            }
           }
         }
       }

@@ -21,11 +21,15 @@
 typedef struct hopper_scores {
   sa_operand bias, alibi;
   float factor, unit;
+  // An exponent of 2 times `octave` is a score, which times `natural` is a natural one, which times `base` is a score.
+  float octave, natural, base;
   float inside;          // of a product, under the softcap
   int32_t capped;        // by hopper_capped(): 0 not at all, 1 by the fast way, 2 by tanhf
   int32_t diagonal;      // d of ALiBi
   uint32_t threshold;    // of dropout; 0: none
+  int32_t bias_pairs;    // two neighbouring keys of the bias, an even one first, can be read at once
   uint64_t seed;         // of dropout
+  uint32_t key[20];      // of its ten rounds (random.h)
   int64_t head_weights;  // weights of a head: L S
   float kept;            // what a kept weight is multiplied by
 } hopper_scores;
@@ -46,6 +50,13 @@ static inline bool hopper_scores_fit(const sa_problem *p) {
   return !p->alibi.data || p->queries + p->keys + llabs(p->diagonal) < 1 << 24;
 }
 
+static inline bool hopper_bias_pairs(const sa_problem *p) {
+  const sa_operand *x = &p->bias;
+  const uintptr_t bytes = x->dtype == SA_F32 ? 8 : 4;
+  return x->stride[3] == 1 && (uintptr_t)x->data % bytes == 0 && x->stride[0] % 2 == 0 && x->stride[1] % 2 == 0 &&
+         x->stride[2] % 2 == 0 && p->keys % 2 == 0;
+}
+
 static inline hopper_scores hopper_scores_of(const sa_problem *p) {
   const double log2e = 1.4426950408889634, base = p->bias.data ? 1 : log2e;
   hopper_scores rule;
@@ -55,10 +66,18 @@ static inline hopper_scores hopper_scores_of(const sa_problem *p) {
   rule.capped = !(p->softcap > 0) ? 0 : p->softcap <= HOPPER_SOFTCAP ? 1 : 2;
   rule.factor = (float)((rule.capped ? p->softcap : p->scale) * base);
   rule.unit = p->bias.data ? (float)log2e : 1.f;
+  rule.octave = p->bias.data ? 0.69314718f : 1.f;
+  rule.natural = p->bias.data ? 1.f : 0.69314718f;
+  rule.base = (float)base;
+  rule.bias_pairs = hopper_bias_pairs(p);
   if (rule.capped) rule.inside = (float)(p->scale / p->softcap * (rule.capped == 1 ? 2 * log2e : 1));
   rule.diagonal = (int32_t)p->diagonal;
   rule.threshold = sa_dropout_threshold(p->dropout);
   rule.seed = p->seed;
+  for (uint32_t round = 0; round < 10; round++) {
+    rule.key[2 * round] = (uint32_t)p->seed + round * 0x9E3779B9u;
+    rule.key[2 * round + 1] = (uint32_t)(p->seed >> 32) + round * 0xBB67AE85u;
+  }
   rule.head_weights = p->queries * p->keys;
   rule.kept = (float)(1 / (1 - p->dropout));
   return rule;
@@ -94,12 +113,21 @@ static __device__ __forceinline__ uint64_t hopper_first_weight(const hopper_scor
   return (uint64_t)(batch * heads + head) * (uint64_t)rule.head_weights;
 }
 
-// Which of the weights 4 * block .. 4 * block + 3 dropout keeps: a bit each.
+// Which of the weights 4 * block .. 4 * block + 3 dropout keeps: a bit each. This is sa_random_block() with the keys of
+// its rounds from constant memory: adding them up is a quarter of its instructions.
 static __device__ __forceinline__ uint32_t hopper_kept_block(const hopper_scores &rule, uint64_t block) {
-  const sa_words words = sa_random_block(rule.seed, block);
+  uint32_t word[4] = {(uint32_t)block, (uint32_t)(block >> 32), 0, 0};
+#pragma unroll
+  for (int round = 0; round < 10; round++) {
+    const uint64_t one = (uint64_t)word[0] * 0xD2511F53u, two = (uint64_t)word[2] * 0xCD9E8D57u;
+    word[0] = (uint32_t)(two >> 32) ^ word[1] ^ rule.key[2 * round];
+    word[1] = (uint32_t)two;
+    word[2] = (uint32_t)(one >> 32) ^ word[3] ^ rule.key[2 * round + 1];
+    word[3] = (uint32_t)one;
+  }
   uint32_t kept = 0;
 #pragma unroll
-  for (int n = 0; n < 4; n++) kept |= (uint32_t)(words.word[n] >= rule.threshold) << n;
+  for (int n = 0; n < 4; n++) kept |= (uint32_t)(word[n] >= rule.threshold) << n;
   return kept;
 }
 

@@ -1,0 +1,15 @@
+// the forward kernels of Hopper with any bias, softcap, ALiBi and dropout together
+//
+// They may spill: two or three registers, which the careful pass and the end of an item leave no room for.
+#include "kernels/cuda/hopper_forward.cuh"
+
+template int hopper_forward_launch<forward_shape<__nv_bfloat16, 64, 64, FORWARD_ANY>>(const char *,
+                                                                                      const forward_call &, int,
+                                                                                      cudaStream_t);
+template int hopper_forward_launch<forward_shape<__half, 64, 64, FORWARD_ANY>>(const char *, const forward_call &, int,
+                                                                               cudaStream_t);
+template int hopper_forward_launch<forward_shape<__nv_bfloat16, 128, 128, FORWARD_ANY>>(const char *,
+                                                                                        const forward_call &, int,
+                                                                                        cudaStream_t);
+template int hopper_forward_launch<forward_shape<__half, 128, 128, FORWARD_ANY>>(const char *, const forward_call &,
+                                                                                 int, cudaStream_t);

@@ -1,0 +1,26 @@
+// the forward kernels of Hopper with a bias
+#include "kernels/cuda/hopper_forward.cuh"
+
+template int hopper_forward_launch<forward_shape<__nv_bfloat16, 64, 64, FORWARD_HALF_BIAS>>(const char *,
+                                                                                            const forward_call &, int,
+                                                                                            cudaStream_t);
+template int hopper_forward_launch<forward_shape<__half, 64, 64, FORWARD_HALF_BIAS>>(const char *, const forward_call &,
+                                                                                     int, cudaStream_t);
+template int hopper_forward_launch<forward_shape<__nv_bfloat16, 128, 128, FORWARD_HALF_BIAS>>(const char *,
+                                                                                              const forward_call &, int,
+                                                                                              cudaStream_t);
+template int hopper_forward_launch<forward_shape<__half, 128, 128, FORWARD_HALF_BIAS>>(const char *,
+                                                                                       const forward_call &, int,
+                                                                                       cudaStream_t);
+template int hopper_forward_launch<forward_shape<__nv_bfloat16, 64, 64, FORWARD_FLOAT_BIAS>>(const char *,
+                                                                                             const forward_call &, int,
+                                                                                             cudaStream_t);
+template int hopper_forward_launch<forward_shape<__half, 64, 64, FORWARD_FLOAT_BIAS>>(const char *,
+                                                                                      const forward_call &, int,
+                                                                                      cudaStream_t);
+template int hopper_forward_launch<forward_shape<__nv_bfloat16, 128, 128, FORWARD_FLOAT_BIAS>>(const char *,
+                                                                                               const forward_call &,
+                                                                                               int, cudaStream_t);
+template int hopper_forward_launch<forward_shape<__half, 128, 128, FORWARD_FLOAT_BIAS>>(const char *,
+                                                                                        const forward_call &, int,
+                                                                                        cudaStream_t);
