@@ -30,6 +30,7 @@ OBJECTS = $(SOURCES:src/%.c=$(BUILD)/%.o)
 ifeq ($(shell uname -m),x86_64)
 $(BUILD)/kernels/cpu/avx2.o: ISA_CFLAGS = -march=x86-64-v3
 $(BUILD)/kernels/cpu/avx512.o: ISA_CFLAGS = -march=x86-64-v4 -mprefer-vector-width=512
+$(BUILD)/kernels/cpu/amx.o: ISA_CFLAGS = -march=x86-64-v4 -mprefer-vector-width=512 -mamx-tile -mamx-bf16
 endif
 
 # The CUDA part is a library of its own, which the other opens when a CUDA device is first asked for. Without nvcc, or
@@ -154,6 +155,24 @@ test-gpu: needs-test
 RUN_GPU_SPECS = SAFEATTN_TEST_DEVICE=cuda SAFEATTN_REQUIRE_CUDA=1 SAFEATTN_CUDA_POISON=1 busted \
 	$(or $(BUSTED_FLAGS),$(GPU_SPECS))
 
+# The core with AMX's instructions emulated (spec/emulator/amx.h), for tests on processors that have none.
+AMX_EMULATED = $(BUILD)/emulated/amx
+AMX_EMULATED_OBJECTS = $(patsubst %,$(AMX_EMULATED)/%.o,cpu kernels/cpu/amx)
+$(AMX_EMULATED)/kernels/cpu/amx.o: ISA_CFLAGS = -march=x86-64-v4 -mprefer-vector-width=512
+$(AMX_EMULATED)/%.o: src/%.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) $(OWN_CFLAGS) $(ISA_CFLAGS) -I. -DSAFEATTN_EMULATED_AMX -c -o $@ $<
+
+-include $(AMX_EMULATED_OBJECTS:.o=.d)
+
+$(AMX_EMULATED)/core.so: $(filter-out $(AMX_EMULATED_OBJECTS:$(AMX_EMULATED)/%=$(BUILD)/%),$(OBJECTS)) $(AMX_EMULATED_OBJECTS)
+	$(CC) $(CFLAGS) $(OWN_LDFLAGS) $(LDFLAGS) -o $@.new $^ $(LDLIBS) && mv $@.new $@
+
+# The emulated products beside the processor's, where it has them.
+$(AMX_EMULATED)/products: spec/emulator/amx.c spec/emulator/amx.h Makefile
+	@mkdir -p $(@D)
+	$(CC) -O2 -D_GNU_SOURCE -march=x86-64-v4 -mamx-tile -mamx-bf16 -o $@ $<
+
 ##> the CUDA part for a machine without a GPU, for tests (build/emulated/cuda.so; spec/emulator/README.md)
 .PHONY: emulated
 EMULATED = $(BUILD)/emulated
@@ -221,7 +240,7 @@ bench-plots: needs-demo
 lint: needs-lint
 	luacheck --quiet --no-color lua bin/safeattn spec examples bench safeattn-scm-1.rockspec
 	clang-format --dry-run -Werror $(wildcard src/*.[ch] src/*.cu src/kernels/*/*.[ch] src/kernels/*/*.cu \
-		src/kernels/*/*.cuh examples/c/*.c spec/cuda/* spec/emulator/*.h spec/emulator/*.cpp spec/emulator/*/*.cpp \
+		src/kernels/*/*.cuh examples/c/*.c spec/cuda/* spec/emulator/*.[ch] spec/emulator/*.cpp spec/emulator/*/*.cpp \
 		spec/emulator/kernels/cuda/*)
 
 ##> the API pages, in build/docs

@@ -206,7 +206,7 @@ function sections.extras()
 end
 
 function sections.dtypes()
-  title(("dtypes, D64, 1 thread, L=S=%d; the halves are computed in f32"):format(length), columns)
+  title(("dtypes, D64, 1 thread, L=S=%d; the halves are computed in f32, or bf16 by AMX"):format(length), columns)
   local single = attention("dtypes", "f32", {}, {})
   attention("dtypes", "bf16", {dtype = "bf16"}, {}, single)
   attention("dtypes", "f16", {dtype = "f16"}, {}, single)
@@ -459,7 +459,7 @@ function sections.bars()
   title(("bars, B1 H8 L=S=%d f32 D64, 1 thread, unless said"):format(length))
   sa.threads(1)
   local m = sa.mask
-  local avx512 = sa.info().isa == "avx512"
+  local avx512 = sa.info().isa == "avx512" or sa.info().isa == "amx"
   local forward64, forward128, backward = 0.84, 0.86, 0.86
   if not avx512 then forward64, forward128, backward = 0.8, 0.8, 0.8 end
   peak_bars("f32", "f32", 64, forward64, backward)

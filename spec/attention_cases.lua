@@ -18,8 +18,8 @@ end
 
 -- Engines
 
---- Every engine that is under test: the reference, and the fused kernels on each instruction set, or those of the
--- device that the specs run on.
+--- Every engine that is under test: the reference, and the fused kernels on each instruction set (SAFEATTN_TEST_ISA: on
+-- this one), or those of the device that the specs run on.
 cases.engines = {{backend = "reference"}}
 cases.fused = {}
 if device ~= "cpu" then
@@ -30,8 +30,10 @@ else
   lib.sa_info(info)
   for isa in ffi.string(info.isas):gmatch("%S+") do
     local engine = {backend = "fused", isa = isa}
-    table.insert(cases.engines, engine)
-    table.insert(cases.fused, engine)
+    if isa == (os.getenv "SAFEATTN_TEST_ISA" or isa) then
+      table.insert(cases.engines, engine)
+      table.insert(cases.fused, engine)
+    end
   end
 end
 
@@ -48,6 +50,10 @@ function cases.with(engine, f)
   if not ok then error(result, 0) end
   return result
 end
+
+--- The dtypes under test (SAFEATTN_TEST_DTYPE: this one).
+cases.dtypes = {os.getenv "SAFEATTN_TEST_DTYPE"}
+if not cases.dtypes[1] then cases.dtypes = {"f32", "f64", "f16", "bf16"} end
 
 -- Places
 

@@ -4,7 +4,7 @@ local sa = require "safeattn"
 local cases = require "spec.attention_cases"
 local device = require("spec.helper").device
 
-local dtypes = {"f32", "f64", "f16", "bf16"}
+local dtypes = cases.dtypes
 
 -- Takes the next of a list at every call: lists of coprime lengths meet in all combinations.
 local function rotation(list)

@@ -10,13 +10,20 @@ describe("SAFEATTN_ISA", function()
     it("forces " .. isa .. ", and the kernel that serves a call says so", function()
       local output = child.must_run([[
 local sa = require "safeattn"
-local q = sa.randn({1, 2, 33, 16}, {seed = 1})
-local run = sa.forward(q, q, q)
-print(sa.info().isa, run.kernel, run.backend)
-local exact = sa.forward(q, q, q, {backend = "reference"})
-assert(sa.allclose(run.out, exact.out, {atol = 1e-5, rtol = 1e-5}))
+print(sa.info().isa)
+for _, dtype in ipairs {"f32", "f64", "f16", "bf16"} do
+  local q = sa.randn({1, 2, 33, 16}, {seed = 1, dtype = dtype})
+  local run = sa.forward(q, q, q)
+  local exact = sa.forward(q, q, q, {backend = "reference"})
+  local near = dtype:find "16" and 1e-2 or 1e-5
+  assert(sa.allclose(run.out, exact.out, {atol = near, rtol = near}))
+  print(run.kernel, run.backend)
+end
 ]], {environment = {SAFEATTN_ISA = isa}})
-      assert.equal(isa .. "\tfused-f32-" .. isa .. "\tfused\n", output)
+      -- AMX multiplies bf16 alone.
+      local rest = isa == "amx" and "avx512" or isa
+      assert.equal(("%s\nfused-f32-%s\tfused\nfused-f64-%s\tfused\nfused-f16-%s\tfused\nfused-bf16-%s\tfused\n"):format(
+        isa, rest, rest, rest, isa), output)
     end)
   end
 

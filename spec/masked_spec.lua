@@ -4,7 +4,7 @@ local sa = require "safeattn"
 local cases = require "spec.attention_cases"
 
 local inf, nan = math.huge, 0 / 0
-local dtypes = {"f32", "f64", "f16", "bf16"}
+local dtypes = cases.dtypes
 local largest = {f32 = 3e38, f64 = 1e308, f16 = 65504, bf16 = 3e38}
 
 -- The values of a tensor as f64, contiguous.

@@ -4,7 +4,7 @@ local sa = require "safeattn"
 local cases = require "spec.attention_cases"
 
 local m = sa.mask
-local dtypes = {"f32", "f64", "f16", "bf16"}
+local dtypes = cases.dtypes
 
 -- Rounding of the dtype a few times over.
 local rounding = {f32 = 4e-6, f64 = 1e-13, f16 = 3e-3, bf16 = 2e-2}

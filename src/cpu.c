@@ -5,6 +5,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "backend.h"
 #include "kernels/cpu/copy.h"
@@ -15,7 +22,8 @@
 #include "status.h"
 #include "threads.h"
 
-// Tiers in rising order; the last one that the machine can run is the default.
+// Tiers in rising order; the last one that the machine can run is the default. What a tier has no kernels for, the one
+// below it does.
 static const struct {
   const char *name;
   const sa_cpu_kernels *kernels;
@@ -24,9 +32,35 @@ static const struct {
 #if defined(__x86_64__)
     {"avx2", &sa_cpu_avx2},
     {"avx512", &sa_cpu_avx512},
+    {"amx", &sa_cpu_amx},
 #endif
 };
 enum { TIERS = sizeof tiers / sizeof *tiers };
+
+// Whether there are tiles of bf16, and the system lets this process use them. It is to be asked once: from then on it
+// keeps room for the tiles of each thread, and of each signal handler that interrupts their use.
+#if defined(SAFEATTN_EMULATED_AMX)
+static bool has_tiles(void) {
+  return true;
+}
+#elif defined(__x86_64__) && defined(__linux__)
+static bool tiles_granted;
+static void ask_for_tiles(void) {
+  enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };  // <asm/prctl.h> before Linux 5.16 has no name for them
+  unsigned a, b, c, d = 0;
+  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & bit_AMX_TILE && d & bit_AMX_BF16;
+  tiles_granted = there && !syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA);
+}
+static bool has_tiles(void) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, ask_for_tiles);
+  return tiles_granted;
+}
+#elif defined(__x86_64__)
+static bool has_tiles(void) {
+  return false;
+}
+#endif
 
 static bool runs_here(int tier) {
 #if defined(__x86_64__)
@@ -38,6 +72,7 @@ static bool runs_here(int tier) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512cd");
   }
+  if (tier == 3) return runs_here(2) && has_tiles();
 #endif
   return tier == 0;
 }
@@ -65,16 +100,24 @@ static void choose_tier(void) {
   atomic_store(&tier_in_force, tier >= 0 && runs_here(tier) ? tier : best_tier());
 }
 
-static const sa_cpu_kernels *kernels_in_force(void) {
+static int tier_now(void) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, choose_tier);
-  return tiers[atomic_load_explicit(&tier_in_force, memory_order_relaxed)].kernels;
+  return atomic_load_explicit(&tier_in_force, memory_order_relaxed);
+}
+
+// The highest tier in force that has kernels for a dtype.
+static const sa_cpu_kernels *kernels_for(int dtype) {
+  int tier = tier_now();
+  while (!tiers[tier].kernels->fused[dtype].forward) tier--;
+  return tiers[tier].kernels;
 }
 
 int sa_set_isa(const char *name) {
-  kernels_in_force();
+  tier_now();
   if (!name)
-    return sa_fail(SA_INVALID, __func__, "name: got NULL, wanted \"generic\", \"avx2\", \"avx512\" or \"auto\"");
+    return sa_fail(SA_INVALID, __func__,
+                   "name: got NULL, wanted \"generic\", \"avx2\", \"avx512\", \"amx\" or \"auto\"");
   const int tier = strcmp(name, "auto") ? find_tier(name) : best_tier();
   if (tier < 0 || !runs_here(tier)) {
     return sa_fail(SA_INVALID, __func__, "name: got \"%.40s\", which %s; wanted \"auto\" or one of sa_info()'s isas",
@@ -86,11 +129,10 @@ int sa_set_isa(const char *name) {
 
 void sa_info(sa_host_info *out) {
   memset(out, 0, sizeof *out);
-  const sa_cpu_kernels *kernels = kernels_in_force();
+  snprintf(out->isa, sizeof out->isa, "%s", tiers[tier_now()].name);
   out->threads = sa_threads(0);
   out->cores = sa_cores();
   for (int tier = 0; tier < TIERS; tier++) {
-    if (tiers[tier].kernels == kernels) snprintf(out->isa, sizeof out->isa, "%s", tiers[tier].name);
     if (!runs_here(tier)) continue;
     const size_t used = strlen(out->isas);
     snprintf(out->isas + used, sizeof out->isas - used, "%s%s", used ? " " : "", tiers[tier].name);
@@ -100,13 +142,13 @@ void sa_info(sa_host_info *out) {
 }
 
 double sa_measure_peak(int dtype) {
-  return kernels_in_force()->measure_peak(dtype);
+  return kernels_for(dtype == SA_F64 ? SA_F64 : SA_F32)->measure_peak(dtype);
 }
 
 enum { READ_PIECE = 1 << 20, READ_PIECES = 512 };  // more than caches hold
 
 static void read_piece(void *memory, int64_t piece, int worker) {
-  kernels_in_force()->read_memory((const char *)memory + piece * READ_PIECE, READ_PIECE);
+  kernels_for(SA_F32)->read_memory((const char *)memory + piece * READ_PIECE, READ_PIECE);
 }
 
 double sa_measure_read(void) {
@@ -129,7 +171,7 @@ double sa_measure_read(void) {
 
 static const sa_attention_kernels *choose_fused(const sa_problem *p, bool backward) {
   if (p->width > SA_FUSED_WIDTH || p->value_width > SA_FUSED_WIDTH) return NULL;
-  return &kernels_in_force()->fused[p->dtype];
+  return &kernels_for(p->dtype)->fused[p->dtype];
 }
 
 static void *allocate(const char *function, int device, int64_t bytes) {

@@ -327,20 +327,20 @@ int sa_adamw(sa_tensor *parameter, const sa_tensor *gradient, sa_tensor *moment1
 
 /*  6. The host
  *
- *  The environment is read once, at first use: SAFEATTN_THREADS, SAFEATTN_ISA (generic, avx2, avx512).
+ *  The environment is read once, at first use: SAFEATTN_THREADS, SAFEATTN_ISA (generic, avx2, avx512, amx).
  */
 
 typedef struct sa_host_info {
   int32_t threads;  // that a call may use
   int32_t cores;    // in the affinity mask
   char isa[16];     // "avx512"
-  char isas[64];    // all that this machine can run: "generic avx2 avx512"
+  char isas[64];    // all that this machine can run: "generic avx2 avx512 amx"
   char blas[96];    // "not loaded", or what it calls itself
   char cuda[160];   // what the CUDA part says: devices, or why there are none
 } sa_host_info;
 void sa_info(sa_host_info *out);
 int sa_threads(int threads);       // > 0 sets how many the calling thread's calls may use; returns the number in force
-int sa_set_isa(const char *name);  // "generic", "avx2", "avx512" or "auto"; for tests and measurements
+int sa_set_isa(const char *name);  // "generic", "avx2", "avx512", "amx" or "auto"; for tests and measurements
 int sa_device_count(int kind);     // SA_CPU: 1; SA_CUDA: devices that can be used
 // For prompts. While the flag is on, sa_forward and sa_backward end with SA_INTERRUPTED, those at work too, in every
 // thread; what they created is released, an output that was given is left unfinished. Safe in a signal handler. Turn it

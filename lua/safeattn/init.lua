@@ -87,13 +87,13 @@ function sa.devices()
   return devices, ffi.string(host.cuda)
 end
 
---- Chooses the instruction set of the CPU kernels: "generic", "avx2", "avx512" or "auto" (the best). For tests and
--- measurements.
+--- Chooses the instruction set of the CPU kernels: "generic", "avx2", "avx512", "amx" or "auto" (the best). For tests
+-- and measurements.
 -- @return the one in force; nil and why when this machine has it not
 function sa.isa(name)
   if name ~= nil then
     if type(name) ~= "string" then
-      fail("isa", nil, 'name: got %s, wanted "generic", "avx2", "avx512" or "auto"', core.describe(name))
+      fail("isa", nil, 'name: got %s, wanted "generic", "avx2", "avx512", "amx" or "auto"', core.describe(name))
     end
     local status = lib.sa_set_isa(name)
     if status == lib.SA_NO_DEVICE or status == lib.SA_UNSUPPORTED then

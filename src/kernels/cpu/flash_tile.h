@@ -189,7 +189,11 @@ static void NAME(call_bias)(const NAME(block) * block, const sa_stretch *stretch
   }
 }
 
+#if defined(OWN_PRODUCTS)
+#include "kernels/cpu/amx_product.h"
+#else
 #include "kernels/cpu/flash_product.h"
+#endif
 #undef SA_LOW
 #undef SA_HIGH
 

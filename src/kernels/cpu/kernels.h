@@ -9,12 +9,13 @@ const sa_attention_kernels *sa_cpu_reference(const sa_problem *p);
 // The fast kernels of one ISA. The float ones serve f16 and bf16 too, whose tiles they convert.
 enum { SA_FUSED_WIDTH = 256 };  // E and Ev up to this
 
+// What an ISA has no better one of is NULL.
 typedef struct sa_cpu_kernels {
   sa_attention_kernels fused[4];  // by sa_dtype: f32, f64, f16, bf16
   double (*measure_peak)(int dtype);
   void (*read_memory)(const void *memory, int64_t bytes);  // aligned to 64 bytes, a multiple of 256
 } sa_cpu_kernels;
 
-extern const sa_cpu_kernels sa_cpu_generic, sa_cpu_avx2, sa_cpu_avx512;
+extern const sa_cpu_kernels sa_cpu_generic, sa_cpu_avx2, sa_cpu_avx512, sa_cpu_amx;
 
 #endif

@@ -1,0 +1,562 @@
+// the products of attention by the tiles of AMX, of bf16; part of flash_tile.h, in place of flash_product.h
+//
+// A tile is 16 rows of 64 bytes. C, of f32, takes A B, where A has 32 bf16 a row and B's rows hold pairs of them, one
+// pair a column: 16 x 16 x 32 products in 16 cycles. Four tiles of C, two of A and two of B are the eight that there
+// are: each loaded tile is used twice, and loads take half the time of the products.
+//
+// K and V are A as they lie (K Q^T and V dO^T), and turned once a call, their keys along the rows (V^T P^T and K^T
+// dS^T); Q and dO are packed as B once a block. So P^T and dS^T, which the softmax leaves with a row per key, are B
+// when two keys are a pair, and A (P dO and dS Q) when two queries are. They are split into two bf16, 16 bits of
+// mantissa together, and each half meets the other operand: what bf16 gave, the products take exactly.
+
+enum { AMX_SIDE = 16, AMX_DEPTH = 32, AMX_TILE = AMX_SIDE * AMX_DEPTH, AMX_QUERY_TILES = QUERIES / AMX_SIDE };
+
+// A problem, and what is shared by all its blocks. Where nothing that was computed is of an ordinary size, AMX's loss
+// of subnormal numbers may show (amx.c).
+typedef enum amx_size { AMX_OUT, AMX_QUERY, AMX_DOUT, AMX_DSCORES, AMX_DQUERY, AMX_SIZES } amx_size;
+typedef struct amx_problem {
+  sa_problem base;
+  uint16_t *turned;  // V or K: [B][Hkv][steps of 32 keys][tiles of 16 columns][AMX_TILE]
+  int64_t steps, tiles;
+  atomic_bool ordinary[AMX_SIZES];
+} amx_problem;
+
+static inline const amx_problem *amx_problem_of(const NAME(block) * block) {
+  return (const amx_problem *)block->p;
+}
+
+static inline int amx_tiles(int64_t width) {
+  return (int)((width + AMX_SIDE - 1) / AMX_SIDE);
+}
+static inline int amx_steps(int64_t depth) {
+  return (int)((depth + AMX_DEPTH - 1) / AMX_DEPTH);
+}
+// Tiles of a block's queries, in twos.
+static inline int amx_query_tiles(const NAME(block) * block) {
+  return (block->vectors + 1) / 2 * 2;
+}
+
+static uint16_t *amx_take(sa_room *room, int64_t count) {
+  return sa_room_take(room, count * (int64_t)sizeof(uint16_t));
+}
+
+// Notes that some element is of an ordinary size: 2^-60 and more.
+static void amx_note(const NAME(block) * block, amx_size which, const REAL *rows, int64_t stride, int count,
+                     int width) {
+  amx_problem *problem = (amx_problem *)block->p;
+  if (atomic_load_explicit(&problem->ordinary[which], memory_order_relaxed)) return;
+  int found = 0;
+  for (int r = 0; r < count && !found; r++) {
+    for (int d = 0; d < width; d++) found |= fabsf(rows[r * stride + d]) >= 0x1p-60f;
+  }
+  if (found) atomic_store_explicit(&problem->ordinary[which], true, memory_order_relaxed);
+}
+
+// Where the tiles of an operand lie: bytes from `at` to a tile's next row, to the next tile along the side, to the next
+// step along the depth, and to the other half of a split operand (0: it is whole).
+typedef struct amx_operand {
+  const void *at;
+  int64_t row, tile, step, half;
+} amx_operand;
+
+// A square of tiles of C, rows x columns of them, each 1 or 2. The compiler's own barriers, since it takes a tile's
+// load for no reading of memory.
+static inline __attribute__((always_inline)) void amx_square(int rows, int columns, const amx_operand *a,
+                                                             const amx_operand *b, int steps, int halves, float *c,
+                                                             int64_t c_row, bool from_zero) {
+  const int64_t c_bytes = c_row * (int64_t)sizeof *c;
+  float *below = c + AMX_SIDE * c_row;
+  atomic_signal_fence(memory_order_seq_cst);
+  if (from_zero) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, c_bytes);
+    if (columns > 1) _tile_loadd(1, c + AMX_SIDE, c_bytes);
+    if (rows > 1) _tile_loadd(2, below, c_bytes);
+    if (rows > 1 && columns > 1) _tile_loadd(3, below + AMX_SIDE, c_bytes);
+  }
+  for (int half = 0; half < halves; half++) {
+    const char *left = (const char *)a->at + half * a->half, *right = (const char *)b->at + half * b->half;
+    for (int step = 0; step < steps; step++, left += a->step, right += b->step) {
+      _tile_loadd(4, left, a->row);
+      _tile_loadd(6, right, b->row);
+      _tile_dpbf16ps(0, 4, 6);
+      if (columns > 1) {
+        _tile_loadd(7, right + b->tile, b->row);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (rows > 1) {
+        _tile_loadd(5, left + a->tile, a->row);
+        _tile_dpbf16ps(2, 5, 6);
+        if (columns > 1) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  if (columns > 1) _tile_stored(1, c + AMX_SIDE, c_bytes);
+  if (rows > 1) _tile_stored(2, below, c_bytes);
+  if (rows > 1 && columns > 1) _tile_stored(3, below + AMX_SIDE, c_bytes);
+  atomic_signal_fence(memory_order_seq_cst);
+}
+
+// c = a b, or c += a b, of so many tiles of c. An element's sum runs over the depth in rising order, and then again
+// with the lower halves of what is split, whichever square it is in.
+static __attribute__((noinline)) void amx_product(amx_operand a, int rows, amx_operand b, int columns, int steps,
+                                                  float *c, int64_t c_row, bool from_zero) {
+  const int halves = a.half || b.half ? 2 : 1;
+  for (int i = 0; i < rows; i += 2) {
+    amx_operand right = b;
+    float *to = c + i * AMX_SIDE * c_row;
+    for (int j = 0; j < columns; j += 2) {
+      if (rows - i > 1 && columns - j > 1)
+        amx_square(2, 2, &a, &right, steps, halves, to, c_row, from_zero);
+      else if (rows - i > 1)
+        amx_square(2, 1, &a, &right, steps, halves, to, c_row, from_zero);
+      else if (columns - j > 1)
+        amx_square(1, 2, &a, &right, steps, halves, to, c_row, from_zero);
+      else
+        amx_square(1, 1, &a, &right, steps, halves, to, c_row, from_zero);
+      right.at = (const char *)right.at + 2 * b.tile;
+      to += 2 * AMX_SIDE;
+    }
+    a.at = (const char *)a.at + 2 * a.tile;
+  }
+}
+
+// Packing
+
+// A square of 16 x 16 words of 32 bits, transposed into a tile.
+static inline void amx_turn(const void *from, int64_t from_row, uint16_t *tile) {
+  NAME(vector) column[LANES];
+  NAME(columns_of)((const REAL *)from, from_row, column);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) NAME(store)((REAL *)(void *)(tile + i * AMX_DEPTH), column[i]);
+}
+
+// Rows of Q or dO as B of products along the width: [step][AMX_QUERY_TILES][AMX_TILE], 0 beyond the block and the width
+// and in the rows whose bit is set in `skip`.
+static void amx_pack(const sa_operand *x, const NAME(block) * block, int width, uint64_t skip, uint16_t *to) {
+  _Alignas(64) uint16_t rows[AMX_SIDE][SA_FUSED_WIDTH];
+  const int steps = amx_steps(width);
+  for (int tile = 0; tile < amx_query_tiles(block); tile++) {
+    for (int i = 0; i < AMX_SIDE; i++) {
+      const int query = tile * AMX_SIDE + i;
+      const bool absent = query >= block->count || skip >> query & 1;
+      if (!absent) memcpy(rows[i], NAME(row_at)(x, block, query), sizeof **rows * width);
+      const int from = absent ? 0 : width;
+      memset(rows[i] + from, 0, sizeof **rows * (steps * AMX_DEPTH - from));
+    }
+    for (int step = 0; step < steps; step++) {
+      amx_turn(rows[0] + step * AMX_DEPTH, SA_FUSED_WIDTH / 2, to + (step * AMX_QUERY_TILES + tile) * AMX_TILE);
+    }
+  }
+}
+
+static amx_operand amx_packed(const uint16_t *packed) {
+  enum { BYTES = AMX_TILE * sizeof *packed };
+  return (amx_operand){packed, BYTES / AMX_SIDE, BYTES, AMX_QUERY_TILES * BYTES, 0};
+}
+
+static bool amx_nonfinite(uint16_t x) {
+  return (x & 0x7f80) == 0x7f80;
+}
+
+static bool amx_has_nonfinite(const uint16_t *row, int count) {
+  int found = 0;
+  for (int d = 0; d < count; d++) found |= amx_nonfinite(row[d]);
+  return found;
+}
+
+// Copies with every non-finite element replaced by 0.
+static void amx_finite_part(const uint16_t *from, int64_t count, uint16_t *to) {
+  for (int64_t n = 0; n < count; n++) to[n] = amx_nonfinite(from[n]) ? 0 : from[n];
+}
+
+// 32 keys of K or V from `first` on as A with the keys along the rows: [tile][AMX_TILE], 0 beyond the keys and the
+// width.
+static void amx_turn_keys(const sa_operand *x, int64_t batch, int64_t key_head, int64_t first, int count, int width,
+                          uint16_t *to) {
+  _Alignas(64) uint16_t pairs[AMX_SIDE][AMX_DEPTH];
+  for (int d = 0; d < width; d += AMX_SIDE, to += AMX_TILE) {
+    const __mmask16 within = width - d < AMX_SIDE ? (__mmask16)((1 << (width - d)) - 1) : (__mmask16)~0;
+    for (int i = 0; i < AMX_SIDE; i++) {
+      __m512i half[2];
+      for (int n = 0; n < 2; n++) {
+        const int r = 2 * i + n;
+        const __mmask16 lanes = r < count ? within : 0;
+        const uint16_t *row = sa_at(x, batch, key_head, first + (r < count ? r : 0), d);
+        half[n] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row));
+      }
+      _mm512_store_si512(pairs[i], _mm512_or_si512(half[0], _mm512_slli_epi32(half[1], 16)));
+    }
+    amx_turn(pairs, AMX_SIDE, to);
+  }
+}
+
+// The turned keys of a stretch.
+static const uint16_t *amx_turned_at(const NAME(block) * block, int64_t first) {
+  const amx_problem *problem = amx_problem_of(block);
+  const int64_t plane = block->batch * block->p->key_heads + block->key_head;
+  return problem->turned + (plane * problem->steps + first / AMX_DEPTH) * problem->tiles * AMX_TILE;
+}
+
+static amx_operand amx_turned(const uint16_t *turned, int64_t tiles) {
+  enum { BYTES = AMX_TILE * sizeof *turned };
+  return (amx_operand){turned, BYTES / AMX_SIDE, BYTES, tiles * BYTES, 0};
+}
+
+// Two vectors as the halves of each other's words: `high` has both rounded to bf16, `low` what that left off, again as
+// bf16. That is rounded by a multiplication: the addition to the bits, as for `high`, would turn some NaN into a number
+// there too. The halves differ from what they are of by 2^-17 of it. An infinite number leaves nothing off.
+static inline __attribute__((always_inline)) void amx_split(__m512 x, __m512 y, bool infinite, uint16_t *high,
+                                                            uint16_t *low) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000);
+  const __m512i a = _mm512_add_epi32(_mm512_castps_si512(x), half), b = _mm512_add_epi32(_mm512_castps_si512(y), half);
+  _mm512_store_si512(high, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+  __m512 c = x - _mm512_castsi512_ps(_mm512_and_si512(a, upper));
+  __m512 d = y - _mm512_castsi512_ps(_mm512_and_si512(b, upper));
+  if (infinite) {
+    c = _mm512_mask_mov_ps(c, _mm512_fpclass_ps_mask(x, 0x18), _mm512_setzero_ps());
+    d = _mm512_mask_mov_ps(d, _mm512_fpclass_ps_mask(y, 0x18), _mm512_setzero_ps());
+  }
+  // Half a step of bf16, give or take a fifth.
+  const __m512 up = _mm512_set1_ps(0x1.6a09e6p-9f);
+  const __m512i e = _mm512_castps_si512(fma_f32(c, up, c)), f = _mm512_castps_si512(fma_f32(d, up, d));
+  _mm512_store_si512(low, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(e, 16), f));
+}
+
+// P^T or dS^T as B, split: [half][step][AMX_QUERY_TILES][AMX_TILE], two keys a pair; 0 beyond the keys and the block.
+enum { AMX_SPLIT = KEYS * QUERIES };
+static inline uint16_t *amx_split_row(uint16_t *split, int key) {
+  return split + key / AMX_DEPTH * AMX_QUERY_TILES * AMX_TILE + key % AMX_DEPTH / 2 * AMX_DEPTH;
+}
+
+static inline void amx_clear_pair(uint16_t *high) {
+  _mm512_store_si512(high, _mm512_setzero_si512());
+  _mm512_store_si512(high + AMX_SPLIT, _mm512_setzero_si512());
+}
+
+static void amx_split_keys(const NAME(block) * block, int keys, const REAL *pairs, bool infinite, uint16_t *to) {
+  const int tiles = amx_query_tiles(block);
+  int r = 0;
+  for (; r + 1 < keys; r += 2) {
+    const REAL *from = pairs + r * NAME(ROW);
+    uint16_t *row = amx_split_row(to, r);
+    for (int j = 0; j < block->vectors; j++, row += AMX_TILE, from += LANES) {
+      amx_split(NAME(load)(from), NAME(load)(from + NAME(ROW)), infinite, row, row + AMX_SPLIT);
+    }
+    if (block->vectors < tiles) amx_clear_pair(row);
+  }
+  for (; r < amx_steps(keys) * AMX_DEPTH; r += 2) {
+    uint16_t *row = amx_split_row(to, r);
+    for (int j = 0; j < tiles; j++, row += AMX_TILE) {
+      amx_clear_pair(row);
+      if (r >= keys || j >= block->vectors) continue;
+      amx_split(NAME(load)(pairs + r * NAME(ROW) + j * LANES), NAME(set)(0), infinite, row, row + AMX_SPLIT);
+    }
+  }
+}
+
+static amx_operand amx_split_b(const uint16_t *split) {
+  amx_operand b = amx_packed(split);
+  b.half = AMX_SPLIT * sizeof *split;
+  return b;
+}
+
+// The same as A: [half][KEYS][QUERIES], query i of 32 beside query i + 16.
+static void amx_split_queries(const NAME(block) * block, int keys, const REAL *pairs, bool infinite, uint16_t *to) {
+  int r = 0;
+  for (; r < keys; r++, pairs += NAME(ROW), to += QUERIES) {
+    int j = 0;
+    for (; j + 1 < block->vectors; j += 2) {
+      const REAL *from = pairs + j * LANES;
+      amx_split(NAME(load)(from), NAME(load)(from + LANES), infinite, to + j * LANES, to + j * LANES + AMX_SPLIT);
+    }
+    if (j < block->vectors) {
+      amx_split(NAME(load)(pairs + j * LANES), NAME(set)(0), infinite, to + j * LANES, to + j * LANES + AMX_SPLIT);
+    }
+  }
+  for (; r < amx_steps(keys) * AMX_DEPTH; r++, to += QUERIES) {
+    for (int j = 0; j < block->vectors; j += 2) amx_clear_pair(to + j * LANES);
+  }
+}
+
+static amx_operand amx_split_a(const uint16_t *split) {
+  enum { ROW_BYTES = QUERIES * sizeof *split };
+  return (amx_operand){split, ROW_BYTES, AMX_SIDE * ROW_BYTES, AMX_DEPTH * sizeof *split, AMX_SPLIT * sizeof *split};
+}
+
+// A stretch's rows in float, for what is not finite in them.
+static void amx_read_rows(const sa_operand *x, const NAME(block) * block, const sa_stretch *stretch, int width,
+                          REAL *to) {
+  for (int r = 0; r < stretch->count; r++, to += NAME(padded)(width)) {
+    NAME(read_row)(sa_at(x, block->batch, block->key_head, stretch->first + r, 0), x->dtype, width, to);
+  }
+}
+
+static bool amx_rows_nonfinite(const sa_operand *x, const NAME(block) * block, int64_t first, int count, int width) {
+  bool found = false;
+  for (int r = 0; r < count && !found; r++) {
+    found = amx_has_nonfinite(sa_at(x, block->batch, block->key_head, first + r, 0), width);
+  }
+  return found;
+}
+
+// Rows of queries from the sums [column][QUERIES] of their transpose, added to what is there when `more`.
+static void amx_turn_back(const NAME(block) * block, const REAL *sums, int width, bool more, REAL *rows) {
+  for (int j = 0; j < block->vectors; j++) {
+    for (int tile = 0; tile < amx_tiles(width); tile++) {
+      NAME(vector) column[LANES];
+      NAME(columns_of)(sums + tile * AMX_SIDE * QUERIES + j * LANES, QUERIES, column);
+      REAL *to = rows + j * LANES * NAME(padded)(width) + tile * LANES;
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++, to += NAME(padded)(width)) {
+        if (more) column[i] = column[i] + NAME(load)(to);
+        NAME(store)(to, column[i]);
+      }
+    }
+  }
+}
+
+// Scores
+
+typedef uint16_t NAME(element);
+
+static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, uint16_t *to) {
+  amx_pack(&block->p->q, block, (int)block->p->width, skip, to);
+}
+
+static int64_t NAME(query_room)(const sa_problem *p) {
+  return (int64_t)amx_steps(p->width) * AMX_QUERY_TILES * AMX_TILE;
+}
+
+// Rows as A of products along the width, in twos of tiles: in place where no step and no tile ends beyond them, else
+// copied, with 0 where they end.
+static const uint16_t *NAME(rows_of)(const sa_operand *x, const NAME(block) * block, int64_t first, int count,
+                                     int width, bool whole_vectors, uint16_t *room, int64_t *stride) {
+  const int columns = amx_steps(width) * AMX_DEPTH, rows = amx_steps(count) * AMX_DEPTH;
+  if (columns == width && rows == count) {
+    *stride = x->stride[2];
+    return sa_at(x, block->batch, block->key_head, first, 0);
+  }
+  *stride = columns;
+  memset(room, 0, sizeof *room * rows * columns);
+  for (int r = 0; r < count; r++) {
+    memcpy(room + r * columns, sa_at(x, block->batch, block->key_head, first + r, 0), sizeof *room * width);
+  }
+  return room;
+}
+
+static amx_operand amx_rows(const uint16_t *rows, int64_t stride) {
+  const int64_t row = stride * (int64_t)sizeof *rows;
+  return (amx_operand){rows, row, AMX_SIDE * row, AMX_DEPTH * sizeof *rows, 0};
+}
+
+// Scales rows of S^T, and raises `peak` (may be NULL) to the largest of each query.
+static void amx_scale(const NAME(block) * block, int keys, REAL *scores, REAL *peak) {
+  const NAME(vector) scale = NAME(set)((REAL)(block->p->scale * (block->plain ? 1.4426950408889634 : 1)));
+  for (int j = 0; j < block->vectors; j++) {
+    NAME(vector) top = peak ? NAME(load)(peak + j * LANES) : scale;
+    REAL *column = scores + j * LANES;
+    for (int r = 0; r < keys; r++, column += NAME(ROW)) {
+      const NAME(vector) s = NAME(load)(column) * scale;
+      NAME(store)(column, s);
+      top = NAME(max)(s, top);
+    }
+    if (peak) NAME(store)(peak + j * LANES, top);
+  }
+}
+
+// Two tiles of keys at a time, scaled while the processor multiplies the next.
+static void NAME(score_product)(const NAME(block) * block, const sa_stretch *stretch, const uint16_t *key,
+                                int64_t stride, const uint16_t *packed_query, REAL *scores, REAL *peak) {
+  const int keys = stretch->count, steps = amx_steps(block->p->width);
+  const bool calls = block->p->bias.data && block->p->bias.stride[3];
+  for (int r = 0; r < keys; r += AMX_DEPTH) {
+    amx_product(amx_rows(key + r * stride, stride), 2, amx_packed(packed_query), amx_query_tiles(block), steps,
+                scores + r * NAME(ROW), NAME(ROW), true);
+    if (r) amx_scale(block, AMX_DEPTH, scores + (r - AMX_DEPTH) * NAME(ROW), peak);
+    if (calls) NAME(call_bias)(block, stretch, r * QUERIES / keys, (r + AMX_DEPTH) * QUERIES / keys);
+  }
+  const int last = (amx_steps(keys) - 1) * AMX_DEPTH;
+  amx_scale(block, keys - last, scores + last * NAME(ROW), peak);
+}
+
+// Forward
+
+typedef struct NAME(forward_products) {
+  uint16_t *rows;    // [KEYS][width, in steps]: K, where it cannot be read in place
+  uint16_t *finite;  // the turned values of a stretch, for the careful path
+  uint16_t *split;   // P^T
+  REAL *values;      // [KEYS][value width, padded]: V in float, for the careful path
+  REAL *turned;      // [value width, in tiles][QUERIES]: o transposed, while it is turned back
+} NAME(forward_products);
+
+static NAME(forward_products) NAME(take_forward_products)(sa_room *room, const sa_problem *p) {
+  const int64_t columns = amx_tiles(p->value_width) * AMX_SIDE;
+  return (NAME(forward_products)){
+      .rows = amx_take(room, KEYS * amx_steps(p->width) * AMX_DEPTH),
+      .finite = amx_take(room, KEYS * columns),
+      .split = amx_take(room, 2 * AMX_SPLIT),
+      .values = NAME(take)(room, KEYS * NAME(padded)(p->value_width)),
+      .turned = NAME(take)(room, columns * QUERIES),
+  };
+}
+
+// o is gathered transposed, [value width, in tiles][QUERIES], until it is closed.
+//
+// What is not finite in V shows in everybody's sums: a weight's lower half may be 0, and 0 * Inf is NaN. So it may have
+// leaked where nothing is masked, too.
+static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
+                             const REAL *weights, const REAL *factor, const NAME(forward_products) * room, REAL *o,
+                             REAL *leaked) {
+  const int width = (int)block->p->value_width, keys = stretch->count, tiles = amx_tiles(width);
+  const uint16_t *value = amx_turned_at(block, stretch->first);
+  if (leaked && amx_rows_nonfinite(&block->p->v, block, stretch->first, keys, width)) {
+    amx_read_rows(&block->p->v, block, stretch, width, room->values);
+    NAME(add_nonfinite)
+    (block, keys, visible, weights, room->values, NAME(padded)(width), width, NAME(padded)(width), leaked);
+    amx_finite_part(value, (int64_t)amx_steps(keys) * tiles * AMX_TILE, room->finite);
+    value = room->finite;
+  }
+  for (int j = 0; factor && j < block->vectors; j++) {
+    const NAME(vector) times = NAME(load)(factor + j * LANES);
+    REAL *column = o + j * LANES;
+    for (int d = 0; d < tiles * AMX_SIDE; d++, column += QUERIES) NAME(store)(column, NAME(load)(column) * times);
+  }
+  amx_split_keys(block, keys, weights, false, room->split);
+  amx_product(amx_turned(value, tiles), tiles, amx_split_b(room->split), amx_query_tiles(block), amx_steps(keys), o,
+              QUERIES, !factor);
+  return true;
+}
+
+static void NAME(close_values)(const NAME(block) * block, const NAME(forward_products) * room, REAL *o) {
+  const int width = (int)block->p->value_width;
+  memcpy(room->turned, o, sizeof *o * amx_tiles(width) * AMX_SIDE * QUERIES);
+  amx_turn_back(block, room->turned, width, false, o);
+  amx_note(block, AMX_OUT, o, NAME(padded)(width), block->count, width);
+}
+
+// Backward
+
+typedef struct NAME(backward_products) {
+  uint16_t *packed_dout;               // as amx_pack does, for dP
+  uint16_t *key_rows, *value_rows;     // [KEYS][width, in steps]: where they cannot be read in place
+  uint16_t *query_pairs, *dout_pairs;  // as B of products along the queries: [step][tile of columns][AMX_TILE]
+  uint16_t *split;                     // P^T or dS^T
+  REAL *keys;                          // [KEYS][width, padded]: K in float, where it is not finite
+  REAL *turned;                        // [width, in tiles][QUERIES]: dQ transposed
+} NAME(backward_products);
+
+static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int64_t chunk) {
+  const int64_t columns = amx_tiles(p->width) * AMX_SIDE, value_columns = amx_tiles(p->value_width) * AMX_SIDE;
+  const int64_t depth = amx_steps(p->width) * AMX_DEPTH, value_depth = amx_steps(p->value_width) * AMX_DEPTH;
+  return (NAME(backward_products)){
+      .packed_dout = amx_take(room, QUERIES * value_depth),
+      .key_rows = amx_take(room, KEYS * depth),
+      .value_rows = amx_take(room, KEYS * value_depth),
+      .query_pairs = amx_take(room, QUERIES * columns),
+      .dout_pairs = amx_take(room, QUERIES * value_columns),
+      .split = amx_take(room, 2 * AMX_SPLIT),
+      .keys = NAME(take)(room, KEYS * NAME(padded)(p->width)),
+      .turned = NAME(take)(room, columns * QUERIES),
+  };
+}
+
+// Q stays what it is, a bf16; the scale comes last.
+static REAL NAME(query_factor)(const sa_problem *p) {
+  return 1;
+}
+static REAL NAME(key_factor)(const sa_problem *p) {
+  return (REAL)p->scale;
+}
+
+static bool NAME(open_keys)(const NAME(block) * keys, int64_t first, int count,
+                            const NAME(backward_products) * products) {
+  return amx_rows_nonfinite(&keys->p->k, keys, first, count, (int)keys->p->width);
+}
+
+// Rows in float whose elements are bf16, as B of products along the queries, in the order of amx_split_queries.
+static void amx_pair_queries(const NAME(block) * block, const REAL *rows, int width, uint16_t *to) {
+  const int64_t padded = NAME(padded)(width);
+  const __m512 zero = _mm512_setzero_ps();
+  const int tiles = amx_tiles(width);
+  for (int i = 0; i < QUERIES; i++) {
+    if (i % AMX_DEPTH >= AMX_SIDE) continue;
+    for (int tile = 0; tile < tiles; tile++) {
+      const REAL *from = rows + i * padded + tile * LANES;
+      const __m512 x = i < block->count ? NAME(load)(from) : zero;
+      const __m512 y = i + AMX_SIDE < block->count ? NAME(load)(from + AMX_SIDE * padded) : zero;
+      _mm512_store_si512(
+          to + (i / AMX_DEPTH * tiles + tile) * AMX_TILE + i % AMX_DEPTH * AMX_DEPTH,
+          _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(x), 16), _mm512_castps_si512(y)));
+    }
+  }
+}
+
+static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
+                               const NAME(backward_products) * products) {
+  const sa_problem *p = block->p;
+  const int width = (int)p->width, value_width = (int)p->value_width;
+  amx_pack(&p->dout, block, value_width, p->dout.data ? dead : ~UINT64_C(0), products->packed_dout);
+  amx_pair_queries(block, query, width, products->query_pairs);
+  amx_pair_queries(block, dout, value_width, products->dout_pairs);
+  amx_note(block, AMX_QUERY, query, NAME(padded)(width), block->count, width);
+  amx_note(block, AMX_DOUT, dout, NAME(padded)(value_width), block->count, value_width);
+}
+
+static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *stretch,
+                                  const NAME(backward_products) * products, REAL *dweights) {
+  const int width = (int)block->p->value_width, keys = stretch->count;
+  int64_t stride;
+  const uint16_t *value =
+      NAME(rows_of)(&block->p->v, block, stretch->first, keys, width, true, products->value_rows, &stride);
+  amx_product(amx_rows(value, stride), 2 * amx_steps(keys), amx_packed(products->packed_dout), amx_query_tiles(block),
+              amx_steps(width), dweights, NAME(ROW), true);
+}
+
+// dK or dV += dS^T or P^T by rows of queries.
+static void amx_add_to_keys(const NAME(block) * block, int keys, const REAL *pairs, const uint16_t *query_pairs,
+                            int width, const NAME(backward_products) * products, REAL *to) {
+  amx_split_queries(block, keys, pairs, true, products->split);
+  const int tiles = amx_tiles(width);
+  amx_product(amx_split_a(products->split), amx_tiles(keys), amx_turned(query_pairs, tiles), tiles,
+              amx_steps(block->count), to, NAME(padded)(width), false);
+}
+
+static void NAME(add_dvalues)(const NAME(block) * block, int keys, const REAL *weights, const REAL *dout,
+                              const NAME(backward_products) * products, REAL *to) {
+  amx_add_to_keys(block, keys, weights, products->dout_pairs, (int)block->p->value_width, products, to);
+}
+
+static void NAME(add_dkeys)(const NAME(block) * block, int keys, const REAL *dscores, const REAL *query,
+                            const NAME(backward_products) * products, REAL *to) {
+  amx_note(block, AMX_DSCORES, dscores, NAME(ROW), keys, block->count);
+  amx_add_to_keys(block, keys, dscores, products->query_pairs, (int)block->p->width, products, to);
+}
+
+// `to` gathers what is not finite, until the block is closed.
+static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
+                               const uint16_t *key, int64_t stride, const REAL *dscores, bool wild, bool first,
+                               const NAME(backward_products) * products, REAL *to) {
+  const int width = (int)block->p->width, keys = stretch->count, tiles = amx_tiles(width);
+  const int64_t padded = NAME(padded)(width);
+  if (first) memset(to, 0, sizeof *to * block->count * padded);
+  if (wild && amx_rows_nonfinite(&block->p->k, block, stretch->first, keys, width)) {
+    amx_read_rows(&block->p->k, block, stretch, width, products->keys);
+    NAME(add_nonfinite)(block, keys, visible, dscores, products->keys, padded, width, padded, to);
+  }
+  amx_note(block, AMX_DSCORES, dscores, NAME(ROW), keys, block->count);
+  amx_split_keys(block, keys, dscores, true, products->split);
+  amx_product(amx_turned(amx_turned_at(block, stretch->first), tiles), tiles, amx_split_b(products->split),
+              amx_query_tiles(block), amx_steps(keys), products->turned, QUERIES, first);
+}
+
+static void NAME(close_queries)(const NAME(block) * block, const NAME(backward_products) * products, REAL *dquery) {
+  const int width = (int)block->p->width;
+  amx_turn_back(block, products->turned, width, true, dquery);
+  amx_note(block, AMX_DQUERY, dquery, NAME(padded)(width), block->count, width);
+}
