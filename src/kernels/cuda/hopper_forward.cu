@@ -3,6 +3,7 @@
 
 #include <float.h>
 
+#include <atomic>
 #include <mutex>
 
 #include "kernels/cuda/attention.cuh"
@@ -31,10 +32,16 @@ static int stream_counter(const char *function, int device, cudaStream_t stream,
       owners++;
     }
   }
-  void *base;
-  const int status = sa_cuda_check(function, cudaGetSymbolAddress(&base, counters));
-  if (!status) *counter = (int32_t *)base + 2 * at;
-  return status;
+  // Found once a device, which is the current one: whoever finds it finds the same.
+  static std::atomic<void *> bases[SA_CUDA_DEVICES];
+  void *base = bases[device - SA_CUDA].load(std::memory_order_relaxed);
+  if (!base) {
+    const int status = sa_cuda_check(function, cudaGetSymbolAddress(&base, counters));
+    if (status) return status;
+    bases[device - SA_CUDA].store(base, std::memory_order_relaxed);
+  }
+  *counter = (int32_t *)base + 2 * at;
+  return SA_OK;
 }
 
 // A kernel's widths: those of q and v are rounded up to them with zeros, which TMA adds.

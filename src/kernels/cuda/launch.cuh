@@ -14,18 +14,42 @@ static __device__ __forceinline__ T *dynamic_shared() {
   return (T *)sa_cuda_dynamic_shared;
 }
 
-// kernel<<<grid, block, shared, stream>>>(arguments...), with its error; more than 48 KiB of shared memory are asked
-// for on the way.
+// A kernel has one size of shared memory. More than 48 KiB have to be asked for, once a kernel and device: a thread
+// remembers for which it has, as asking takes as long as a good part of a launch.
+static inline int sa_cuda_allow_shared(const char *function, const void *kernel, size_t shared) {
+  enum { REMEMBERED = 64 };
+  static thread_local struct {
+    const void *kernel;
+    int device;
+  } allowed[REMEMBERED];
+  int device;
+  int status = sa_cuda_check(function, cudaGetDevice(&device));
+  auto *place = &allowed[((uintptr_t)kernel >> 4) % REMEMBERED];
+  if (status || (place->kernel == kernel && place->device == device)) return status;
+  status =
+      sa_cuda_check(function, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+  if (status) return status;
+  place->kernel = kernel;
+  place->device = device;
+  return SA_OK;
+}
+
+template <class... Parameters>
+static int sa_cuda_launch_as(const char *function, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+                             cudaStream_t stream, const Parameters &...parameters) {
+  void *list[] = {(void *)&parameters..., NULL};
+  return sa_cuda_check(function, cudaLaunchKernel((const void *)kernel, grid, block, list, shared, stream));
+}
+
+// kernel<<<grid, block, shared, stream>>>(arguments...), with its error.
 template <class... Parameters, class... Arguments>
 static int sa_cuda_launch(const char *function, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                          cudaStream_t stream, Arguments... arguments) {
+                          cudaStream_t stream, const Arguments &...arguments) {
   if (shared > 48 << 10) {
-    const int status = sa_cuda_check(
-        function, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    const int status = sa_cuda_allow_shared(function, (const void *)kernel, shared);
     if (status) return status;
   }
-  kernel<<<grid, block, shared, stream>>>(arguments...);
-  return sa_cuda_check(function, cudaGetLastError());
+  return sa_cuda_launch_as<Parameters...>(function, kernel, grid, block, shared, stream, arguments...);
 }
 
 #endif

@@ -173,16 +173,18 @@ void *sa_cuda_allocate(const char *function, int device, int64_t bytes) {
     sa_cuda_host->fail(SA_NO_MEMORY, function, "out of memory: %lld bytes were refused", (long long)bytes);
     return NULL;
   }
-  cudaStream_t stream;
-  if (sa_cuda_use(function, device, &stream)) return NULL;
   int64_t room;
   const int k = class_of(bytes, &room);
   pool *p = &pools[device - SA_CUDA];
+  cudaStream_t stream = NULL;
   cudaError_t error = cudaSuccess;
+  // Nothing is asked of CUDA for a piece that is at hand.
+  if (poisons() && sa_cuda_use(function, device, &stream)) return NULL;
   pthread_mutex_lock(&lock);
   if (p->waiting) look_at_waiting(p);
   piece *x = take(p, k);
-  if (!x) x = ask_for(p, room, &error);
+  if (!x) error = cudaSetDevice(device - SA_CUDA);
+  if (!x && error == cudaSuccess) x = ask_for(p, room, &error);
   if (x) {
     piece **bucket = bucket_of(p, x->memory);
     x->next = *bucket;
@@ -206,11 +208,8 @@ void *sa_cuda_allocate(const char *function, int device, int64_t bytes) {
   return NULL;
 }
 
-// Marks the place that every stream has come to; false when there is but one, or nothing can be asked of the device.
-static bool mark_streams(pool *p, piece *x, int device) {
-  const cudaStream_t *streams;
-  const int count = sa_cuda_streams_lock(device, &streams);
-  bool marked = count > 1;
+static bool record_streams(pool *p, piece *x, const cudaStream_t *streams, int count) {
+  bool marked = true;
   for (int i = 0; marked && i < count; i++) {
     cudaEvent_t event;
     marked = take_event(p, &event);
@@ -218,24 +217,41 @@ static bool mark_streams(pool *p, piece *x, int device) {
     x->event[x->events++] = event;
     marked = cudaEventRecord(event, streams[i]) == cudaSuccess;
   }
-  sa_cuda_streams_unlock();
-  if (count > 1 && !marked) cudaDeviceSynchronize();
-  cudaGetLastError();
   return marked;
 }
 
-static int64_t most_kept(void) {
+// Marks the place that every stream has come to; false when there is but one, or nothing can be asked of the device.
+static bool mark_streams(pool *p, piece *x, int device) {
+  const cudaStream_t *streams;
+  const int count = sa_cuda_streams_lock(device, &streams);
+  if (count == 1) {
+    sa_cuda_streams_unlock();
+    return false;
+  }
+  int before = 0;
+  cudaGetDevice(&before);
+  if (before != device - SA_CUDA) cudaSetDevice(device - SA_CUDA);
+  const bool marked = record_streams(p, x, streams, count);
+  sa_cuda_streams_unlock();
+  if (!marked) cudaDeviceSynchronize();
+  cudaGetLastError();
+  if (before != device - SA_CUDA) cudaSetDevice(before);
+  return marked;
+}
+
+static int64_t most_kept(int device) {
   size_t free_bytes = 0, total = 0;
+  int before = 0;
+  cudaGetDevice(&before);
+  if (before != device - SA_CUDA) cudaSetDevice(device - SA_CUDA);
   cudaMemGetInfo(&free_bytes, &total);
+  if (before != device - SA_CUDA) cudaSetDevice(before);
   return (int64_t)(total / 2);
 }
 
 void sa_cuda_release(int device, void *memory) {
   if (!memory) return;
   static int64_t most[SA_CUDA_DEVICES];
-  int before = 0;
-  cudaGetDevice(&before);
-  if (before != device - SA_CUDA) cudaSetDevice(device - SA_CUDA);
   pool *p = &pools[device - SA_CUDA];
   pthread_mutex_lock(&lock);
   piece **at = bucket_of(p, memory);
@@ -256,11 +272,10 @@ void sa_cuda_release(int device, void *memory) {
       p->last = x;
     }
     int64_t *bound = &most[device - SA_CUDA];
-    if (!*bound) *bound = most_kept();
+    if (!*bound) *bound = most_kept(device);
     if (p->cached > *bound) shrink(p, *bound);
   }
   pthread_mutex_unlock(&lock);
-  if (before != device - SA_CUDA) cudaSetDevice(before);
 }
 
 int sa_cuda_settle(const char *function, int device) {
