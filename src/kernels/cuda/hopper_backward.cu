@@ -1,6 +1,7 @@
 // backward attention on Hopper: what the kernels cover, their scratch memory, their launches
 //
 // Warpgroup 0 of hopper_backward_tiles has 24 registers a thread and may spill a few words: it waits most of the time.
+// So may the others at width 128 where a job ends, a dozen words.
 #include <string.h>
 
 #include "kernels/cuda/attention.cuh"
@@ -8,8 +9,11 @@
 
 static const char function[] = "sa_backward";
 
-// Key heads whose jobs are mixed: four where jobs wait for their turns, so that fewer wait for each other.
-enum { MIXED_HEADS = 4 };
+// Key heads whose jobs are mixed where jobs wait for their turns, so that fewer wait for each other: as many as have
+// their Q, dO and sums of dQ in the second-level cache together. Jobs that walk the same rows at the same time have
+// only some of them in use; causal jobs, each somewhere else, have all, and 16 heads of 2048 rows took 950 us, 4 took
+// 819.
+enum { MIXED_BYTES = 17 << 20, MIXED_BYTES_ALIKE = 34 << 20 };
 
 static int bucket(const sa_problem *p) {
   const int64_t width = p->width > p->value_width ? p->width : p->value_width;
@@ -80,6 +84,7 @@ static int map_operands(const sa_problem *p, hopper_backward_call *c) {
     status = map_operand(p, &c->dout, &c->dout_values, p->heads, queries, value_width, rows, &c->dout_batch_step,
                          &c->dout_head_step);
   }
+  if (!status) status = map_operand(p, &c->dq_map, &p->dq, p->heads, queries, width, 64, NULL, NULL);
   if (!status) status = map_operand(p, &c->dk, &p->dk, p->key_heads, keys, width, 64, NULL, NULL);
   if (!status) status = map_operand(p, &c->dv, &p->dv, p->key_heads, keys, value_width, 64, NULL, NULL);
   return status;
@@ -113,6 +118,49 @@ static int64_t lay_out(const sa_problem *p, hopper_backward_call *c, char *memor
   return (char *)(c->turn + chunks) - memory;
 }
 
+static int64_t lists_in_use(const int64_t *start, int64_t count) {
+  int64_t used = 0;
+  for (int64_t n = 0; n < count; n++) used += start[n + 1] > start[n];
+  return used;
+}
+
+// Whether most columns of tiles see the same rows.
+static bool columns_alike(const sa_plan *plan) {
+  int64_t tiles = 0;
+  for (int64_t plane = 0; plane < plan->batch * plan->heads; plane++) {
+    tiles += lists_in_use(plan->row_start + plane * plan->row_tiles, plan->row_tiles) *
+             lists_in_use(plan->col_start + plane * plan->col_tiles, plan->col_tiles);
+  }
+  return (plan->partial + plan->full) * 4 > tiles * 3;
+}
+
+static int32_t mixed_heads(const sa_problem *p) {
+  if (!p->deterministic) return 1;
+  const int64_t bytes = p->queries * (2 * p->width + 2 * p->value_width + 4 * bucket(p));
+  const int64_t heads = (columns_alike(p->plan) ? MIXED_BYTES_ALIKE : MIXED_BYTES) / bytes;
+  return (int32_t)(heads < 1 ? 1 : heads);
+}
+
+// Heads with most to do first, so that the blocks end at the same time.
+static void order_heads(const sa_problem *p, hopper_backward_call *c) {
+  const int64_t count = p->batch * p->key_heads;
+  c->sorted = p->plan->batch * p->plan->heads > 1 && count <= HOPPER_BACKWARD_HEADS;
+  if (!c->sorted) return;
+  int64_t cost[HOPPER_BACKWARD_HEADS];
+  for (int64_t flat = 0; flat < count; flat++) {
+    cost[flat] = 0;
+    for (int64_t head = flat % p->key_heads * c->group; head < (flat % p->key_heads + 1) * c->group; head++) {
+      const int64_t plane = sa_plan_plane(p->plan, flat / p->key_heads, head);
+      for (int64_t row = 0; row < p->plan->row_tiles; row++) {
+        cost[flat] += p->plan->row_visible[plane * p->plan->row_tiles + row];
+      }
+    }
+    int64_t at = flat;
+    for (; at > 0 && cost[c->head_order[at - 1]] < cost[flat]; at--) c->head_order[at] = c->head_order[at - 1];
+    c->head_order[at] = (uint16_t)flat;
+  }
+}
+
 template <class T, int WIDTH>
 static int launch(const sa_problem *p, const hopper_backward_call &c, cudaStream_t stream) {
   const unsigned row_blocks = (unsigned)(c.batch * (int64_t)c.heads * (c.padded / 64));
@@ -130,7 +178,7 @@ static int launch(const sa_problem *p, const hopper_backward_call &c, cudaStream
     status = sa_cuda_launch(function, hopper_backward_tiles<T, WIDTH, false>, blocks, HOPPER_BACKWARD_THREADS, shared,
                             stream, c);
   }
-  if (!status && c.dq_out.data) {
+  if (!status && c.dq_out.data && !c.deterministic) {
     status = sa_cuda_launch(function, hopper_backward_convert<T, WIDTH>, row_blocks, 2 * WIDTH, 0, stream, c);
   }
   if (!status) {
@@ -173,7 +221,8 @@ int sa_cuda_hopper_backward(const sa_problem *p) {
   c.scale_log2 = (float)(p->scale * 1.4426950408889634);
   c.deterministic = p->deterministic;
   c.jobs = (int32_t)(p->batch * p->key_heads * key_columns(p));
-  c.mixed = p->deterministic ? MIXED_HEADS : 1;
+  c.mixed = mixed_heads(p);
+  order_heads(p, &c);
   void *scratch = sa_cuda_scratch(function, p->device, lay_out(p, &c, NULL));
   if (!scratch) return SA_NO_MEMORY;
   lay_out(p, &c, (char *)scratch);

@@ -1,21 +1,20 @@
 // backward attention on Hopper: TMA, wgmma and warp specialisation over the visible tiles of the plan
 //
-// A launch before and one after the product: hopper_backward_rows makes the row statistics, hopper_backward_convert
-// turns the sums of dQ, f32, into halves. Between them hopper_backward_tiles: a block per multiprocessor stays for the
-// whole launch and takes jobs from one counter. A job is a column of tiles, 128 keys of a key head, with all queries
-// that see them, of one head of the group after the other, so that dK and dV stay in registers. A step is a tile of 64
-// queries (128 at width 64).
+// hopper_backward_rows makes the row statistics, hopper_backward_tiles all gradients: a block per multiprocessor stays
+// for the whole launch and takes jobs from one counter. A job is a column of tiles, 128 keys of a key head, with all
+// queries that see them, of one head of the group after the other, so that dK and dV stay in registers. A step is a
+// tile of 64 queries (128 at width 64). Sums of dQ that are made in any order become halves in a launch after it.
 //
-//   warpgroup 0     gives its registers away. Warp 0 loads: K, V of a job, Q, dO, row statistics and bits of its steps,
-//   in
-//                   one stream across the jobs. Warps 1 and 2 add the dQ that warpgroups 1 and 2 leave in shared memory
-//                   to the sums in memory. Warp 3 looks up whose turn it is to add.
+//   warpgroup 0     gives its registers away. Warp 0 loads in one stream across the jobs: K, V of a job, Q, dO, row
+//                   statistics and bits of its steps. Warps 1 and 2 add the dQ that warpgroups 1 and 2 leave in shared
+//                   memory to the sums in memory. Warp 3 looks up whose turn it is to add.
 //   warpgroup 1, 2  64 keys each. S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T have a key per row; dV += P^T dO
 //                   with P^T in registers, dK += dS^T Q and dQ = dS K with dS^T in shared memory. dV runs under the
 //                   arithmetic of dS, the next S and dK under that of the exponentials; dQ comes one step late, so that
 //                   the warpgroups, each of which needs the other's half of dS, may drift half a step apart.
 //
-// The producer's 24 registers may spill a few words in code that waits most of the time; the consumers' do not.
+// The producer's 24 registers may spill a few words in code that waits most of the time, the consumers at width 128 a
+// dozen where a job ends; their loop does not.
 //
 //   width  queries a step  registers: dK, dV, S, dP, P  shared memory
 //   64     128             32, 32, 64, 64, 32           213 KiB
@@ -26,17 +25,20 @@
 // more rounding in dQ and dK (2.9e-3 instead of 2.35e-3 of their norm) and saves the registers of P in f32.
 //
 // The sums of dQ. Key tiles add to the rows of a tile of queries one after the other, those with most keys before them
-// first, so that the sums have the same bits every time. Each chunk of 64 x 64 sums has a counter of who is done; the
-// first stores, so that nobody has to fill with zeros. Jobs are taken in the order in which they have their turns, and
-// a job waits only for jobs taken before it: the oldest unfinished job never waits, so all come to an end. The counters
-// are zeroed by the first launch of the same call. The order of a chunk's accesses, one line for each link:
+// first, so that the sums have the same bits every time. Each chunk of 64 x 64 sums has a counter of who is done. The
+// first stores, so that nobody has to fill with zeros. The last adds the sums to its own dQ in registers and writes
+// halves, so that nobody has to read the sums again when they have left the cache. Jobs are taken in the order in which
+// they have their turns, and a job waits only for jobs taken before it: the oldest unfinished job never waits, so all
+// come to an end. The counters are zeroed by the first launch of the same call. The order of a chunk's accesses, one
+// line for each link:
 //
 //   bulk add (async proxy) -> bulk_wait: complete, and seen by the thread that issued it
 //   -> async_proxy_fence_global: in order before that thread's ordinary accesses that follow (publish)
 //   -> store_release of the counter -> load_acquire that reads it, by the one thread that issues the next bulk add
 //   -> async_proxy_fence_global: in order before that thread's bulk copies that follow -> bulk add
 //
-// so each add happens after the one before it. The launch that converts comes later in the stream.
+// so each add happens after the one before it. The last to add meets its warpgroup at a barrier after the acquire, and
+// the sums are read as ordinary memory. The launches that convert and do again come later in the stream.
 //
 // A column or a chunk whose result is not finite is noted, and a last launch (CAREFUL) does all columns that touch one
 // again: the same products in the same order, but the elements of Q, dO and K that are not finite are replaced by 0
@@ -77,8 +79,8 @@ struct hopper_backward_shape {
                             ds = dout + dout_slots * query_bytes, dq = ds + 2 * ds_bytes, clean_k = dq + 2 * dq_bytes,
                             lse = clean_k + (CAREFUL ? key_bytes : 0), delta = lse + q_slots * queries * 4,
                             bits = delta + dout_slots * queries * 4, step = bits + q_slots * bits_bytes,
-                            job = step + q_slots * 16, turn = job + 2 * 16, bad_q = turn + HOPPER_BACKWARD_TURNS * 16,
-                            bad_dout = bad_q + (CAREFUL ? 4 * queries : 0),
+                            job = step + q_slots * 16, turn = job + 2 * 16, last = turn + HOPPER_BACKWARD_TURNS * 16,
+                            bad_q = last + 2 * 16, bad_dout = bad_q + (CAREFUL ? 4 * queries : 0),
                             bad_k = bad_dout + (CAREFUL ? 4 * queries : 0),
                             k_full = bad_k + (CAREFUL ? 4 * SA_TILE : 0), k_empty = k_full + 8, v_full = k_empty + 8,
                             v_empty = v_full + 8, job_full = v_empty + 8, job_empty = job_full + 16,
@@ -194,7 +196,8 @@ struct hopper_backward_producer {
       if (id >= c.jobs) return {0, -1, 0, 0};
       const int columns = c.plan.col_tiles, span = c.mixed * columns, first = id / span * c.mixed;
       const int heads = min(c.mixed, c.batch * c.key_heads - first), in_span = id % span;
-      const int flat = first + in_span % heads, rank = in_span / heads;
+      const int place = first + in_span % heads, rank = in_span / heads;
+      const int flat = c.sorted ? c.head_order[place] : place;
       hopper_backward_job job;
       job.batch = flat / c.key_heads;
       job.key_head = flat % c.key_heads;
@@ -393,15 +396,31 @@ struct hopper_backward_producer {
     store_release(c.turn + chunk, next);
   }
 
-  // Takes dQ of warpgroup 1 + w out of shared memory: 64 queries, all columns at width 64, else half of them.
+  // Gives the buffer of dQ back. `last`: the chunk whose sum the next dQ makes whole, else -1; `sums`: whether there is
+  // a sum to add to.
+  __device__ __forceinline__ void release_dq(int w, int last, bool sums) {
+    if (lane == 0) shared_store_4i(base + SHAPE::last + 16 * w, last, sums, 0, 0);
+    __syncwarp();
+    named_barrier_arrive(HOPPER_BACKWARD_DQ_EMPTY + w, 160);
+  }
+
+  // A chunk of dQ, in halves, out of shared memory to its place.
+  __device__ __forceinline__ void store_dq(int chunk, int batch, uint32_t from) {
+    const int rest = chunk / SHAPE::panels, flat = rest / (c.padded / 64);
+    tma_store(&c.dq_map, chunk % SHAPE::panels * SA_PANEL, rest % (c.padded / 64) * 64, flat - batch * c.heads, batch,
+              from);
+  }
+
+  // Takes dQ of warpgroup 1 + w out of shared memory: 64 queries, all columns at width 64, else half of them. Where it
+  // is the last to add to its sums, the warpgroup adds them itself and leaves halves: then it needs its turn before.
   __device__ __forceinline__ void run_adds(int w) {
-    const bool ordered = CAREFUL || c.deterministic;
+    const bool ordered = CAREFUL || c.deterministic, finishes = !CAREFUL && c.deterministic && c.dq_out.data;
     const uint32_t from = base + SHAPE::dq + w * SHAPE::dq_bytes;
     int read = 0;  // tiles so far
 #pragma unroll 1
     for (int n = 0;; n++) {
       const int steps = wait_job(n).y;
-      if (steps < 0) return;
+      if (steps < 0) break;
       int tile = 0, turn = 0, turns = 0, chunk = 0, seen = 0;
       bool wanted = true;
       auto look = [&](int step) {  // at the tile and the counter of a step
@@ -421,30 +440,48 @@ struct hopper_backward_producer {
         if (CAREFUL) wanted = c.bad_query[chunk];
         if (ordered && wanted) seen = load_acquire(c.turn + chunk);
       };
-      if (steps > 0) look(0);
+      auto wait_turn = [&]() {
+        while (seen != turn) seen = load_acquire(c.turn + chunk);
+      };
+      auto is_last = [&]() { return finishes && turn + 1 == turns; };
+      if (steps > 0) {
+        look(0);
+        if (lane == 0) bulk_wait_read<0>();
+        if (is_last()) wait_turn();
+        release_dq(w, is_last() ? chunk : -1, turn > 0);
+      }
 #pragma unroll 1
       for (int step = 0; step < steps; step++) {
+        const bool last = is_last();
         if (ordered && wanted) {
-          while (seen != turn) seen = load_acquire(c.turn + chunk);
+          wait_turn();
           async_proxy_fence_global();
         }
         __syncwarp();
         named_barrier_sync(HOPPER_BACKWARD_DQ_FULL + w, 160);
         if (lane == 0 && wanted) {
-          if (ordered && turn == (CAREFUL && c.deterministic ? turns : 0)) {
+          if (last) {
+            store_dq(chunk, job_batch(n), from);
+          } else if (ordered && turn == (CAREFUL && c.deterministic ? turns : 0)) {
             bulk_store(c.dq + (int64_t)chunk * 4096, from, SHAPE::dq_bytes);
           } else {
             bulk_add(c.dq + (int64_t)chunk * 4096, from, SHAPE::dq_bytes);
           }
           bulk_commit();
         }
-        const int added = wanted ? chunk : -1, next = turn + 1;
-        const bool finished = CAREFUL && wanted && next == turns * (c.deterministic ? 2 : 1);
-        if (step + 1 < steps) look(step + 1);  // while the copy runs
-        if (lane == 0) bulk_wait_read<0>();
-        __syncwarp();
-        named_barrier_arrive(HOPPER_BACKWARD_DQ_EMPTY + w, 160);
+        // Nobody waits for the last.
+        const int added = wanted && !last ? chunk : -1, next = turn + 1;
+        if (last && lane == 0) store_relaxed(c.turn + chunk, next);
+        const bool finished = CAREFUL && wanted && next == turns * (c.deterministic ? 2 : 1), more = step + 1 < steps;
+        if (more) look(step + 1);  // while the copy runs
+        const bool next_last = more && is_last();
+        if (more && lane == 0) bulk_wait_read<0>();
+        if (more && !next_last) release_dq(w, -1, false);
         if (ordered) publish(added, next);
+        if (next_last) {
+          wait_turn();
+          release_dq(w, chunk, turn > 0);
+        }
         if (finished) {
           __syncwarp();
           convert(added);
@@ -452,6 +489,7 @@ struct hopper_backward_producer {
       }
       release_job(n);
     }
+    if (lane == 0) bulk_wait_read<0>();
   }
 };
 
@@ -551,15 +589,38 @@ struct hopper_backward_consumer {
     }
   }
 
-  __device__ __forceinline__ void hand_over(float (&dq)[32], bool first) {
-    if (!first) named_barrier_sync(HOPPER_BACKWARD_DQ_EMPTY + w, 160);  // a job finds the buffer free
+  __device__ __forceinline__ void hand_over(float (&dq)[32]) {
+    named_barrier_sync(HOPPER_BACKWARD_DQ_EMPTY + w, 160);
+    const int4 last = CAREFUL ? make_int4(-1, 0, 0, 0) : shared_load_4i(base + SHAPE::last + 16 * w);
+    if (last.x >= 0) {
+      complete_dq(dq, last.x, last.y);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      shared_store_4(base + SHAPE::dq + w * SHAPE::dq_bytes + i * 2048 + t * 16, dq[4 * i], dq[4 * i + 1],
-                     dq[4 * i + 2], dq[4 * i + 3]);
+      for (int i = 0; i < 8; i++) {
+        shared_store_4(base + SHAPE::dq + w * SHAPE::dq_bytes + i * 2048 + t * 16, dq[4 * i], dq[4 * i + 1],
+                       dq[4 * i + 2], dq[4 * i + 3]);
+      }
     }
     async_proxy_fence();
     named_barrier_arrive(HOPPER_BACKWARD_DQ_FULL + w, 160);
+  }
+
+  // dQ that is the last to its sums: added to them in registers, and left as halves.
+  __device__ __forceinline__ void complete_dq(float (&dq)[32], int chunk, bool sums) {
+    const float4 *from = (const float4 *)(c.dq + (int64_t)chunk * 4096) + t;
+    if (sums) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const float4 x = __ldcg(from + i * 128);
+        dq[4 * i] = add_flushed(x.x, dq[4 * i]);
+        dq[4 * i + 1] = add_flushed(x.y, dq[4 * i + 1]);
+        dq[4 * i + 2] = add_flushed(x.z, dq[4 * i + 2]);
+        dq[4 * i + 3] = add_flushed(x.w, dq[4 * i + 3]);
+      }
+    }
+    // store_row counts from the rows of both warpgroups.
+    if (store_gradient(dq, c.scale, base + SHAPE::dq + w * (SHAPE::dq_bytes - SHAPE::slab_bytes), 0))
+      c.bad_query[chunk] = *c.flagged = 1;
   }
 
   __device__ __forceinline__ void store_pairs(int g, const uint32_t *x) {
@@ -648,13 +709,10 @@ struct hopper_backward_consumer {
       wgmma_wait<MORE ? 2 : 1>();  // dQ of the step before is there
     }
     arrive(SHAPE::ds_done + 16 * w + 8 * (g & 1));  // dS of this step may be read; the other buffer is free
-    if constexpr (!FIRST) hand_over(dq, first_dq);
-    if constexpr (!FIRST) first_dq = false;
+    if constexpr (!FIRST) hand_over(dq);
   }
 
-  bool first_dq;  // of a job
-
-  // The dV and dK of the job before have left the buffers of dS and dQ.
+  // The dV or dK that went last has left the buffers of dS.
   __device__ __forceinline__ void stores_read() {
     if (t == 0) bulk_wait_read<0>();
     named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
@@ -675,11 +733,11 @@ struct hopper_backward_consumer {
   }
 
   // Halves of a gradient to the panels from `to` on, `panel` bytes apart; returns what note_nonfinite saw.
-  __device__ __forceinline__ uint32_t store_gradient(const float (&x)[sums], float factor, uint32_t to,
-                                                     uint32_t panel) {
+  template <int N>
+  __device__ __forceinline__ uint32_t store_gradient(const float (&x)[N], float factor, uint32_t to, uint32_t panel) {
     uint32_t seen = 0;
 #pragma unroll
-    for (int k = 0; k < SHAPE::width / 16; k++) {
+    for (int k = 0; k < N / 8; k++) {
       uint32_t halves[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -691,33 +749,30 @@ struct hopper_backward_consumer {
     return seen;
   }
 
-  // dV leaves through this warpgroup's rows of the buffers of dS, dK through its buffer of dQ.
+  // dV and then dK leave through this warpgroup's rows of the buffers of dS. That of dQ would only be free once its
+  // last sums are on their way, 4000 cycles later where jobs are short.
   __device__ __forceinline__ void finish() {
     named_barrier_sync(HOPPER_BACKWARD_BOTH, 256);  // the other warpgroup has read dS for its last dQ
     uint32_t seen = store_gradient(dv, 1.f, base + SHAPE::ds, SHAPE::panel_bytes);
-    named_barrier_sync(HOPPER_BACKWARD_DQ_EMPTY + w, 160);
-    const uint32_t dk_at = base + SHAPE::dq + w * (SHAPE::dq_bytes - SHAPE::slab_bytes);
-    seen |= store_gradient(dk, c.scale, dk_at, SHAPE::slab_bytes);
+    send_gradient(&c.dv, c.dv_out.data);
+    stores_read();
+    seen |= store_gradient(dk, c.scale, base + SHAPE::ds, SHAPE::panel_bytes);
     if (!CAREFUL && seen) {
       c.bad_key[(job.z * c.key_heads + job.w) * c.plan.col_tiles + job.x] = *c.flagged = 1;
     }
+    send_gradient(&c.dk, c.dk_out.data);
+  }
+
+  __device__ __forceinline__ void send_gradient(const CUtensorMap *map, bool wanted) {
     async_proxy_fence();
     named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
-    if (t == 0) {
-      const uint32_t from = w * SHAPE::slab_bytes;
+    if (t > 0 || !wanted) return;
 #pragma unroll
-      for (int panel = 0; panel < SHAPE::panels; panel++) {
-        if (c.dv_out.data) {
-          tma_store(&c.dv, panel * SA_PANEL, job.x * SA_TILE + w * 64, job.w, job.z,
-                    base + SHAPE::ds + panel * SHAPE::panel_bytes + from);
-        }
-        if (c.dk_out.data) {
-          tma_store(&c.dk, panel * SA_PANEL, job.x * SA_TILE + w * 64, job.w, job.z,
-                    dk_at + panel * SHAPE::slab_bytes + from);
-        }
-      }
-      bulk_commit();
+    for (int panel = 0; panel < SHAPE::panels; panel++) {
+      tma_store(map, panel * SA_PANEL, job.x * SA_TILE + w * 64, job.w, job.z,
+                base + SHAPE::ds + panel * SHAPE::panel_bytes + w * SHAPE::slab_bytes);
     }
+    bulk_commit();
   }
 
   __device__ __forceinline__ void run() {
@@ -733,7 +788,6 @@ struct hopper_backward_consumer {
         const int end = g + job.y;
 #pragma unroll
         for (int i = 0; i < sums; i++) dk[i] = dv[i] = 0.f;
-        first_dq = true;
         // The loop turns where only dV and dK are in flight: ptxas serialises products whose result crosses a back edge
         // and is then read (C7514).
         mbarrier_wait(base + SHAPE::k_full, kv_parity);
@@ -760,7 +814,7 @@ struct hopper_backward_consumer {
         if constexpr (CAREFUL) repair_dq(dq, g - 1);
         arrive(SHAPE::k_empty);
         arrive(SHAPE::q_empty + 8 * ((g - 1) % SHAPE::q_slots));
-        hand_over(dq, first_dq);
+        hand_over(dq);
         finish();
       }
       __syncwarp();
@@ -915,8 +969,7 @@ __global__ void __launch_bounds__(2 * WIDTH) hopper_backward_convert(const __gri
   const int block = gridDim.x - 1 - blockIdx.x;
   const int blocks = c.padded / 64, flat = block / blocks, q64 = block % blocks;
   const int batch = flat / c.heads, head = flat % c.heads, panel = threadIdx.x / 128, t = threadIdx.x % 128;
-  const int64_t *start = c.plan.row_start + sa_device_plane(c.plan, batch, head) * c.plan.row_tiles + q64 / 2;
-  const bool none = start[0] == start[1];
+  const bool none = hopper_backward_no_key(c, batch, head, q64 * 64);
   const int chunk = block * PANELS + panel, row = t / 32 * 16 + t % 32 / 4;
   const float4 *from = (const float4 *)(c.dq + (int64_t)chunk * 4096);
   uint32_t seen = 0;

@@ -7,11 +7,14 @@
 #include "kernels/cuda/ptx_hopper.cuh"
 #include "kernels/cuda/tensor_map.cuh"
 
-enum { HOPPER_BACKWARD_ROWS_THREADS = 256 };
+enum {
+  HOPPER_BACKWARD_ROWS_THREADS = 256,
+  HOPPER_BACKWARD_HEADS = 256  // key heads that are put in order
+};
 
 // A call. Steps along a dim of Q, K, V or dO that is broadcast are 0, else 1 (tensor_map.cuh).
 typedef struct hopper_backward_call {
-  CUtensorMap q, k, v, dout, dk, dv;
+  CUtensorMap q, k, v, dout, dq_map, dk, dv;
   sa_device_plan plan;
   sa_operand q_values, k_values, dout_values, out, lse, dlse, dq_out, dk_out, dv_out, sinks, dsinks;
   int32_t batch, heads, key_heads, queries, keys, width, value_width;
@@ -22,8 +25,9 @@ typedef struct hopper_backward_call {
   float scale, scale_log2;
   int32_t deterministic;
   // Jobs: `jobs` columns of key heads; those of `mixed` neighbouring key heads take turns, so that neighbours in the
-  // order add to different sums.
-  int32_t jobs, mixed;
+  // order add to different sums. When `sorted`, neighbours are so by head_order.
+  int32_t jobs, mixed, sorted;
+  uint16_t head_order[HOPPER_BACKWARD_HEADS];
   float *dq;         // sums: chunks of [batch, head, padded / 64, width / 64], each [8][128][4] as wgmma leaves them
   float *lse_log2;   // [batch, head, padded], in the order of hopper_backward_slot: -lse * log2(e)
   float *delta;      // likewise: rowsum(dO * O) - dLSE
@@ -171,8 +175,15 @@ static __device__ __forceinline__ float hopper_backward_sink(const hopper_backwa
                                  : hopper_low<T>(((const uint16_t *)c.sinks.data)[at]);
 }
 
+// Whether the rows of a tile see no key.
+static __device__ __forceinline__ bool hopper_backward_no_key(const hopper_backward_call &c, int batch, int head,
+                                                              int row) {
+  const int64_t *start = c.plan.row_start + sa_device_plane(c.plan, batch, head) * c.plan.row_tiles + row / SA_TILE;
+  return start[0] == start[1];
+}
+
 // The rows of Q, 64 a block: their statistics, and the zeros that the launches after this one count on. The sums of dQ
-// are zeroed where they are added to in any order.
+// are zeroed where they are added to in any order; in order, dQ of rows to which nobody adds.
 template <class T, int WIDTH>
 __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
     hopper_backward_rows(const __grid_constant__ hopper_backward_call c) {
@@ -189,6 +200,11 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
   if (!c.deterministic) {
     float4 *sums = (float4 *)(c.dq + (int64_t)block * 64 * WIDTH);
     for (int n = threadIdx.x; n < 64 * WIDTH / 4; n += HOPPER_BACKWARD_ROWS_THREADS) sums[n] = make_float4(0, 0, 0, 0);
+  } else if (c.dq_out.data && hopper_backward_no_key(c, batch, head, first)) {
+    T *dq = hopper_rows<T>(c.dq_out, batch, head);
+    for (int row = first + group; row < min(first + 64, c.queries); row += AT_ONCE) {
+      if (lane * 8 < c.width) *(uint4 *)(dq + row * c.dq_out.stride[2] + lane * 8) = make_uint4(0, 0, 0, 0);
+    }
   }
   const T *out = hopper_rows<T>(c.out, batch, head), *dout = hopper_rows<T>(c.dout_values, batch, head);
   const uint64_t *dead_rows =
@@ -199,7 +215,7 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
   for (int n = 0; n < ROUNDS; n++) {
     const int row = first + n * AT_ONCE + group;
     x[n] = y[n] = make_uint4(0, 0, 0, 0);
-    if (row >= c.queries || lane * 8 >= c.value_width) continue;
+    if (row >= c.queries || dead_bits >> row % 64 & 1 || lane * 8 >= c.value_width) continue;
     x[n] = *(const uint4 *)(out + row * c.out.stride[2] + lane * 8);
     y[n] = *(const uint4 *)(dout + row * c.dout_values.stride[2] + lane * 8);
   }
@@ -225,10 +241,11 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
             -((const float *)c.dlse.data)[batch * c.dlse.stride[0] + head * c.dlse.stride[1] + row * c.dlse.stride[2]];
       }
     }
-    if (!dead) delta += sum;
+    delta += sum;  // of a dead row nothing was read
     if (c.sink_part && !beyond) {
-      // A dead row is all sink.
-      const float share = dead ? 1.f : expf(hopper_backward_sink<T>(c, head) - lse);
+      // A dead row is all sink, if there is one.
+      const float sink = hopper_backward_sink<T>(c, head);
+      const float share = !dead ? expf(sink - lse) : sink == -INFINITY ? 0.f : 1.f;
       sink_sum -= share * delta;
     }
     const int64_t at = (int64_t)flat * c.padded + hopper_backward_slot(row);
