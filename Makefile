@@ -103,10 +103,10 @@ needs-%:
 BUILD_ALL = $(MAKE) --no-print-directory -j$$(nproc) all
 IN_TREE = LUA_PATH="lua/?.lua;lua/?/init.lua;;"
 
-##> a tour, then a small language model, trained on real text with dead rows in it
+##> a tour, then a small language model, trained on real text with dead rows in it (DEVICE=cuda: on a GPU)
 .PHONY: demo
 demo: needs-demo
-	@$(BUILD_ALL)
+	@$(BUILD_ALL) $(if $(filter cuda%,$(DEVICE)),,CUDA=0)
 	@$(IN_TREE) $(LUAJIT) examples/tour.lua
 	@$(IN_TREE) $(LUAJIT) examples/train_lines.lua
 

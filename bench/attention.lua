@@ -8,19 +8,10 @@
 -- a mask leaves out.
 local sa = require "safeattn"
 local core = require "safeattn.core"
+local clock = require "bench.clock"
+local json = require "bench.json"
 local ffi, lib = core.ffi, core.lib
-
-ffi.cdef [[
-typedef struct bench_timespec { long seconds, nanoseconds; } bench_timespec;
-int clock_gettime(int clock, bench_timespec *time);
-]]
-
-local MONOTONIC = 1
-local time = ffi.new "bench_timespec"
-local function now() -- seconds
-  ffi.C.clock_gettime(MONOTONIC, time)
-  return tonumber(time.seconds) + tonumber(time.nanoseconds) * 1e-9
-end
+local now = clock.now
 
 local known_sections = {"bars", "shapes", "masks", "extras", "dtypes", "tiers", "calls", "plans"}
 local chosen, quick = {}, false
@@ -72,23 +63,6 @@ local function record(section, name, values)
   values.section, values.name = section, name
   results[#results + 1] = values
   return values
-end
-
-local function json(value)
-  if type(value) == "table" and (value[1] ~= nil or next(value) == nil) then
-    local items = {}
-    for i, item in ipairs(value) do items[i] = json(item) end
-    return "[" .. table.concat(items, ",\n ") .. "]"
-  elseif type(value) == "table" then
-    local keys, items = {}, {}
-    for key in pairs(value) do keys[#keys + 1] = key end
-    table.sort(keys)
-    for i, key in ipairs(keys) do items[i] = ("%q: %s"):format(key, json(value[key])) end
-    return "{" .. table.concat(items, ", ") .. "}"
-  elseif type(value) == "string" then
-    return '"' .. value:gsub('[%c"\\]', function(c) return ("\\u%04x"):format(c:byte()) end) .. '"'
-  end
-  return tostring(value)
 end
 
 local function title(text, columns) io.write("\n", text, "\n", columns or "", columns and "\n" or "") end
@@ -506,9 +480,5 @@ for _, name in ipairs(known_sections) do
   if not chosen[1] or chosen[name] then sections[name]() end
 end
 
-os.execute("mkdir -p build")
-local file = assert(io.open("build/bench.json", "w"))
-file:write(json {version = sa._VERSION, isa = info.isa, cores = tonumber(info.cores), quick = quick, batch = batch,
-  heads = heads, length = length, f32_peak_gflops = f32, f64_peak_gflops = f64, results = results}, "\n")
-file:close()
-print("\nsaved as build/bench.json")
+json.save("build/bench.json", {version = sa._VERSION, isa = info.isa, cores = tonumber(info.cores), quick = quick,
+  batch = batch, heads = heads, length = length, f32_peak_gflops = f32, f64_peak_gflops = f64, results = results})

@@ -5,19 +5,10 @@
 -- Times are of the processor, the best of some runs. Goals are for making and compiling together.
 local core = require "safeattn.core"
 local sa = require "safeattn"
+local clock = require "bench.clock"
 local ffi, lib = core.ffi, core.lib
 
-ffi.cdef [[
-typedef struct plan_bench_time { long seconds, nanoseconds; } plan_bench_time;
-int clock_gettime(int clock, plan_bench_time *time);
-]]
-
-local THREAD_CPU_TIME = 3 -- what other programs do meanwhile does not count
-local time = ffi.new "plan_bench_time"
-local function milliseconds()
-  ffi.C.clock_gettime(THREAD_CPU_TIME, time)
-  return tonumber(time.seconds) * 1e3 + tonumber(time.nanoseconds) * 1e-6
-end
+local function milliseconds() return clock.spent() * 1e3 end
 
 local function check(status)
   if status ~= 0 then error(ffi.string(lib.sa_last_error()), 2) end

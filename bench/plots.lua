@@ -4,20 +4,8 @@
 --
 -- f32, B1 H8 D64, one thread; each point is the median of wall times.
 local sa = require "safeattn"
-local core = require "safeattn.core"
-local ffi = core.ffi
-
-ffi.cdef [[
-typedef struct plot_timespec { long seconds, nanoseconds; } plot_timespec;
-int clock_gettime(int clock, plot_timespec *time);
-]]
-
-local MONOTONIC = 1
-local time = ffi.new "plot_timespec"
-local function now()
-  ffi.C.clock_gettime(MONOTONIC, time)
-  return tonumber(time.seconds) + tonumber(time.nanoseconds) * 1e-9
-end
+local clock = require "bench.clock"
+local now = clock.now
 
 local quick = arg[1] == "quick"
 local heads, width = 8, 64
@@ -32,8 +20,7 @@ local function median(fn)
     times[#times + 1] = now() - start
     total = total + times[#times]
   until #times >= 3 and total >= (quick and 0.02 or 0.3)
-  table.sort(times)
-  return times[math.floor((#times + 1) / 2)] * 1e3
+  return clock.median(times) * 1e3
 end
 
 -- Milliseconds of forward and backward.

@@ -7,8 +7,11 @@
 -- "burst", after a pause of 0.2 s, and "sustained", back to back for half a second (the chip is then limited by power).
 -- `quick` measures bursts only. Flops count visible pairs: 2 (E + Ev) each forward, 2 (3 E + 2 Ev) backward.
 local sa = require "safeattn"
+local clock = require "bench.clock"
+local json = require "bench.json"
 local ffi = require "ffi"
 local m = sa.mask
+local now, median = clock.now, clock.median
 
 ffi.cdef [[
 typedef struct bench_event *bench_event;
@@ -16,8 +19,6 @@ int cuEventCreate(bench_event *event, unsigned flags);
 int cuEventRecord(bench_event event, void *stream);
 int cuEventSynchronize(bench_event event);
 int cuEventElapsedTime(float *milliseconds, bench_event start, bench_event end);
-typedef struct bench_timespec { long seconds, nanoseconds; } bench_timespec;
-int clock_gettime(int clock, bench_timespec *time);
 int usleep(unsigned microseconds);
 ]]
 
@@ -37,19 +38,6 @@ local function event()
   local handle = ffi.new "bench_event[1]"
   assert(driver.cuEventCreate(handle, 0) == 0, "cuEventCreate failed")
   return handle[0]
-end
-
-local time = ffi.new "bench_timespec"
-local function now() -- seconds
-  ffi.C.clock_gettime(1, time)
-  return tonumber(time.seconds) + tonumber(time.nanoseconds) * 1e-9
-end
-
-local function median(times, first)
-  local sorted = {}
-  for i = first or 1, #times do sorted[#sorted + 1] = times[i] end
-  table.sort(sorted)
-  return sorted[math.floor((#sorted + 1) / 2)]
 end
 
 -- fn's time on the device in microseconds: {burst =, sustained =}. fn may return a function that cleans up.
@@ -88,23 +76,6 @@ end
 -- Results -------------------------------------------------------------------------------------------------------------
 
 local results = {}
-
-local function json(value)
-  if type(value) == "table" and (value[1] ~= nil or next(value) == nil) then
-    local items = {}
-    for i, item in ipairs(value) do items[i] = json(item) end
-    return "[" .. table.concat(items, ", ") .. "]"
-  elseif type(value) == "table" then
-    local keys, items = {}, {}
-    for key in pairs(value) do keys[#keys + 1] = key end
-    table.sort(keys)
-    for i, key in ipairs(keys) do items[i] = ("%q: %s"):format(key, json(value[key])) end
-    return "{" .. table.concat(items, ", ") .. "}"
-  elseif type(value) == "string" then
-    return '"' .. value:gsub('[%c"\\]', function(c) return ("\\u%04x"):format(c:byte()) end) .. '"'
-  end
-  return tostring(value)
-end
 
 -- Masks, by the names that peers.py knows too.
 local function lengths(batch, length)
@@ -329,8 +300,4 @@ for _, name in ipairs(order) do
   if not chosen[1] or chosen[name] then sections[name]() end
 end
 
-os.execute "mkdir -p build"
-local file = assert(io.open("build/bench-gpu.json", "w"))
-file:write(json {version = sa._VERSION, device = sa.info().cuda, quick = quick, results = results}, "\n")
-file:close()
-print "\nsaved as build/bench-gpu.json"
+json.save("build/bench-gpu.json", {version = sa._VERSION, device = sa.info().cuda, quick = quick, results = results})
