@@ -5,7 +5,7 @@
 
 // Products: a [16][16], b [16][8] row-major, of which a flavour uses its part
 
-enum flavour { BF16, F16, TF32, F64 };
+enum flavour { BF16, F16, F64 };
 
 static __device__ uint32_t pair(flavour f, float low, float high) {
   const uint32_t x =
@@ -28,25 +28,20 @@ __global__ void product(flavour f, const float *a, const float *b, double *d) {
   uint32_t x[4], y[2];
   for (int i = 0; i < 4; i++) {
     const float *at = a + (g + i % 2 * 8) * 16;
-    x[i] = f == TF32 ? __float_as_uint(at[t + i / 2 * 4]) : pair(f, at[2 * t + i / 2 * 8], at[2 * t + i / 2 * 8 + 1]);
+    x[i] = pair(f, at[2 * t + i / 2 * 8], at[2 * t + i / 2 * 8 + 1]);
   }
-  for (int i = 0; i < 2; i++) {
-    y[i] = f == TF32 ? __float_as_uint(b[(t + 4 * i) * 8 + g])
-                     : pair(f, b[(2 * t + 8 * i) * 8 + g], b[(2 * t + 8 * i + 1) * 8 + g]);
-  }
+  for (int i = 0; i < 2; i++) y[i] = pair(f, b[(2 * t + 8 * i) * 8 + g], b[(2 * t + 8 * i + 1) * 8 + g]);
   if (f == BF16) {
     mma_bf16(sum, x, y);
-  } else if (f == F16) {
-    mma_f16(sum, x, y);
   } else {
-    mma_tf32(sum, x, y);
+    mma_f16(sum, x, y);
   }
   for (int i = 0; i < 4; i++) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
 
 static void check_products() {
-  static const char *const names[] = {"mma_bf16", "mma_f16", "mma_tf32", "mma_f64"};
-  static const int rows[] = {16, 16, 16, 8}, depth[] = {16, 16, 8, 4};
+  static const char *const names[] = {"mma_bf16", "mma_f16", "mma_f64"};
+  static const int rows[] = {16, 16, 8}, depth[] = {16, 16, 4};
   both<float> a(256), b(128);
   both<double> d(128);
   for (int i = 0; i < 256; i++) a.host[i] = small(i);

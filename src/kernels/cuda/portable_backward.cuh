@@ -70,64 +70,51 @@ static __device__ __forceinline__ bool next_step(step_walk &walk, int64_t end, c
 
 // c = a b^T: 16 rows of one tile from `row` on, against all rows of another. SWAPPED: the forward makes it the other
 // way round; the bits are the same.
-template <class P, int ROW, int BLOCKS, bool SWAPPED, bool CAREFUL>
-static __device__ __forceinline__ void multiply_rows_step(typename P::sum (&sum)[BLOCKS], const char *own, int row,
-                                                          const char *other, int step) {
-  typename P::left a;
-  typename P::right b[BLOCKS];
-  P::template left_rows<ROW, CAREFUL>(a, own, row, step);
-#pragma unroll
-  for (int n = 0; n < BLOCKS; n += 2) {
-    typename P::right pair[2];
-    P::template right_rows<ROW, CAREFUL>(pair, other, 8 * n, step);
-    b[n] = pair[0], b[n + 1] = pair[1];
-  }
-#pragma unroll
-  for (int term = 0; term < P::TERMS; term++)
-#pragma unroll
-    for (int n = 0; n < BLOCKS; n++) P::template multiply_term<SWAPPED>(sum[n], a, b[n], term);
-}
-
 template <class P, int ROW, int BLOCKS, bool SWAPPED>
-static __device__ __forceinline__ void multiply_rows(typename P::real (&c)[BLOCKS][4], const char *own, int row,
-                                                     const char *other, bool careful) {
+static __device__ __forceinline__ void multiply_rows(typename P::real (&c)[BLOCKS][4], const char *own,
+                                                     const float *own_scale, int row, const char *other,
+                                                     const float *other_scale) {
   constexpr int STEPS = ROW / (int)sizeof(typename P::element) / P::DEPTH;
   typename P::sum sum[BLOCKS];
 #pragma unroll
   for (int n = 0; n < BLOCKS; n++) clear_sum(sum[n]);
-  if (P::FRESH && careful) {
-#pragma unroll 1
-    for (int step = 0; step < STEPS; step++)
-      multiply_rows_step<P, ROW, BLOCKS, SWAPPED, true>(sum, own, row, other, step);
-  } else {
 #pragma unroll 4
-    for (int step = 0; step < STEPS; step++)
-      multiply_rows_step<P, ROW, BLOCKS, SWAPPED, false>(sum, own, row, other, step);
+  for (int step = 0; step < STEPS; step++) {
+    typename P::left a;
+    typename P::right b[BLOCKS];
+    P::template left_rows<ROW>(a, own, row, step);
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n += 2) {
+      typename P::right pair[2];
+      P::template right_rows<ROW>(pair, other, 8 * n, step);
+      b[n] = pair[0], b[n + 1] = pair[1];
+    }
+#pragma unroll
+    for (int term = 0; term < P::TERMS; term++)
+#pragma unroll
+      for (int n = 0; n < BLOCKS; n++) P::template multiply_term<SWAPPED>(sum[n], a, b[n], term);
   }
+  const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) c[n][i] = sum[n].value(i);
+    for (int i = 0; i < 4; i++)
+      c[n][i] = unsplit<P>(sum[n].value(i), own_scale, row + lane / 4 + i / 2 * 8, other_scale,
+                           8 * n + 2 * (lane & 3) + i % 2);
 }
 
 // to += pairs rows: accumulator blocks against all rows of a tile, for SLICE of its columns from `column` on.
 template <class P, int ROW, int BLOCKS, int SLICE>
 static __device__ __forceinline__ void multiply_columns(typename P::real (&to)[SLICE / 8][4],
                                                         const typename P::real (&pairs)[BLOCKS][4], const char *tile,
-                                                        int column, bool careful) {
-  constexpr int TAKEN = P::DEPTH / 8, STEPS = BLOCKS / TAKEN;
+                                                        const float *scale, int column, bool careful) {
+  constexpr int STEPS = BLOCKS * 8 / P::DEPTH;
   typename P::left a[STEPS];
-#pragma unroll
-  for (int step = 0; step < STEPS; step++) {
-    if constexpr (P::FRESH) {
-      if (careful)
-        P::template left_of<true>(a[step], &pairs[step * TAKEN]);
-      else
-        P::left_of(a[step], &pairs[step * TAKEN]);
-    } else {
-      P::left_of(a[step], &pairs[step * TAKEN]);
-    }
-  }
+  typename P::real unit[2];
+  if (P::SPLIT && careful)
+    left_of_blocks<P, BLOCKS, P::SPLIT>(a, pairs, scale + 2 * (threadIdx.x & 3), unit);
+  else
+    left_of_blocks<P, BLOCKS, false>(a, pairs, scale + 2 * (threadIdx.x & 3), unit);
   // Sums that are made side by side: a product waits for the one before it of the same sum, 30 cycles or so.
   constexpr int ABREAST = P::FRESH ? 4 : 8;
 #pragma unroll
@@ -147,7 +134,7 @@ static __device__ __forceinline__ void multiply_columns(typename P::real (&to)[S
 #pragma unroll
       for (int n = 0; n < ABREAST; n += 2) {
         typename P::right pair[2];
-        P::template right_columns<ROW, false>(pair, tile, step * P::DEPTH, column + 8 * (first + n));
+        P::template right_columns<ROW>(pair, tile, step * P::DEPTH, column + 8 * (first + n));
         b[n] = pair[0], b[n + 1] = pair[1];
       }
 #pragma unroll
@@ -158,7 +145,8 @@ static __device__ __forceinline__ void multiply_columns(typename P::real (&to)[S
 #pragma unroll
     for (int n = 0; n < ABREAST; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) to[first + n][i] = P::FRESH ? to[first + n][i] + sum[n].value(i) : sum[n].value(i);
+      for (int i = 0; i < 4; i++)
+        to[first + n][i] = P::FRESH ? to[first + n][i] + sum[n].value(i) * unit[i / 2] : sum[n].value(i);
   }
 }
 
@@ -233,25 +221,21 @@ static __device__ __forceinline__ void write_rows(const sa_operand &to, int64_t 
   }
 }
 
-// Products in place become scores. Of an accumulator's 16 rows and 8 BLOCKS columns the lane's first element is
-// (query, key), or with TRANSPOSED scores, whose rows are keys, (key, query). `slope`, when there is a softcap: its
-// derivative.
-template <bool GENERAL, bool TRANSPOSED, class Real, int BLOCKS>
+// Products in place become scores, with the options that act on them. Of an accumulator's 16 rows and 8 BLOCKS columns
+// the lane's first element is (query, key), or with TRANSPOSED scores, whose rows are keys, (key, query). `slope`: the
+// derivative of a softcap.
+template <bool TRANSPOSED, class Real, int BLOCKS>
 static __device__ __forceinline__ void make_scores(const score_rule<Real> &rule, Real (&c)[BLOCKS][4],
-                                                   Real (&slope)[GENERAL ? BLOCKS : 1][4], int64_t query, int64_t key,
+                                                   Real (&slope)[BLOCKS][4], int64_t query, int64_t key,
                                                    uint32_t &visible) {
 #pragma unroll
   for (int n = 0; n < BLOCKS; n++) {
     uint32_t seen = visible >> (4 * n) & 15;
-    if constexpr (GENERAL) {
-      score_block<TRANSPOSED>(rule, c[n], query + (TRANSPOSED ? 8 * n : 0), key + (TRANSPOSED ? 0 : 8 * n), seen,
-                              slope[n]);
+    score_block<TRANSPOSED>(rule, c[n], query + (TRANSPOSED ? 8 * n : 0), key + (TRANSPOSED ? 0 : 8 * n), seen,
+                            slope[n]);
 #pragma unroll
-      for (int i = 0; i < 4; i++) slope[n][i] = 1 - slope[n][i] * slope[n][i];
-      visible = (visible & ~(15u << (4 * n))) | seen << (4 * n);
-    } else {
-      scale_block(rule, c[n], seen);
-    }
+    for (int i = 0; i < 4; i++) slope[n][i] = 1 - slope[n][i] * slope[n][i];
+    visible = (visible & ~(15u << (4 * n))) | seen << (4 * n);
   }
 }
 
@@ -279,18 +263,21 @@ static __device__ __forceinline__ void make_weights(const score_rule<Real> &rule
                                                     Real (&slope)[GENERAL ? BLOCKS : 1][4], int64_t query, int64_t key,
                                                     uint32_t &visible, bool full, bool coarse, const Base &base_of,
                                                     const Factor &factor_of) {
-  if (!GENERAL && full) {
+  if constexpr (GENERAL) {
+    make_scores<TRANSPOSED>(rule, c, slope, query, key, visible);
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) c[n][i] = exp2_of(c[n][i] * rule.factor - base_of(n, i));
+      for (int i = 0; i < 4; i++) c[n][i] = weight_of(c[n][i], base_of(n, i), rule.unit, visible >> (4 * n + i) & 1);
   } else {
-    make_scores<GENERAL, TRANSPOSED>(rule, c, slope, query, key, visible);
+    // One multiply-add, as in the forward.
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        c[n][i] = weight_of(c[n][i], base_of(n, i), GENERAL ? rule.unit : (Real)1, visible >> (4 * n + i) & 1);
+      for (int i = 0; i < 4; i++) {
+        const Real weight = exp2_of(c[n][i] * rule.factor - base_of(n, i));
+        c[n][i] = full || visible >> (4 * n + i) & 1 ? weight : 0;
+      }
   }
   if (!coarse) return;
 #pragma unroll
@@ -334,7 +321,9 @@ struct key_room {
     STAGES_AT = 2 * OWN_TILE,
     STAGE = 2 * STEP_TILE + NUMBERS,
     BAD_AT = STAGES_AT + STAGES * STAGE,
-    BYTES = BAD_AT + 4 * (STEP / 32 + 1) * 2
+    // Scales of the rows of K, V, Q and dO.
+    SCALES_AT = BAD_AT + 4 * (STEP / 32 + 1) * 2,
+    BYTES = SCALES_AT + (P::SPLIT ? 2 * (OWN + STEP) * 4 : 0)
   };
 };
 
@@ -369,10 +358,10 @@ static __global__ void __launch_bounds__(32 * WARPS)
 
   char *const keys = shared, *const values = shared + room::VALUES_AT;
   uint32_t *const bad_query = (uint32_t *)(shared + room::BAD_AT), *const bad_dout = bad_query + STEP / 32 + 1;
+  float *const key_scale = (float *)(shared + room::SCALES_AT), *const value_scale = key_scale + OWN,
+               *const query_scale = value_scale + OWN, *const dout_scale = query_scale + STEP;
   const tile_source key_source = tile_source_of(p.k, EACH, batch, key_head, p.keys, p.width, aligned.k),
                     value_source = tile_source_of(p.v, EACH, batch, key_head, p.keys, p.value_width, aligned.v);
-  load_tile<Element, ROW, OWN, THREADS>(keys, key_source, first_key, thread);
-  load_tile<Element, ROW, OWN, THREADS>(values, value_source, first_key, thread);
 
   const int key_bits = (int)(first_key % SA_TILE) / 64 * 128 + ((int)(first_key % 64) / 16 + warp) * 32 + lane;
   const Real more = (Real)(1 / (1 - p.dropout));
@@ -433,14 +422,14 @@ static __global__ void __launch_bounds__(32 * WARPS)
     if (!idle) {
       const score_rule<Real> rule = score_rule_of<Real>(p, batch, step.head);
       Real slope[GENERAL ? BLOCKS : 1][4];
-      multiply_rows<P, ROW, BLOCKS, true>(weights, keys, warp * 16, queries, careful);
+      multiply_rows<P, ROW, BLOCKS, true>(weights, keys, key_scale, warp * 16, queries, query_scale);
       const bool full = step.pattern == SA_FULL;
       make_weights<GENERAL, true>(
           rule, weights, slope, query, key, visible, full, coarse, [&](int n, int i) { return base[8 * n + i % 2]; },
           [&](int n, int i) { return factor[8 * n + i % 2]; });
       uint32_t kept = ~0u;
       if (GENERAL && p.dropout > 0) kept = kept_pairs<true, BLOCKS>(dropout_rule_of(p, batch, step.head), query, key);
-      multiply_rows<P, ROW, BLOCKS, true>(ds, values, warp * 16, douts, careful);
+      multiply_rows<P, ROW, BLOCKS, true>(ds, values, value_scale, warp * 16, douts, dout_scale);
       differentiate_weights<GENERAL>(weights, ds, visible, full, kept, more,
                                      [&](int n, int i) { return delta[8 * n + i % 2]; });
       if constexpr (GENERAL) {
@@ -458,8 +447,8 @@ static __global__ void __launch_bounds__(32 * WARPS)
       __syncthreads();
       if (thread < 2 * (STEP / 32 + 1)) bad_query[thread] = 0;
       __syncthreads();
-      make_finite<Element, ROW, STEP, THREADS>(queries, bad_query, thread);
-      make_finite<Element, ROW, STEP, THREADS>(douts, bad_dout, thread);
+      make_finite<typename P::stored, ROW, STEP, THREADS>(queries, bad_query, thread);
+      make_finite<typename P::stored, ROW, STEP, THREADS>(douts, bad_dout, thread);
       __syncthreads();
     }
     if (idle) return;
@@ -468,8 +457,8 @@ static __global__ void __launch_bounds__(32 * WARPS)
       give_nonfinite<P, BLOCKS, SLICE>(dv, weights, visible, bad_dout, dout_source(step.head), step.first, column);
       give_nonfinite<P, BLOCKS, SLICE>(dk, ds, visible, bad_query, query_source(step.head), step.first, column);
     }
-    multiply_columns<P, ROW, BLOCKS, SLICE>(dv, weights, douts, column, careful);
-    multiply_columns<P, ROW, BLOCKS, SLICE>(dk, ds, queries, column, careful);
+    multiply_columns<P, ROW, BLOCKS, SLICE>(dv, weights, douts, dout_scale, column, careful);
+    multiply_columns<P, ROW, BLOCKS, SLICE>(dk, ds, queries, query_scale, column, careful);
   };
 
   for (bool careful = false;; careful = true) {
@@ -489,10 +478,18 @@ static __global__ void __launch_bounds__(32 * WARPS)
       return false;
     };
     key_step now, later;
+    load_tile<Element, ROW, OWN, THREADS>(keys, key_source, first_key, thread);
+    load_tile<Element, ROW, OWN, THREADS>(values, value_source, first_key, thread);
     bool more_steps = advance(now);
     int stage = 0;
     if (more_steps) load(now, shared + room::STAGES_AT);
     copy_async_commit();
+    if constexpr (P::SPLIT) {
+      copy_async_wait<0>();
+      __syncthreads();
+      split_tile<P, ROW, OWN, THREADS>(keys, key_scale, careful, thread);
+      split_tile<P, ROW, OWN, THREADS>(values, value_scale, careful, thread);
+    }
     while (more_steps) {
       const bool again = advance(later);
       char *const here = shared + room::STAGES_AT + stage * room::STAGE;
@@ -502,6 +499,11 @@ static __global__ void __launch_bounds__(32 * WARPS)
       }
       copy_async_wait<STAGES - 1>();
       __syncthreads();
+      if constexpr (P::SPLIT) {
+        split_tile<P, ROW, STEP, THREADS>(here, query_scale, careful, thread);
+        split_tile<P, ROW, STEP, THREADS>(here + room::STEP_TILE, dout_scale, careful, thread);
+        __syncthreads();
+      }
       masked = masked || now.pattern != SA_FULL;
       compute(now, here, careful);
       __syncthreads();
@@ -515,7 +517,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
       more_steps = again;
     }
     copy_async_wait<0>();
-    if (careful || !(masked || P::FRESH) || !__syncthreads_or(!all_finite(dk) || !all_finite(dv))) break;
+    if (careful || !(masked || P::SPLIT) || !__syncthreads_or(!all_finite(dk) || !all_finite(dv))) break;
   }
   const int64_t row = first_key + warp * 16;
   if (p.dk.data) write_rows<Element>(p.dk, batch, key_head, row, p.keys, p.width, column, (Real)p.scale, dk);
@@ -532,7 +534,9 @@ struct query_room {
     STAGES_AT = 2 * OWN_TILE,
     STAGE = 2 * STEP_TILE,
     BAD_AT = STAGES_AT + STAGES * STAGE,
-    BYTES = BAD_AT + 4 * (STEP / 32 + 1)
+    // Scales of the rows of Q, dO, K and V.
+    SCALES_AT = BAD_AT + 4 * (STEP / 32 + 1),
+    BYTES = SCALES_AT + (P::SPLIT ? 2 * (16 * WARPS + STEP) * 4 : 0)
   };
 };
 
@@ -599,19 +603,31 @@ struct lane_rows {
   }
 };
 
+// Scales of the rows of the tiles that a block of queries works on.
+struct query_scales {
+  float *query, *dout, *key, *value;
+
+  __device__ __forceinline__ query_scales(char *at, int own, int step) {
+    query = (float *)at;
+    dout = query + own;
+    key = dout + own;
+    value = key + step;
+  }
+};
+
 // dS of one step into `ds`: its products from the rows of Q and dO at `own`, and of K and V at `keys` and `values`.
 template <class P, int ROW, int BLOCKS, bool GENERAL>
 static __device__ __forceinline__ void differentiate_step(const sa_problem &p, const score_rule<typename P::real> &rule,
                                                           const lane_rows<typename P::real> &rows, const char *queries,
                                                           const char *douts, const char *keys, const char *values,
-                                                          int64_t batch, int64_t head, int64_t query, int64_t key,
-                                                          bool careful, bool full, uint32_t &visible,
+                                                          const query_scales &scales, int64_t batch, int64_t head,
+                                                          int64_t query, int64_t key, bool full, uint32_t &visible,
                                                           typename P::real (&ds)[BLOCKS][4],
                                                           typename P::real (&slope)[GENERAL ? BLOCKS : 1][4]) {
   typedef typename P::real Real;
   const int row = threadIdx.x / 32 * 16;
   Real s[BLOCKS][4];
-  multiply_rows<P, ROW, BLOCKS, false>(s, queries, row, keys, careful);
+  multiply_rows<P, ROW, BLOCKS, false>(s, queries, scales.query, row, keys, scales.key);
   make_weights<GENERAL, false>(
       rule, s, slope, query, key, visible, full, rows.coarse, [&](int, int i) { return rows.base[i / 2]; },
       [&](int, int i) { return rows.factor[i / 2]; });
@@ -621,7 +637,7 @@ static __device__ __forceinline__ void differentiate_step(const sa_problem &p, c
     kept = kept_pairs<false, BLOCKS>(dropout_rule_of(p, batch, head), query, key);
     more = (Real)(1 / (1 - p.dropout));
   }
-  multiply_rows<P, ROW, BLOCKS, false>(ds, douts, row, values, careful);
+  multiply_rows<P, ROW, BLOCKS, false>(ds, douts, scales.dout, row, values, scales.value);
   differentiate_weights<GENERAL>(s, ds, visible, full, kept, more, [&](int, int i) { return rows.delta[i / 2]; });
 }
 
@@ -654,8 +670,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
   tile_source dout_source =
       tile_source_of(p.dout, EACH, block.batch, block.head, p.queries, p.value_width, aligned.dout);
   if (!p.dout.data) dout_source.rows = 0;
-  load_tile<Element, ROW, OWN, THREADS>(queries, query_source, block.first, thread);
-  load_tile<Element, ROW, OWN, THREADS>(douts, dout_source, block.first, thread);
+  const query_scales scales(shared + room::SCALES_AT, OWN, STEP);
 
   const int64_t query = block.first + warp * 16 + g;
   lane_rows<Real> mine;
@@ -676,9 +691,9 @@ static __global__ void __launch_bounds__(32 * WARPS)
     if (!idle) {
       Real slope[GENERAL ? BLOCKS : 1][4];
       const int64_t key = first + 2 * t;
-      differentiate_step<P, ROW, BLOCKS, GENERAL>(p, rule, mine, queries, douts, keys, keys + room::STEP_TILE,
-                                                  block.batch, block.head, query, key, careful, pattern == SA_FULL,
-                                                  visible, ds, slope);
+      differentiate_step<P, ROW, BLOCKS, GENERAL>(p, rule, mine, queries, douts, keys, keys + room::STEP_TILE, scales,
+                                                  block.batch, block.head, query, key, pattern == SA_FULL, visible, ds,
+                                                  slope);
       if constexpr (GENERAL) {
         if (rows.slope_share) {
           Real share[2] = {0, 0};
@@ -702,12 +717,12 @@ static __global__ void __launch_bounds__(32 * WARPS)
       __syncthreads();
       if (thread < STEP / 32 + 1) bad[thread] = 0;
       __syncthreads();
-      make_finite<Element, ROW, STEP, THREADS>(keys, bad, thread);
+      make_finite<typename P::stored, ROW, STEP, THREADS>(keys, bad, thread);
       __syncthreads();
     }
     if (idle) return;
     if (careful) give_nonfinite<P, BLOCKS, SLICE>(dq, ds, visible, bad, key_source, first, column);
-    multiply_columns<P, ROW, BLOCKS, SLICE>(dq, ds, keys, column, careful);
+    multiply_columns<P, ROW, BLOCKS, SLICE>(dq, ds, keys, scales.key, column, careful);
   };
 
   for (bool careful = false;; careful = true) {
@@ -717,9 +732,17 @@ static __global__ void __launch_bounds__(32 * WARPS)
     step_walk walk = block.walk();
     int64_t now, later;
     int pattern, offset, later_pattern, later_offset, stage = 0;
+    load_tile<Element, ROW, OWN, THREADS>(queries, query_source, block.first, thread);
+    load_tile<Element, ROW, OWN, THREADS>(douts, dout_source, block.first, thread);
     bool more = next_step<STEP>(walk, p.keys, some, now, pattern, offset);
     if (more) load(now, shared + room::STAGES_AT);
     copy_async_commit();
+    if constexpr (P::SPLIT) {
+      copy_async_wait<0>();
+      __syncthreads();
+      split_tile<P, ROW, OWN, THREADS>(queries, scales.query, careful, thread);
+      split_tile<P, ROW, OWN, THREADS>(douts, scales.dout, careful, thread);
+    }
     while (more) {
       const bool again = next_step<STEP>(walk, p.keys, some, later, later_pattern, later_offset);
       char *const here = shared + room::STAGES_AT + stage * room::STAGE;
@@ -729,6 +752,11 @@ static __global__ void __launch_bounds__(32 * WARPS)
       }
       copy_async_wait<STAGES - 1>();
       __syncthreads();
+      if constexpr (P::SPLIT) {
+        split_tile<P, ROW, STEP, THREADS>(here, scales.key, careful, thread);
+        split_tile<P, ROW, STEP, THREADS>(here + room::STEP_TILE, scales.value, careful, thread);
+        __syncthreads();
+      }
       masked = masked || pattern != SA_FULL;
       compute(now, pattern, offset, here, careful);
       __syncthreads();
@@ -742,7 +770,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
       more = again;
     }
     copy_async_wait<0>();
-    if (careful || !(masked || P::FRESH) || !__syncthreads_or(!all_finite(dq))) break;
+    if (careful || !(masked || P::SPLIT) || !__syncthreads_or(!all_finite(dq))) break;
   }
   if (p.dq.data)
     write_rows<Element>(p.dq, block.batch, block.head, block.first + warp * 16, p.queries, p.width, column,
@@ -776,9 +804,16 @@ static __global__ void __launch_bounds__(32 * WARPS)
   if (block.first >= p.queries || !rows.coarse[(head * rows.padded + block.first) / BACKWARD_BLOCK]) return;
   const int64_t key_head = block.head / (p.heads / p.key_heads), query = block.first + warp * 16 + g;
   char *const queries = shared, *const keys = shared + OWN * ROW;
+  float *const query_scale = (float *)(keys + STEP * ROW), *const key_scale = query_scale + OWN;
   const tile_source query_source = tile_source_of(p.q, EACH, block.batch, block.head, p.queries, p.width, aligned.q),
                     key_source = tile_source_of(p.k, EACH, block.batch, key_head, p.keys, p.width, aligned.k);
   load_tile<Element, ROW, OWN, THREADS>(queries, query_source, block.first, thread);
+  if constexpr (P::SPLIT) {
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    split_tile<P, ROW, OWN, THREADS>(queries, query_scale, true, thread);
+  }
   const score_rule<Real> rule = score_rule_of<Real>(p, block.batch, block.head);
   const auto some = [&](int pattern, int offset) { return block.template some<STEP>(pattern, offset); };
 
@@ -792,10 +827,14 @@ static __global__ void __launch_bounds__(32 * WARPS)
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
+    if constexpr (P::SPLIT) {
+      split_tile<P, ROW, STEP, THREADS>(keys, key_scale, true, thread);
+      __syncthreads();
+    }
     uint32_t visible = block.template visible<BLOCKS>(pattern, offset);
     Real s[BLOCKS][4], slope[BLOCKS][4];
-    multiply_rows<P, ROW, BLOCKS, false>(s, queries, warp * 16, keys, true);
-    make_scores<true, false>(rule, s, slope, query, first + 2 * t, visible);
+    multiply_rows<P, ROW, BLOCKS, false>(s, queries, query_scale, warp * 16, keys, key_scale);
+    make_scores<false>(rule, s, slope, query, first + 2 * t, visible);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       Real top = peak[half], more = 0;
@@ -869,6 +908,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
   const int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, g = lane >> 2, t = lane & 3;
   char *const queries = shared, *const douts = shared + room::OWN_TILE, *const keys = shared + room::STAGES_AT,
               *const values = keys + room::STEP_TILE;
+  const query_scales scales(shared + room::SCALES_AT, OWN, STEP);
 
   int64_t rest = blockIdx.x, at[4];
   const int64_t part = rest % sums.parts;
@@ -914,13 +954,20 @@ static __global__ void __launch_bounds__(32 * WARPS)
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
+    if constexpr (P::SPLIT) {
+      split_tile<P, ROW, OWN, THREADS>(queries, scales.query, true, thread);
+      split_tile<P, ROW, OWN, THREADS>(douts, scales.dout, true, thread);
+      split_tile<P, ROW, STEP, THREADS>(keys, scales.key, true, thread);
+      split_tile<P, ROW, STEP, THREADS>(values, scales.value, true, thread);
+      __syncthreads();
+    }
     const int64_t query = first_query + warp * 16 + g, key = first_key + 2 * t;
     lane_rows<Real> mine;
     mine.read(rows, (batch * p.heads + head) * rows.padded + query);
     uint32_t visible = block.template visible<BLOCKS>(pattern, offset);
     Real ds[BLOCKS][4], slope[BLOCKS][4];
     differentiate_step<P, ROW, BLOCKS, true>(p, score_rule_of<Real>(p, batch, head), mine, queries, douts, keys, values,
-                                             batch, head, query, key, true, false, visible, ds, slope);
+                                             scales, batch, head, query, key, false, visible, ds, slope);
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
@@ -1023,7 +1070,7 @@ static int launch_bases(const backward_job &job, const backward_rows<typename C:
       backward_grid(job.p.batch * job.p.heads * job.plan.row_tiles * (SA_TILE / (16 * C::QUERY_WARPS)), &grid);
   if (status || !grid) return status;
   return sa_cuda_launch(backward_name, backward_bases<typename C::products, C::ROW, C::QUERY_WARPS, C::QUERY_STEP>,
-                        dim3(grid), dim3(32 * C::QUERY_WARPS), (16 * C::QUERY_WARPS + C::QUERY_STEP) * C::ROW,
+                        dim3(grid), dim3(32 * C::QUERY_WARPS), (16 * C::QUERY_WARPS + C::QUERY_STEP) * (C::ROW + 4),
                         job.stream, job.p, job.plan, rows, job.aligned);
 }
 

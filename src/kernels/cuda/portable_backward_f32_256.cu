@@ -1,4 +1,4 @@
-// the backward pass on mma.sync in f32, as three products of tf32, for widths up to 256
+// the backward pass on mma.sync in f32, as three products of f16, for widths up to 256
 //
 // Kernels may spill: the gradients of a block fill the registers; what they keep in memory instead is read once a step,
 // outside the loops of products.

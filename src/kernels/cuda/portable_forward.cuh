@@ -38,9 +38,15 @@ struct forward_shape {
   static constexpr int THREADS = 32 * WARPS, QUERIES = 16 * FOLD * WARPS;
   static constexpr int ROW = WIDTH * (int)sizeof(element), VALUE_ROW = VALUE_WIDTH * (int)sizeof(element);
   static constexpr int UNROLLED = WIDTH / Products::DEPTH < 8 ? WIDTH / Products::DEPTH : 8;
+  // Blocks of scores that are summed side by side: as many as o leaves registers for.
+  static constexpr int ABREAST = !Products::SPLIT || FOLD == 1           ? KEYS / 8
+                                 : (VALUE_WIDTH > 64 ? 2 : 4) < KEYS / 8 ? (VALUE_WIDTH > 64 ? 2 : 4)
+                                                                         : KEYS / 8;
   static constexpr int BLOCKS = KEYS / 8, STEPS = KEYS / Products::DEPTH, COLUMNS = VALUE_WIDTH / 8;
   static constexpr int KEY_TILE = QUERIES * ROW, VALUE_TILE = KEY_TILE + KEYS * ROW, STAGE = KEYS * (ROW + VALUE_ROW);
-  static constexpr int BAD = KEY_TILE + STAGES * STAGE, SHARED = BAD + 16;
+  static constexpr int BAD = KEY_TILE + STAGES * STAGE;
+  // Scales of the rows of Q, of a step's keys and of its values.
+  static constexpr int SCALES = BAD + 16, SHARED = SCALES + (Products::SPLIT ? (QUERIES + 2 * KEYS) * 4 : 0);
 };
 
 // One block's place.
@@ -185,70 +191,107 @@ static __device__ __forceinline__ bool step_advance(forward_step &step, int64_t 
   return true;
 }
 
-// The products q.k of a warp's rows with the keys of a tile.
-template <class C, bool CAREFUL>
-static __device__ __forceinline__ void multiply_keys(const char *queries, const char *keys,
-                                                     typename C::real (&s)[C::FOLD][C::BLOCKS][4]) {
-  typedef typename C::products P;
-  typename P::sum sum[C::FOLD][C::BLOCKS];
-  clear_sum(sum);
-  const int row = (int)(threadIdx.x / 32) * 16 * C::FOLD;
-  // Unrolled as far as the swizzle repeats itself, or twice that: more is code, not speed.
-#pragma unroll C::UNROLLED
-  for (int step = 0; step < C::WIDTH / P::DEPTH; step++) {
-    typename P::left a[C::FOLD];
-#pragma unroll
-    for (int f = 0; f < C::FOLD; f++) P::template left_rows<C::ROW, CAREFUL>(a[f], queries, row + 16 * f, step);
-#pragma unroll
-    for (int n = 0; n < C::BLOCKS; n += 2) {
-      typename P::right b[2];
-      P::template right_rows<C::ROW, CAREFUL>(b, keys, 8 * n, step);
-#pragma unroll
-      for (int f = 0; f < C::FOLD; f++) {
-        P::multiply(sum[f][n], a[f], b[0]);
-        P::multiply(sum[f][n + 1], a[f], b[1]);
-      }
-    }
-  }
-#pragma unroll
-  for (int f = 0; f < C::FOLD; f++)
-#pragma unroll
-    for (int n = 0; n < C::BLOCKS; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) s[f][n][e] = sum[f][n].value(e);
+// The scales of a block's queries, keys and values.
+template <class C>
+static __device__ __forceinline__ float *query_scales(char *shared) {
+  return (float *)(shared + C::SCALES);
 }
 
-// Products into scores, -inf where masked. seen[fold][half]: bits 2 n + c of the step's blocks n; those whose bias is
-// -inf are cleared.
+template <class C>
+static __device__ __forceinline__ float *key_scales(char *shared) {
+  return query_scales<C>(shared) + C::QUERIES;
+}
+
+template <class C>
+static __device__ __forceinline__ float *value_scales(char *shared) {
+  return key_scales<C>(shared) + C::KEYS;
+}
+
+// The products q.k of a warp's rows with the keys of a tile; without EXTRAS, products of split tiles lack the scale of
+// their query.
+template <class C>
+static __device__ __forceinline__ void multiply_keys(char *shared, const char *keys,
+                                                     typename C::real (&s)[C::FOLD][C::BLOCKS][4]) {
+  typedef typename C::products P;
+  typedef typename C::real real;
+  const int row = (int)(threadIdx.x / 32) * 16 * C::FOLD, column = 2 * (int)(threadIdx.x & 3);
+#pragma unroll
+  for (int first = 0; first < C::BLOCKS; first += C::ABREAST) {
+    typename P::sum sum[C::FOLD][C::ABREAST];
+    clear_sum(sum);
+    // Unrolled as far as the swizzle repeats itself, or twice that: more is code, not speed.
+#pragma unroll C::UNROLLED
+    for (int step = 0; step < C::WIDTH / P::DEPTH; step++) {
+      typename P::left a[C::FOLD];
+#pragma unroll
+      for (int f = 0; f < C::FOLD; f++) P::template left_rows<C::ROW>(a[f], shared, row + 16 * f, step);
+#pragma unroll
+      for (int n = 0; n < C::ABREAST; n += 2) {
+        typename P::right b[2];
+        P::template right_rows<C::ROW>(b, keys, 8 * (first + n), step);
+#pragma unroll
+        for (int term = 0; term < P::TERMS; term++)
+#pragma unroll
+          for (int f = 0; f < C::FOLD; f++) {
+            P::template multiply_term<false>(sum[f][n], a[f], b[0], term);
+            P::template multiply_term<false>(sum[f][n + 1], a[f], b[1], term);
+          }
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < C::FOLD; f++)
+#pragma unroll
+      for (int n = 0; n < C::ABREAST; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          real &to = s[f][first + n][e];
+          to = sum[f][n].value(e);
+          if constexpr (P::SPLIT) {
+            const real scale = key_scales<C>(shared)[8 * (first + n) + column + e % 2];
+            to *= C::EXTRAS ? scale * query_scales<C>(shared)[lane_row<C>(f, e / 2)] : scale;
+          }
+        }
+  }
+}
+
+// Products into scores, -inf where masked; without EXTRAS they stay products. seen[fold][half]: bits 2 n + c of the
+// step's blocks n; those whose bias is -inf are cleared.
 template <class C>
 static __device__ __forceinline__ void score(const score_rule<typename C::real> &rule, const forward_block &block,
                                              int64_t key, bool full, uint32_t (&seen)[C::FOLD][2],
                                              typename C::real (&s)[C::FOLD][C::BLOCKS][4]) {
-  if (C::EXTRAS) {
+  typedef typename C::real real;
+  if (!C::EXTRAS && full) return;
 #pragma unroll
-    for (int f = 0; f < C::FOLD; f++)
+  for (int f = 0; f < C::FOLD; f++)
 #pragma unroll
-      for (int n = 0; n < C::BLOCKS; n++) {
-        uint32_t visible = (seen[f][0] >> 2 * n & 3) | (seen[f][1] >> 2 * n & 3) << 2;
-        score_block<false>(rule, s[f][n], block.query + lane_row<C>(f, 0), key + 8 * n + 2 * (threadIdx.x & 3), visible,
-                           (typename C::real *)NULL);
-        if (rule.bias) {
-          seen[f][0] &= ~(3u << 2 * n) | (visible & 3) << 2 * n;
-          seen[f][1] &= ~(3u << 2 * n) | (visible >> 2 & 3) << 2 * n;
-        }
+    for (int n = 0; n < C::BLOCKS; n++) {
+      uint32_t visible = (seen[f][0] >> 2 * n & 3) | (seen[f][1] >> 2 * n & 3) << 2;
+      if (!C::EXTRAS) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[f][n][e] = visible >> e & 1 ? s[f][n][e] : -(real)INFINITY;
+        continue;
       }
-  } else if (full) {
+      score_block<false>(rule, s[f][n], block.query + lane_row<C>(f, 0), key + 8 * n + 2 * (threadIdx.x & 3), visible,
+                         (real *)NULL);
+      if (rule.bias) {
+        seen[f][0] &= ~(3u << 2 * n) | (visible & 3) << 2 * n;
+        seen[f][1] &= ~(3u << 2 * n) | (visible >> 2 & 3) << 2 * n;
+      }
+    }
+}
+
+// What a score of the lane's rows is multiplied by to be an exponent of 2.
+template <class C>
+static __device__ __forceinline__ void exponent_units(const score_rule<typename C::real> &rule, char *shared,
+                                                      typename C::real (&unit)[C::FOLD][2]) {
 #pragma unroll
-    for (int f = 0; f < C::FOLD; f++)
+  for (int f = 0; f < C::FOLD; f++)
 #pragma unroll
-      for (int n = 0; n < C::BLOCKS; n++) scale_block(rule, s[f][n], 15);
-  } else {
-#pragma unroll
-    for (int f = 0; f < C::FOLD; f++)
-#pragma unroll
-      for (int n = 0; n < C::BLOCKS; n++)
-        scale_block(rule, s[f][n], (seen[f][0] >> 2 * n & 3) | (seen[f][1] >> 2 * n & 3) << 2);
-  }
+    for (int half = 0; half < 2; half++) {
+      unit[f][half] = C::EXTRAS ? rule.unit : rule.factor;
+      if (C::products::SPLIT && !C::EXTRAS) unit[f][half] *= query_scales<C>(shared)[lane_row<C>(f, half)];
+    }
 }
 
 static __device__ __forceinline__ float larger(float a, float b) {
@@ -271,10 +314,11 @@ static __device__ __forceinline__ T over_quad_sum(T x) {
   return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
-// Scores into weights relative to the new peak; factor is what the old peak costs. A NaN that the maximum passes over
-// comes back with its power.
+// Scores into weights relative to the peak; factor is what a new peak costs the old sums. A peak is kept until a score
+// exceeds it by a factor of 16 in the weights: so o is seldom rescaled. A NaN that the maximum passes over comes back
+// with its power.
 template <class C>
-static __device__ __forceinline__ void soften(const score_rule<typename C::real> &rule,
+static __device__ __forceinline__ void soften(const typename C::real (&unit)[C::FOLD][2],
                                               typename C::real (&s)[C::FOLD][C::BLOCKS][4], gathered<C> &got,
                                               typename C::real (&factor)[C::FOLD][2]) {
   typedef typename C::real real;
@@ -282,21 +326,24 @@ static __device__ __forceinline__ void soften(const score_rule<typename C::real>
   for (int f = 0; f < C::FOLD; f++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      real peak = got.peak[f][half];
+      real peak = s[f][0][2 * half];
 #pragma unroll
       for (int n = 0; n < C::BLOCKS; n++) peak = larger(peak, larger(s[f][n][2 * half], s[f][n][2 * half + 1]));
       peak = over_quad_max(peak);
+      const real old = got.peak[f][half];
+      if (!((peak - old) * unit[f][half] > 4)) peak = old;
       // A row that has seen nothing yet, or nothing but -inf, must not compute -inf - -inf.
       const real base = peak == -(real)INFINITY ? 0 : peak;
-      const real past = got.peak[f][half] - base;
-      factor[f][half] = exp2_of(C::EXTRAS ? past * rule.unit : past);
+      factor[f][half] = peak == old ? 1 : exp2_of((old - base) * unit[f][half]);
+      // One multiply-add; extras may hold numbers whose product with the unit overflows.
+      const real top = base * unit[f][half];
       real sum = 0;
 #pragma unroll
       for (int n = 0; n < C::BLOCKS; n++)
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-          const real x = s[f][n][2 * half + c] - base;
-          const real weight = exp2_of(C::EXTRAS ? x * rule.unit : x);
+          const real x = s[f][n][2 * half + c];
+          const real weight = exp2_of(C::EXTRAS ? (x - base) * unit[f][half] : x * unit[f][half] - top);
           s[f][n][2 * half + c] = weight;
           sum += weight;
         }
@@ -320,12 +367,24 @@ static __device__ __forceinline__ void drop(const dropout_rule &rule, const forw
     }
 }
 
-// o = o * factor + weights * values of the tile.
-template <class C, bool CAREFUL>
+// o = o * factor + weights * values of the tile; weights come in units.
+template <class C>
 static __device__ __forceinline__ void multiply_values(const typename C::products::left (&a)[C::FOLD][C::STEPS],
                                                        const char *values, const typename C::real (&factor)[C::FOLD][2],
+                                                       const typename C::real (&unit)[C::FOLD][2],
                                                        typename C::products::total (&o)[C::FOLD][C::COLUMNS]) {
   typedef typename C::products P;
+  bool moved = false;
+#pragma unroll
+  for (int f = 0; f < C::FOLD; f++) moved |= factor[f][0] != 1 || factor[f][1] != 1;
+  if (__any_sync(0xffffffff, moved)) {
+#pragma unroll
+    for (int f = 0; f < C::FOLD; f++)
+#pragma unroll
+      for (int n = 0; n < C::COLUMNS; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) o[f][n].d[e] *= factor[f][e / 2];
+  }
   if constexpr (P::FRESH) {
 #pragma unroll
     for (int n = 0; n < C::COLUMNS; n += 2) {
@@ -334,39 +393,30 @@ static __device__ __forceinline__ void multiply_values(const typename C::product
 #pragma unroll
       for (int step = 0; step < C::STEPS; step++) {
         typename P::right b[2];
-        P::template right_columns<C::VALUE_ROW, CAREFUL>(b, values, step * P::DEPTH, 8 * n);
+        P::template right_columns<C::VALUE_ROW>(b, values, step * P::DEPTH, 8 * n);
 #pragma unroll
-        for (int f = 0; f < C::FOLD; f++) {
-          P::multiply(sum[f][0], a[f][step], b[0]);
-          P::multiply(sum[f][1], a[f][step], b[1]);
-        }
+        for (int term = 0; term < P::TERMS; term++)
+#pragma unroll
+          for (int f = 0; f < C::FOLD; f++) {
+            P::template multiply_term<false>(sum[f][0], a[f][step], b[0], term);
+            P::template multiply_term<false>(sum[f][1], a[f][step], b[1], term);
+          }
       }
 #pragma unroll
       for (int f = 0; f < C::FOLD; f++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-          o[f][n].d[e] = o[f][n].d[e] * factor[f][e / 2] + sum[f][0].value(e);
-          o[f][n + 1].d[e] = o[f][n + 1].d[e] * factor[f][e / 2] + sum[f][1].value(e);
+          o[f][n].d[e] += sum[f][0].value(e) * unit[f][e / 2];
+          o[f][n + 1].d[e] += sum[f][1].value(e) * unit[f][e / 2];
         }
     }
   } else {
-    bool moved = false;
-#pragma unroll
-    for (int f = 0; f < C::FOLD; f++) moved |= factor[f][0] != 1 || factor[f][1] != 1;
-    if (__any_sync(0xffffffff, moved)) {
-#pragma unroll
-      for (int f = 0; f < C::FOLD; f++)
-#pragma unroll
-        for (int n = 0; n < C::COLUMNS; n++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) o[f][n].d[e] *= factor[f][e / 2];
-    }
 #pragma unroll
     for (int step = 0; step < C::STEPS; step++)
 #pragma unroll
       for (int n = 0; n < C::COLUMNS; n += 2) {
         typename P::right b[2];
-        P::template right_columns<C::VALUE_ROW, CAREFUL>(b, values, step * P::DEPTH, 8 * n);
+        P::template right_columns<C::VALUE_ROW>(b, values, step * P::DEPTH, 8 * n);
 #pragma unroll
         for (int f = 0; f < C::FOLD; f++) {
           P::multiply(o[f][n], a[f][step], b[0]);
@@ -374,6 +424,18 @@ static __device__ __forceinline__ void multiply_values(const typename C::product
         }
       }
   }
+}
+
+// The weights of a step as the left side of the products with its values. They are never Inf, and a NaN is NaN in all
+// columns, so there is nothing to be careful about.
+template <class C>
+static __device__ __forceinline__ void take_weights(const typename C::real (&s)[C::FOLD][C::BLOCKS][4], char *shared,
+                                                    typename C::products::left (&a)[C::FOLD][C::STEPS],
+                                                    typename C::real (&unit)[C::FOLD][2]) {
+#pragma unroll
+  for (int f = 0; f < C::FOLD; f++)
+    left_of_blocks<typename C::products, C::BLOCKS, false>(a[f], s[f], value_scales<C>(shared) + 2 * (threadIdx.x & 3),
+                                                           unit[f]);
 }
 
 // What the careful pass keeps of a step, in memory: the fast one has it in registers, which cannot be indexed.
@@ -411,8 +473,8 @@ __attribute__((noinline)) static __device__ void add_nonfinite(careful_step<C> &
 
 // Attention of the block over its tiles. `careful` is for blocks that came out non-finite: the same products in the
 // same order, with the non-finite elements of V 0, and then these given to the rows that see them. So a row that sees
-// none gets the very bits that any finite V would have given. CAREFUL is what the products want to know of it.
-template <class C, bool CAREFUL>
+// none gets the very bits that any finite V would have given.
+template <class C>
 static __device__ __forceinline__ void gather(const forward_job &job, const forward_block &block, bool careful,
                                               char *shared, uint32_t *bad, gathered<C> &got) {
   typedef typename C::products P;
@@ -456,6 +518,7 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
   char *stage = shared;
   uint32_t bits[C::FOLD][2] = {};
   load_bits<C>(job, block, step.walk.pattern, bits);
+  bool first = true;
   for (;;) {
     const int64_t key = step_key<C>(step);
     const bool full = step.walk.pattern == SA_FULL;
@@ -488,28 +551,36 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
     }
     copy_async_commit();
 
-    real factor[C::FOLD][2];
+    if constexpr (P::SPLIT) {
+      if (first) split_tile<P, C::ROW, C::QUERIES, C::THREADS>(shared, query_scales<C>(shared), careful, threadIdx.x);
+      split_tile<P, C::ROW, C::KEYS, C::THREADS>(key_tile, key_scales<C>(shared), careful, threadIdx.x);
+      if (C::STAGES > 1)
+        split_tile<P, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, value_scales<C>(shared), careful, threadIdx.x);
+      __syncthreads();
+      first = false;
+    }
+
+    real factor[C::FOLD][2], unit[C::FOLD][2];
     typename P::left weights[C::FOLD][C::STEPS];
     careful_step<C> kept;
+    real s[C::FOLD][C::BLOCKS][4];
     if (!idle) {
-      real s[C::FOLD][C::BLOCKS][4];
-      multiply_keys<C, CAREFUL>(shared, key_tile, s);
+      multiply_keys<C>(shared, key_tile, s);
       score<C>(rule, block, key, full, seen, s);
 #pragma unroll
       for (int f = 0; f < C::FOLD; f++)
 #pragma unroll
         for (int half = 0; half < 2; half++)
           if (seen[f][half]) got.alive |= 1u << (2 * f + half);
-      soften<C>(rule, s, got, factor);
+      real exponent[C::FOLD][2];
+      exponent_units<C>(rule, shared, exponent);
+      soften<C>(exponent, s, got, factor);
       if (C::EXTRAS && dropout.threshold) drop<C>(dropout, block, key, s);
       if (careful) {
         memcpy(kept.weights, s, sizeof kept.weights);
         memcpy(kept.seen, seen, sizeof kept.seen);
       }
-#pragma unroll
-      for (int f = 0; f < C::FOLD; f++)
-#pragma unroll
-        for (int n = 0; n < C::STEPS; n++) P::left_of(weights[f][n], &s[f][n * (P::DEPTH / 8)]);
+      if (!P::SPLIT) take_weights<C>(s, shared, weights, unit);
     }
 
     if (C::STAGES == 1) {
@@ -518,14 +589,19 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
       if (step.walk.left)
         load_tile<element, C::ROW, C::KEYS, C::THREADS>(key_tile, keys, step_key<C>(step), threadIdx.x);
       copy_async_commit();
+      if constexpr (P::SPLIT) {
+        split_tile<P, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, value_scales<C>(shared), careful, threadIdx.x);
+        __syncthreads();
+      }
     }
     if (careful) {
       if (C::STAGES > 1) __syncthreads();
-      make_finite<element, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, bad, threadIdx.x);
+      make_finite<typename P::stored, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, bad, threadIdx.x);
       __syncthreads();
     }
     if (!idle) {
-      multiply_values<C, CAREFUL>(weights, value_tile, factor, got.o);
+      if (P::SPLIT) take_weights<C>(s, shared, weights, unit);
+      multiply_values<C>(weights, value_tile, factor, unit, got.o);
       if (careful) {
         memcpy(kept.o, got.o, sizeof kept.o);
         add_nonfinite<C>(kept, values.data + key * values.stride, values.stride, values.bytes / (int)sizeof(element),
@@ -535,6 +611,14 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
     }
     if (!step.walk.left) break;
   }
+  if (C::EXTRAS) return;
+  real exponent[C::FOLD][2];
+  exponent_units<C>(rule, shared, exponent);
+#pragma unroll
+  for (int f = 0; f < C::FOLD; f++)
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      if (got.peak[f][half] != -(real)INFINITY) got.peak[f][half] *= exponent[f][half];
 }
 
 template <class C>
@@ -729,13 +813,18 @@ static __device__ __forceinline__ void write_weights(const forward_job &job, con
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
+    if constexpr (C::products::SPLIT) {
+      split_tile<typename C::products, C::ROW, C::KEYS, C::THREADS>(shared + C::KEY_TILE, key_scales<C>(shared), true,
+                                                                    threadIdx.x);
+      __syncthreads();
+    }
     uint32_t seen[C::FOLD][2];
 #pragma unroll
     for (int f = 0; f < C::FOLD; f++)
 #pragma unroll
       for (int half = 0; half < 2; half++) seen[f][half] = full ? ~0u : bits[f][half] >> (step.piece * (C::KEYS / 4));
     real s[C::FOLD][C::BLOCKS][4];
-    multiply_keys<C, true>(shared, shared + C::KEY_TILE, s);
+    multiply_keys<C>(shared, shared + C::KEY_TILE, s);
     score<C>(rule, block, key, full, seen, s);
 #pragma unroll
     for (int f = 0; f < C::FOLD; f++)
@@ -774,16 +863,13 @@ static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
     block.first_tile = (int)(all * part / job.parts);
     block.tiles = (int)(all * (part + 1) / job.parts) - block.first_tile;
   }
-  load_queries<C>(job, block, shared);
-  copy_async_commit();
   gathered<C> got;
   for (bool careful = false;; careful = true) {
-    if (C::products::FRESH && careful)
-      gather<C, C::products::FRESH>(job, block, true, shared, bad, got);
-    else
-      gather<C, false>(job, block, careful, shared, bad, got);
+    load_queries<C>(job, block, shared);
+    copy_async_commit();
+    gather<C>(job, block, careful, shared, bad, got);
     // What can leak, leaks through pairs that are masked; only f32 has another reason to look again (products_f32).
-    const bool suspect = !careful && (got.masked || job.p.bias.data || C::products::FRESH) && came_out_nonfinite(got);
+    const bool suspect = !careful && (got.masked || job.p.bias.data || C::products::SPLIT) && came_out_nonfinite(got);
     if (!__syncthreads_or(suspect)) break;
   }
   if (job.parts > 1) {
@@ -915,17 +1001,19 @@ static int launch_forward(forward_job &job, cudaStream_t stream) {
   return status;
 }
 
-// The shapes for a dtype and a width that those of q and v are padded to. A block has at most 96 KiB of shared memory,
+// The shapes for a dtype and a width that those of q and v are padded to. A block has at most 97 KiB of shared memory,
 // which every device has.
 template <class P, int WIDTH, bool EXTRAS>
 struct forward_choice;
 
-// Half types have two times 16 queries a warp where o leaves room: keys and values are read half as often then.
+// Half types have two times 16 queries a warp where o leaves room: keys and values are read half as often then. One
+// stage is 3 % faster than two at 128: two blocks of a multiprocessor hide what one waits for.
 template <class P, int WIDTH, bool EXTRAS>
 struct forward_choice_halves {
   static constexpr bool LARGE = WIDTH > 128;
-  static constexpr int FOLD = EXTRAS || LARGE ? 1 : 2, KEYS = LARGE ? 32 : 64, PACKED_RESIDENT = LARGE ? 3 : 6;
-  typedef forward_shape<P, WIDTH, WIDTH, FOLD, 4, KEYS, 2, 2, EXTRAS, false> whole;
+  static constexpr int FOLD = EXTRAS || LARGE ? 1 : 2, KEYS = LARGE ? 32 : 64,
+                       STAGES = FOLD == 2 && WIDTH == 128 ? 1 : 2, PACKED_RESIDENT = LARGE ? 3 : 6;
+  typedef forward_shape<P, WIDTH, WIDTH, FOLD, 4, KEYS, STAGES, 2, EXTRAS, false> whole;
   typedef forward_shape<P, WIDTH, WIDTH, 1, 1, 64, 1, PACKED_RESIDENT, false, true> packed;
 };
 
@@ -935,12 +1023,15 @@ struct forward_choice<products_bf16, WIDTH, EXTRAS> : forward_choice_halves<prod
 template <int WIDTH, bool EXTRAS>
 struct forward_choice<products_f16, WIDTH, EXTRAS> : forward_choice_halves<products_f16, WIDTH, EXTRAS> {};
 
+// Twice 16 queries a warp halve what splitting keys and values costs.
 template <int WIDTH, bool EXTRAS>
 struct forward_choice<products_f32, WIDTH, EXTRAS> {
   typedef products_f32 P;
-  static constexpr int KEYS = WIDTH == 64 ? 64 : WIDTH == 128 ? 32 : 16, STAGES = WIDTH == 256 ? 1 : 2;
+  static constexpr bool DOUBLE = WIDTH < 256 && !EXTRAS;
+  static constexpr int FOLD = DOUBLE ? 2 : 1, STAGES = WIDTH == 256 || (DOUBLE && WIDTH == 128) ? 1 : 2;
+  static constexpr int KEYS = WIDTH == 64 ? 64 : WIDTH == 128 ? 32 : 16;
   static constexpr int RESIDENT = WIDTH == 256 ? 1 : 2, PACKED_RESIDENT = WIDTH == 256 ? 2 : 5;
-  typedef forward_shape<P, WIDTH, WIDTH, 1, 4, KEYS, STAGES, RESIDENT, EXTRAS, false> whole;
+  typedef forward_shape<P, WIDTH, WIDTH, FOLD, 4, KEYS, STAGES, RESIDENT, EXTRAS, false> whole;
   typedef forward_shape<P, WIDTH, WIDTH, 1, 1, 32, 1, PACKED_RESIDENT, false, true> packed;
 };
 
@@ -954,20 +1045,24 @@ struct forward_choice<products_f64, WIDTH, EXTRAS> {
   typedef forward_shape<P, WIDTH, VALUE_WIDTH, 1, 1, 16, 1, PACKED_RESIDENT, false, true> packed;
 };
 
+// Whether the kernels without EXTRAS do. They multiply by the scale at the end, which must not turn peaks around, nor
+// -inf into NaN.
+static inline bool plain_forward(const sa_problem &p) {
+  return plain_scores(p) && p.scale >= 0x1p-16 && !(p.dropout > 0) && !p.weights.data;
+}
+
 // Few enough queries for their heads to share blocks, and nothing but a mask.
 static inline bool forward_packs(const forward_job &job) {
   const sa_problem &p = job.p;
-  return plain_scores(p) && !(p.dropout > 0) && !p.weights.data && job.plan.heads == 1 && job.plan.row_tiles == 1 &&
-         job.group * p.queries <= 64;
+  return plain_forward(p) && job.plan.heads == 1 && job.plan.row_tiles == 1 && job.group * p.queries <= 64;
 }
 
 // Instantiated in portable_forward_<dtype>_<width>.cu, a file each, as compiling one takes long enough.
 template <class P, int WIDTH>
 int sa_cuda_forward(forward_job &job, cudaStream_t stream) {
   if (forward_packs(job)) return launch_forward<typename forward_choice<P, WIDTH, false>::packed>(job, stream);
-  if (!plain_scores(job.p) || job.p.dropout > 0 || job.p.weights.data)
-    return launch_forward<typename forward_choice<P, WIDTH, true>::whole>(job, stream);
-  return launch_forward<typename forward_choice<P, WIDTH, false>::whole>(job, stream);
+  if (plain_forward(job.p)) return launch_forward<typename forward_choice<P, WIDTH, false>::whole>(job, stream);
+  return launch_forward<typename forward_choice<P, WIDTH, true>::whole>(job, stream);
 }
 
 #endif

@@ -15,8 +15,6 @@ static __device__ __forceinline__ uint32_t shared_address(const void *p) {
 //   d (16 x 8):  d[0], d[1] = (g, 2t), (g, 2t + 1);  d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1)
 //   16-bit:  a (16 x 16) = (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..);  b (16 x 8) = (2t.., g), (2t +
 //            8.., g), two elements a register, the lower k in the lower half
-//   tf32:    a (16 x 8) = (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);  b (8 x 8) = (t, g), (t + 4, g); the bits of
-//            an f32 whose lowest 13 are not read
 //   f64:     d (8 x 8) = (g, 2t), (g, 2t + 1);  a (8 x 4) = (g, t);  b (4 x 8) = (t, g)
 
 static __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -28,13 +26,6 @@ static __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&
 
 static __device__ __forceinline__ void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-static __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

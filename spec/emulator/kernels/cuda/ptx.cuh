@@ -57,22 +57,6 @@ static void mma_halves(void *const operand[WARP], uint32_t mask) {
   multiply(operand, a, b);
 }
 
-static inline float tf32(uint32_t bits) {
-  return bits_of<float>(bits & ~0x1fffu);
-}
-
-static void mma_tf32s(void *const operand[WARP], uint32_t mask) {
-  need_all("mma", mask);
-  double a[16][8], b[8][8];
-  for (int lane = 0; lane < WARP; lane++) {
-    const mma_operands *mine = (mma_operands *)operand[lane];
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; i++) a[g + i % 2 * 8][t + i / 2 * 4] = tf32(mine->a[i]);
-    for (int i = 0; i < 2; i++) b[t + 4 * i][g] = tf32(mine->b[i]);
-  }
-  multiply(operand, a, b);
-}
-
 struct f64_operands {
   double *d;
   double a, b;
@@ -133,11 +117,6 @@ static inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_
 static inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulator::mma_operands mine = {d, a, b};
   emulator::gather("mma_f16", ~0u, &mine, emulator::mma_halves<true>);
-}
-
-static inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulator::mma_operands mine = {d, a, b};
-  emulator::gather("mma_tf32", ~0u, &mine, emulator::mma_tf32s);
 }
 
 static inline void mma_f64(double (&d)[2], double a, double b) {
