@@ -126,7 +126,7 @@ static void NAME(prepare)(void *argument, int64_t item, int worker) {
   const NAME(backward_room) room =
       NAME(take_backward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job);
   const int width = (int)p->value_width;
-  REAL out[SA_FUSED_WIDTH], dout[SA_FUSED_WIDTH], sink = 0;
+  REAL out_room[SA_FUSED_WIDTH], dout_room[SA_FUSED_WIDTH], sink = 0;
   if (p->sinks.data) NAME(read_row)(sa_at(&p->sinks, 0, block.head, 0, 0), p->sinks.dtype, 1, &sink);
   // An LSE beyond 1024 has an error of 6e-5 in float, which the weights would inherit (and one of -3e38, the bias's
   // doing, has no digit for the number of keys): those blocks get peaks and sums afresh.
@@ -152,8 +152,10 @@ static void NAME(prepare)(void *argument, int64_t item, int worker) {
     double dlse = 0, delta = 0;
     if (p->dlse.data) dlse = *(const REAL *)sa_at(&p->dlse, block.batch, block.head, query, 0);
     if (!dead && p->dout.data) {
-      NAME(read_row)(sa_at(&p->out, block.batch, block.head, query, 0), p->out.dtype, width, out);
-      NAME(read_row)(sa_at(&p->dout, block.batch, block.head, query, 0), p->dout.dtype, width, dout);
+      const void *out_row = sa_at(&p->out, block.batch, block.head, query, 0);
+      const void *dout_row = sa_at(&p->dout, block.batch, block.head, query, 0);
+      const REAL *out = NAME(row_of)(out_row, p->out.dtype, width, out_room);
+      const REAL *dout = NAME(row_of)(dout_row, p->dout.dtype, width, dout_room);
       delta = NAME(dot)(out, dout, width);
     }
     delta -= dlse;
@@ -170,14 +172,22 @@ static void NAME(prepare)(void *argument, int64_t item, int worker) {
 static bool NAME(copy_rows)(const sa_operand *x, const NAME(block) * block, int width, REAL factor, uint64_t skip,
                             REAL *rows, REAL *wild) {
   const int64_t padded = NAME(padded)(width);
+  int nonfinite = 0;
   for (int i = 0; i < block->count; i++) {
     REAL *row = rows + i * padded;
-    memset(row, 0, sizeof *row * padded);
-    if (skip >> i & 1 || !x->data) continue;
-    NAME(read_row)(sa_at(x, block->batch, block->head, block->query + i, 0), x->dtype, width, row);
-    for (int d = 0; d < width; d++) row[d] *= factor;
+    if (skip >> i & 1 || !x->data) {
+      memset(row, 0, sizeof *row * padded);
+      continue;
+    }
+    const REAL *from = NAME(row_of)(sa_at(x, block->batch, block->head, block->query + i, 0), x->dtype, width, row);
+    for (int d = 0; d < width; d++) {
+      const REAL value = from[d] * factor;
+      nonfinite |= value * 0 != 0;
+      row[d] = value;
+    }
+    for (int d = width; d < padded; d++) row[d] = 0;
   }
-  if (!NAME(has_nonfinite)(rows, padded, block->count, width)) return false;
+  if (!nonfinite) return false;
   memcpy(wild, rows, sizeof *rows * block->count * padded);
   NAME(finite_part)(wild, padded, block->count, width, rows);
   return true;
@@ -357,9 +367,13 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
 
 static void NAME(write_dquery)(const NAME(block) * block, int i, const REAL *sum) {
   const sa_problem *p = block->p;
-  REAL row[SA_FUSED_WIDTH];
-  for (int d = 0; d < p->width; d++) row[d] = sum[d] * (REAL)p->scale;
-  NAME(write_row)(sa_at(&p->dq, block->batch, block->head, block->query + i, 0), p->dq.dtype, (int)p->width, row);
+  const int width = (int)p->width;
+  const REAL scale = (REAL)p->scale;
+  REAL converted[SA_FUSED_WIDTH];
+  void *const dq = sa_at(&p->dq, block->batch, block->head, block->query + i, 0);
+  REAL *const to = p->dq.dtype == DTYPE ? dq : converted;
+  for (int d = 0; d < width; d++) to[d] = sum[d] * scale;
+  if (to == converted) NAME(write_row)(dq, p->dq.dtype, width, to);
 }
 
 // Adds a chunk's share of a block's dQ when its turn has come; the last one writes it out.

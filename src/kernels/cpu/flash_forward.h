@@ -1,8 +1,9 @@
 // the forward pass, for one REAL; part of flash.h
 //
-// Reaches 77 to 85 % of the fused multiply-add peak in f32 and 70 to 75 % in f64 (D64 and D128, one core, AVX-512 and
-// AVX2; bench/attention.lua bars). Some 8 % (f64: 12 %) go to the exponentials, which share the ports of the products;
-// the rest is the start and the end of register tiles, and rows of K and V that come from the second cache.
+// Reaches 85 and 87 % of the fused multiply-add peak in f32 and 75 and 80 % in f64 (D64 and D128, one core with AVX-512,
+// N 2048). Some 8 % (f64: 15 %) go to the exponentials, which share the ports of the products; the rest is the start
+// and the end of register tiles. K and V of a long head do not fit into the second cache: with a pass over them for
+// every block of queries D128 came to 82 %.
 
 // What a block of queries has gathered: o unnormalised, relative to the running peak.
 typedef struct NAME(gathered) {
@@ -13,14 +14,35 @@ typedef struct NAME(gathered) {
 } NAME(gathered);
 
 typedef struct NAME(forward_room) {
-  NAME(element) * query;  // as pack_query does
   NAME(forward_products) products;
   REAL *leaked;  // [QUERIES][value width, padded]
   REAL *factor;  // [QUERIES]
   REAL *peak;    // [QUERIES]: with the stretch in hand
-  NAME(gathered) own;
   NAME(stretch_room) stretch;
+  NAME(element) * query[GROUP];  // as pack_query does
+  NAME(gathered) own[GROUP];
 } NAME(forward_room);
+
+// A block on its way along its keys. `careful` is the path for blocks that came out non-finite: the same products in
+// the same order, with V's non-finite elements 0, and then these given to the rows that see them; so a row that sees
+// none gets the very bits that any finite V would have given.
+typedef struct NAME(passage) {
+  const NAME(block) * block;
+  const NAME(element) * query;
+  NAME(gathered) * gathered;
+  sa_walk walk;
+  const NAME(block) * after;  // whose queries are wanted next; may be NULL
+  bool leads;                 // is the first to read the keys
+  bool careful, started;
+  bool leaks;  // a non-finite value can have leaked
+} NAME(passage);
+
+// The stretch that was looked at last, and its rows of K.
+typedef struct NAME(held_keys) {
+  sa_stretch stretch;
+  const NAME(element) * key;
+  int64_t stride;
+} NAME(held_keys);
 
 // P^T in place of S^T, with the running peak, sum and the factor that the old peak costs. Weights that dropout does not
 // keep (`kept` NULL: it keeps all) count in the sum and are then 0, whatever they were, NaN too.
@@ -70,56 +92,131 @@ static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, cons
     NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, NULL);
 }
 
-// Attention of one block over the tiles [tile_first, tile_end). `careful` is the path for blocks that came out
-// non-finite: the same products in the same order, with V's non-finite elements 0, and then these given to the rows
-// that see them; so a row that sees none gets the very bits that any finite V would have given. Returns whether a
-// non-finite value can have leaked.
-static bool NAME(gather)(const NAME(block) * block, int64_t tile_first, int64_t tile_end, bool careful,
-                         const NAME(forward_room) * room, NAME(gathered) * gathered) {
+static NAME(passage)
+    NAME(set_out)(const NAME(block) * block, int64_t tile_first, int64_t tile_end, bool careful,
+                  const NAME(element) * query, NAME(gathered) * gathered, const NAME(forward_room) * room) {
   const sa_problem *p = block->p;
-  const int64_t padded = NAME(padded)(p->value_width);
-  bool started = false, leaks = false;
   gathered->alive = 0;
   for (int i = 0; i < QUERIES; i++) {
     gathered->peak[i] = -(REAL)INFINITY;
     gathered->sum[i] = 0;
   }
-  if (careful) memset(room->leaked, 0, sizeof *room->leaked * QUERIES * padded);
-  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->each, tile_first, tile_end, STRETCH);
-  for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
-    int64_t stride;
-    const NAME(element) *key = NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few,
-                                             room->products.rows, &stride);
-    memcpy(room->peak, gathered->peak, sizeof *room->peak * block->vectors * LANES);
-    const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, room->peak);
-    if (visible) {
-      for (int r = 0; r < stretch.count; r++) gathered->alive |= visible[r];
-    } else {
-      gathered->alive = ~UINT64_C(0);
-    }
-    REAL *weights = room->stretch.scores;
-    const uint64_t *kept = NAME(keep)(block, &stretch, &room->stretch);
-    NAME(soften)(block, stretch.count, weights, room->peak, gathered, room->factor, kept);
-    leaks |= NAME(add_values)(block, &stretch, visible, weights, started ? room->factor : NULL, &room->products,
-                              gathered->o, careful ? room->leaked : NULL);
-    started = true;
-  }
-  if (started)
-    NAME(close_values)(block, &room->products, gathered->o);
-  else
-    memset(gathered->o, 0, sizeof(REAL) * block->count * padded);
-  if (careful) {
-    for (int64_t d = 0; d < block->count * padded; d++) gathered->o[d] += room->leaked[d];
-  }
-  return leaks;
+  if (careful) memset(room->leaked, 0, sizeof *room->leaked * QUERIES * NAME(padded)(p->value_width));
+  return (NAME(passage)){
+      .block = block,
+      .query = query,
+      .gathered = gathered,
+      .walk = sa_walk_start(p->plan, block->plane, block->query, block->each, tile_first, tile_end, STRETCH),
+      .careful = careful,
+  };
 }
 
-static void NAME(gather_safely)(const NAME(block) * block, int64_t tile_first, int64_t tile_end,
-                                const NAME(forward_room) * room, NAME(gathered) * gathered) {
-  const int width = (int)block->p->value_width;
-  if (NAME(gather)(block, tile_first, tile_end, false, room, gathered) &&
-      NAME(has_nonfinite)(gathered->o, NAME(padded)(width), block->count, width)) {
-    NAME(gather)(block, tile_first, tile_end, true, room, gathered);
+static void NAME(foresee)(sa_forecast *forecast, const sa_operand *x, const void *first, int64_t width, int64_t rows) {
+  const int64_t size = sa_size_of(x->dtype);
+  sa_forecast_add(forecast, first, x->stride[2] * size, width * size, rows);
+}
+
+static void NAME(foresee_keys)(sa_forecast *forecast, const NAME(block) * block, int64_t first, int64_t count) {
+  const sa_problem *p = block->p;
+  if (count > p->keys - first) count = p->keys - first;
+  NAME(foresee)(forecast, &p->k, sa_at(&p->k, block->batch, block->key_head, first, 0), p->width, count);
+  NAME(foresee)(forecast, &p->v, sa_at(&p->v, block->batch, block->key_head, first, 0), p->value_width, count);
+}
+
+// What will be wanted while a passage's stretch is at work and after it. Without a forecast each of these rows is a
+// wait for the third cache: a tenth of the time, when sequences or documents are short.
+static void NAME(foresee_all)(sa_forecast *forecast, const NAME(passage) * passage, const sa_stretch *stretch) {
+  const NAME(block) *block = passage->block, *after = passage->after;
+  const sa_problem *p = block->p;
+  if (passage->started && !passage->leads) return;
+  *forecast = (sa_forecast){0};
+  if (!passage->started) {
+    if (after) NAME(foresee)(forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->each);
+    NAME(foresee)(forecast, &p->out, NAME(row_at)(&p->out, block, 0), p->value_width, block->each);
+    if (after && (after->batch != block->batch || after->key_head != block->key_head)) {
+      NAME(foresee_keys)(forecast, after, 0, p->keys);
+    }
+  }
+  if (passage->leads) NAME(foresee_keys)(forecast, block, stretch->first + stretch->count, stretch->count);
+}
+
+// The next stretch of keys; false when there is none.
+static bool NAME(advance)(NAME(passage) * passage, NAME(held_keys) * held, sa_forecast *forecast,
+                          const NAME(forward_room) * room) {
+  const NAME(block) *block = passage->block;
+  const sa_problem *p = block->p;
+  NAME(gathered) *gathered = passage->gathered;
+  sa_stretch stretch;
+  if (!sa_walk_next(&passage->walk, &stretch)) return false;
+  stretch.again = stretch.first == held->stretch.first && stretch.count == held->stretch.count;
+  if (!stretch.again) {
+    held->stretch = stretch;
+    held->key = NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few,
+                              room->products.rows, &held->stride);
+  }
+  if (forecast && !block->few) {
+    NAME(foresee_all)(forecast, passage, &stretch);
+    stretch.forecast = forecast;
+  }
+  memcpy(room->peak, gathered->peak, sizeof *room->peak * block->vectors * LANES);
+  const uint64_t *visible =
+      NAME(score)(block, &stretch, held->key, held->stride, passage->query, &room->stretch, room->peak);
+  if (visible) {
+    for (int r = 0; r < stretch.count; r++) gathered->alive |= visible[r];
+  } else {
+    gathered->alive = ~UINT64_C(0);
+  }
+  REAL *weights = room->stretch.scores;
+  const uint64_t *kept = NAME(keep)(block, &stretch, &room->stretch);
+  NAME(soften)(block, stretch.count, weights, room->peak, gathered, room->factor, kept);
+  passage->leaks |= NAME(add_values)(block, &stretch, visible, weights, passage->started ? room->factor : NULL,
+                                     &room->products, gathered->o, passage->careful ? room->leaked : NULL);
+  passage->started = true;
+  return true;
+}
+
+static void NAME(arrive)(const NAME(passage) * passage, const NAME(forward_room) * room) {
+  const NAME(block) *block = passage->block;
+  const int64_t padded = NAME(padded)(block->p->value_width);
+  REAL *o = passage->gathered->o;
+  if (passage->started)
+    NAME(close_values)(block, &room->products, o);
+  else
+    memset(o, 0, sizeof(REAL) * block->count * padded);
+  for (int64_t d = 0; passage->careful && d < block->count * padded; d++) o[d] += room->leaked[d];
+}
+
+// Attention of some blocks of one head over the tiles [tile_first, tile_end). They take turns, `turn` stretches each,
+// so that what one has read of K and V is still in the second cache for the others. `after` (may be NULL): the block
+// that the worker will have next.
+static void NAME(gather)(const NAME(block) * blocks, int count, const NAME(block) * after, int turn, int64_t tile_first,
+                         int64_t tile_end, const NAME(forward_room) * room, NAME(gathered) * gathered) {
+  NAME(passage) passages[GROUP];
+  NAME(held_keys) held = {0};
+  sa_forecast forecast;
+  for (bool more = true, begun = false; more; begun = true) {
+    more = false;
+    for (int i = 0; i < count; i++) {
+      NAME(passage) *passage = &passages[i];
+      if (!begun) {
+        NAME(pack_query)(&blocks[i], 0, room->query[i]);
+        *passage = NAME(set_out)(&blocks[i], tile_first, tile_end, false, room->query[i], &gathered[i], room);
+        passage->after = i + 1 < count ? &blocks[i + 1] : after;
+        passage->leads = i == 0;
+      }
+      int left = turn;
+      while (left && NAME(advance)(passage, &held, &forecast, room)) left--;
+      more |= !left;
+    }
+  }
+  for (int i = 0; i < count; i++) {
+    NAME(passage) *passage = &passages[i];
+    NAME(arrive)(passage, room);
+    const int width = (int)blocks[i].p->value_width;
+    if (!passage->leaks || !NAME(has_nonfinite)(gathered[i].o, NAME(padded)(width), blocks[i].count, width)) continue;
+    *passage = NAME(set_out)(&blocks[i], tile_first, tile_end, true, room->query[i], &gathered[i], room);
+    while (NAME(advance)(passage, &held, NULL, room)) continue;
+    NAME(arrive)(passage, room);
   }
 }
 
@@ -187,21 +284,24 @@ static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered) {
   const int width = (int)p->value_width;
   const int64_t padded = NAME(padded)(width);
   const double kept = 1 / (1 - p->dropout);
+  REAL converted[SA_FUSED_WIDTH];
   for (int i = 0; i < block->count; i++) {
-    REAL *o = gathered->o + i * padded;
+    const REAL *o = gathered->o + i * padded;
     const bool dead = !(gathered->alive >> i & 1);
+    void *const out = NAME(row_at)(&p->out, block, i);
+    REAL *const to = p->out.dtype == DTYPE ? out : converted;
     NAME(row_scale) row = {INFINITY, 0, NAME(sink_of)(block, i), 1};
     if (dead) {
-      memset(o, 0, sizeof *o * width);
+      memset(to, 0, sizeof *to * width);
     } else {
       const double peak = gathered->peak[i];
       row = NAME(scale_row)(block, i, peak, gathered->sum[i]);
       // What was gathered is relative to the row's own peak; a larger sink takes it down.
       const double down = row.base == peak ? 1 : exp((peak - row.base) * (block->plain ? 0.6931471805599453 : 1));
       const REAL scale = (REAL)(row.factor * down * kept);
-      for (int d = 0; d < width; d++) o[d] *= scale;
+      for (int d = 0; d < width; d++) to[d] = o[d] * scale;
     }
-    NAME(write_row)(NAME(row_at)(&p->out, block, i), p->out.dtype, width, o);
+    if (to == converted) NAME(write_row)(out, p->out.dtype, width, to);
     if (p->lse.data) *(REAL *)NAME(row_at)(&p->lse, block, i) = (REAL)row.lse;
     if (p->dead.data) *(bool *)NAME(row_at)(&p->dead, block, i) = dead;
     gathered->peak[i] = (REAL)row.base;
@@ -210,7 +310,7 @@ static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered) {
 }
 
 // The weights p_ij of a finished block: the scores again, against what the whole row came to.
-static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_room) * room,
+static void NAME(write_weights)(const NAME(block) * block, const NAME(element) * query, const NAME(forward_room) * room,
                                 const NAME(gathered) * gathered) {
   const sa_problem *p = block->p;
   REAL row[KEYS] = {0};
@@ -226,7 +326,7 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_ro
     int64_t stride;
     const NAME(element) *key = NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few,
                                              room->products.rows, &stride);
-    const uint64_t *visible = NAME(score)(block, &stretch, key, stride, room->query, &room->stretch, NULL);
+    const uint64_t *visible = NAME(score)(block, &stretch, key, stride, query, &room->stretch, NULL);
     NAME(weigh)(block, stretch.count, visible, gathered->peak, gathered->sum, room->stretch.scores);
     for (int i = 0; i < block->count; i++) {
       for (int r = 0; r < stretch.count; r++) row[r] = room->stretch.scores[r * NAME(ROW) + i];
@@ -240,7 +340,9 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(forward_ro
 typedef struct NAME(forward_job) {
   const sa_problem *p;
   int64_t blocks, heads, parts, tiles_per_part;  // heads: of a block
-  char *rooms;                                   // one per worker
+  int64_t items;
+  int group, turn, workers;  // blocks of an item, which take turns, and stretches of a turn
+  char *rooms;               // one per worker
   int64_t room_bytes;
   char *gathered;  // one per block and part, when the keys are split
   int64_t gathered_bytes;
@@ -252,20 +354,24 @@ static NAME(gathered) NAME(take_gathered)(sa_room *room, const sa_problem *p) {
       .o = NAME(take)(room, QUERIES * padded), .peak = NAME(take)(room, QUERIES), .sum = NAME(take)(room, QUERIES)};
 }
 
-static NAME(forward_room) NAME(take_forward)(sa_room *room, const sa_problem *p) {
-  return (NAME(forward_room)){
-      .query = sa_room_take(room, NAME(query_room)(p) * (int64_t)sizeof(NAME(element))),
+static NAME(forward_room) NAME(take_forward)(sa_room *room, const sa_problem *p, int group) {
+  NAME(forward_room)
+  taken = {
       .products = NAME(take_forward_products)(room, p),
       .leaked = NAME(take)(room, QUERIES * NAME(padded)(p->value_width)),
       .factor = NAME(take)(room, QUERIES),
       .peak = NAME(take)(room, QUERIES),
-      .own = NAME(take_gathered)(room, p),
       .stretch = NAME(take_stretch)(room, p, false),
   };
+  for (int i = 0; i < group; i++) {
+    taken.query[i] = sa_room_take(room, NAME(query_room)(p) * (int64_t)sizeof(NAME(element)));
+    taken.own[i] = NAME(take_gathered)(room, p);
+  }
+  return taken;
 }
 
 static NAME(forward_room) NAME(worker_room)(const NAME(forward_job) * job, int worker) {
-  return NAME(take_forward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job->p);
+  return NAME(take_forward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job->p, job->group);
 }
 
 // What a block's part of the keys gathered, kept between the two passes: the words of `alive`, then the rest.
@@ -275,37 +381,50 @@ static NAME(gathered) NAME(part_gathered)(const NAME(forward_job) * job, int64_t
   return NAME(take_gathered)(&room, job->p);
 }
 
-// Item -> block of queries; the last blocks first, since under a causal mask they have the most to do.
-static NAME(block) NAME(item_block)(const NAME(forward_job) * job, int64_t item) {
-  const int64_t index = job->blocks - 1 - item % job->blocks, head = item / job->blocks * job->heads;
-  return NAME(block_at)(job->p, head / job->p->heads, head % job->p->heads, index, job->heads);
+// The blocks of an item, of one head; returns how many. The last ones come first, since under a causal mask they have
+// the most to do.
+static int NAME(item_blocks)(const NAME(forward_job) * job, int64_t item, NAME(block) * blocks) {
+  const int64_t groups = (job->blocks + job->group - 1) / job->group, head = item / groups * job->heads;
+  const int64_t first = (groups - 1 - item % groups) * job->group, left = job->blocks - first;
+  const int count = left < job->group ? (int)left : job->group;
+  for (int i = 0; i < count; i++) {
+    blocks[i] = NAME(block_at)(job->p, head / job->p->heads, head % job->p->heads, first + i, job->heads);
+  }
+  return count;
 }
 
 static void NAME(forward_whole)(void *argument, int64_t item, int worker) {
   const NAME(forward_job) *job = argument;
   NAME(forward_room) room = NAME(worker_room)(job, worker);
-  const NAME(block) block = NAME(item_block)(job, item);
-  NAME(pack_query)(&block, 0, room.query);
-  NAME(gather_safely)(&block, 0, job->p->plan->col_tiles, &room, &room.own);
-  NAME(finish)(&block, &room.own);
-  if (job->p->weights.data) NAME(write_weights)(&block, &room, &room.own);
+  NAME(block) blocks[GROUP], next[GROUP];
+  const int count = NAME(item_blocks)(job, item, blocks);
+  // Long keys would be gone again before the next item looks at them.
+  const bool foresees = item + job->workers < job->items && job->p->keys <= job->turn * STRETCH;
+  if (foresees) NAME(item_blocks)(job, item + job->workers, next);
+  NAME(gather)
+  (blocks, count, foresees ? next : NULL, job->turn, 0, job->p->plan->col_tiles, &room, room.own);
+  for (int i = 0; i < count; i++) {
+    NAME(finish)(&blocks[i], &room.own[i]);
+    if (job->p->weights.data) NAME(write_weights)(&blocks[i], room.query[i], &room, &room.own[i]);
+  }
 }
 
 static void NAME(forward_part)(void *argument, int64_t item, int worker) {
   const NAME(forward_job) *job = argument;
   const NAME(forward_room) room = NAME(worker_room)(job, worker);
-  const NAME(block) block = NAME(item_block)(job, item / job->parts);
+  NAME(block) block;
+  NAME(item_blocks)(job, item / job->parts, &block);
   const int64_t tile = item % job->parts * job->tiles_per_part;
   uint64_t *alive;
   NAME(gathered) gathered = NAME(part_gathered)(job, item, &alive);
-  NAME(pack_query)(&block, 0, room.query);
-  NAME(gather_safely)(&block, tile, tile + job->tiles_per_part, &room, &gathered);
+  NAME(gather)(&block, 1, NULL, job->turn, tile, tile + job->tiles_per_part, &room, &gathered);
   *alive = gathered.alive;
 }
 
 static void NAME(forward_join)(void *argument, int64_t item, int worker) {
   const NAME(forward_job) *job = argument;
-  const NAME(block) block = NAME(item_block)(job, item);
+  NAME(block) block;
+  NAME(item_blocks)(job, item, &block);
   uint64_t *alive;
   NAME(gathered) whole = NAME(part_gathered)(job, item * job->parts, &alive);
   whole.alive = *alive;
@@ -317,42 +436,60 @@ static void NAME(forward_join)(void *argument, int64_t item, int worker) {
   NAME(finish)(&block, &whole);
   if (!job->p->weights.data) return;
   const NAME(forward_room) room = NAME(worker_room)(job, worker);
-  NAME(pack_query)(&block, 0, room.query);
-  NAME(write_weights)(&block, &room, &whole);
+  NAME(pack_query)(&block, 0, room.query[0]);
+  NAME(write_weights)(&block, room.query[0], &room, &whole);
+}
+
+// How many blocks take turns, and for how long. What they keep is to fit into the second cache beside what they share,
+// and every worker is to have some items. Where keys are converted, blocks take turns at every stretch, which is then
+// converted once. The bits do not depend on any of it.
+static void NAME(choose_group)(NAME(forward_job) * job, int64_t planes) {
+  enum { SHARED = 256 << 10, KEPT = 320 << 10 };
+  const sa_problem *p = job->p;
+  const int64_t element = sizeof(NAME(element)), row = (p->width + p->value_width) * element;
+  const int64_t kept = NAME(query_room)(p) * element + QUERIES * NAME(padded)(p->value_width) * (int64_t)sizeof(REAL);
+  int64_t group = KEPT / kept < GROUP ? KEPT / kept : GROUP;
+  while (group > 1 && planes * ((job->blocks + group - 1) / group) < 4 * job->workers) group /= 2;
+  const int64_t turn = SHARED / (STRETCH * row);
+  job->group = group < 1 ? 1 : (int)group;
+  job->turn = turn < 1 || sa_size_of(p->k.dtype) != element ? 1 : (int)turn;
 }
 
 static int NAME(forward)(const sa_problem *p) {
   enum { SHARES = 64 };
-  NAME(forward_job) job = {.p = p, .blocks = (p->queries + QUERIES - 1) / QUERIES, .heads = 1, .parts = 1};
+  NAME(forward_job) job = {.p = p, .blocks = (p->queries + QUERIES - 1) / QUERIES, .heads = 1, .parts = 1, .group = 1};
   if (p->key_heads) job.heads = NAME(heads_together)(p);
-  const int64_t items = p->batch * p->heads / job.heads * job.blocks, tiles = p->plan->col_tiles;
-  if (!items) return SA_OK;
+  const int64_t planes = p->batch * p->heads / job.heads, tiles = p->plan->col_tiles, blocks = planes * job.blocks;
+  if (!blocks) return SA_OK;
+  job.workers = sa_workers(2 * sa_visible_pairs(p) * (p->width + p->value_width));
+  NAME(choose_group)(&job, planes);
   // Few queries against many keys (decoding): the keys are split, by the shape alone, so that the bits do not depend on
   // how many threads there are.
-  if (items < SHARES && tiles >= 16) {
-    job.parts = (SHARES + items - 1) / items;
+  if (blocks < SHARES && tiles >= 16) {
+    job.parts = (SHARES + blocks - 1) / blocks;
     if (job.parts > tiles / 8) job.parts = tiles / 8;
+    job.group = 1;
   }
   job.tiles_per_part = (tiles + job.parts - 1) / job.parts;
-  const int workers = sa_workers(2 * sa_visible_pairs(p) * (p->width + p->value_width));
+  job.items = planes * ((job.blocks + job.group - 1) / job.group) * job.parts;
   sa_room measure = {0};
-  NAME(take_forward)(&measure, p);
+  NAME(take_forward)(&measure, p, job.group);
   job.room_bytes = measure.used;
-  job.rooms = sa_allocate("sa_forward", job.room_bytes * workers);
+  job.rooms = sa_allocate("sa_forward", job.room_bytes * job.workers);
   if (!job.rooms) return SA_NO_MEMORY;
   if (job.parts == 1) {
-    sa_parallel(workers, items, NAME(forward_whole), &job);
+    sa_parallel(job.workers, job.items, NAME(forward_whole), &job);
   } else {
     measure = (sa_room){.used = 64};
     NAME(take_gathered)(&measure, p);
     job.gathered_bytes = measure.used;
-    job.gathered = sa_allocate("sa_forward", job.gathered_bytes * items * job.parts);
+    job.gathered = sa_allocate("sa_forward", job.gathered_bytes * job.items);
     if (!job.gathered) {
       sa_release(job.rooms);
       return SA_NO_MEMORY;
     }
-    sa_parallel(workers, items * job.parts, NAME(forward_part), &job);
-    sa_parallel(workers, items, NAME(forward_join), &job);
+    sa_parallel(job.workers, job.items, NAME(forward_part), &job);
+    sa_parallel(job.workers, blocks, NAME(forward_join), &job);
     sa_release(job.gathered);
   }
   sa_release(job.rooms);

@@ -21,7 +21,8 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
                                                               const REAL *restrict a, int64_t a_stride,
                                                               const REAL *restrict b, int64_t b_row, REAL *restrict c,
                                                               int64_t c_row, int depth, sa_product_start start,
-                                                              const REAL *restrict factor, REAL *restrict peak) {
+                                                              const REAL *restrict factor, REAL *restrict peak,
+                                                              sa_forecast *restrict forecast) {
   for (int tile = 0; tile < tiles; tile++) {
     NAME(vector) sum[6][4];
 #pragma GCC unroll 6
@@ -34,18 +35,23 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
       }
     }
     const REAL *left = a, *right = b;
-    for (int k = 0; k < depth; k++) {
-      NAME(vector) row[4];
+    const int stint = forecast && forecast->next < forecast->parts ? 16 : depth;
+    for (int done = 0, end; done < depth; done = end) {
+      end = depth - done < stint ? depth : done + stint;
+      if (forecast) sa_forecast_call(forecast);
+      for (int k = done; k < end; k++) {
+        NAME(vector) row[4];
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; j++) row[j] = NAME(load)(right + j * LANES);
+        for (int j = 0; j < vectors; j++) row[j] = NAME(load)(right + j * LANES);
 #pragma GCC unroll 6
-      for (int i = 0; i < rows; i++) {
-        const NAME(vector) x = NAME(set)(turned ? left[i] : left[i * a_stride]);
+        for (int i = 0; i < rows; i++) {
+          const NAME(vector) x = NAME(set)(turned ? left[i] : left[i * a_stride]);
 #pragma GCC unroll 4
-        for (int j = 0; j < vectors; j++) sum[i][j] = NAME(fma)(x, row[j], sum[i][j]);
+          for (int j = 0; j < vectors; j++) sum[i][j] = NAME(fma)(x, row[j], sum[i][j]);
+        }
+        left += turned ? a_stride : 1;
+        right += b_row;
       }
-      left += turned ? a_stride : 1;
-      right += b_row;
     }
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++) {
@@ -72,13 +78,13 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
 #define SA_STRIP(R, V)                                                                                              \
   static __attribute__((noinline)) void NAME(strip_##R##x##V)(                                                      \
       int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
-      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak) {                           \
-    NAME(strip)(false, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak);                   \
+      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak, sa_forecast *forecast) {    \
+    NAME(strip)(false, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak, forecast);         \
   }                                                                                                                 \
   static __attribute__((noinline)) void NAME(turned_##R##x##V)(                                                     \
       int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
-      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak) {                           \
-    NAME(strip)(true, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak);                    \
+      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak, sa_forecast *forecast) {    \
+    NAME(strip)(true, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak, forecast);          \
   }
 #define SA_STRIPS(V) SA_STRIP(1, V) SA_STRIP(2, V) SA_STRIP(3, V) SA_STRIP(4, V) SA_STRIP(5, V) SA_STRIP(6, V)
 SA_STRIPS(1)
@@ -90,7 +96,7 @@ SA_STRIPS(4)
 #undef SA_STRIP
 
 typedef void (*NAME(strip_function))(int, const REAL *, int64_t, const REAL *, int64_t, REAL *, int64_t, int,
-                                     sa_product_start, const REAL *, REAL *);
+                                     sa_product_start, const REAL *, REAL *, sa_forecast *);
 #define SA_STRIP_ROW(WAY, V)                                                                             \
   {                                                                                                      \
     NULL, NAME(WAY##_1x##V), NAME(WAY##_2x##V), NAME(WAY##_3x##V), NAME(WAY##_4x##V), NAME(WAY##_5x##V), \
@@ -115,7 +121,7 @@ static const NAME(strip_function) NAME(strips)[2][TILE_VECTORS == 4 ? 3 : 2][7] 
 // therefore is to stay in the first cache beside a column of b: with all rows at once AVX2 lost 8 % in double.
 static void NAME(product)(const REAL *a, int64_t a_row, int64_t a_step, const REAL *b, int64_t b_row, REAL *c,
                           int64_t c_row, int rows, int columns, int depth, sa_product_start start, const REAL *factor,
-                          REAL *peak) {
+                          REAL *peak, sa_forecast *forecast) {
   enum { CACHED = 18 << 10 };
   const bool turned = a_step != 1;
   const int64_t a_stride = turned ? a_step : a_row;
@@ -123,20 +129,24 @@ static void NAME(product)(const REAL *a, int64_t a_row, int64_t a_step, const RE
   const int block = fitting >= rows ? rows : fitting < 12 ? 12 : fitting / 6 * 6;
   for (int row = 0; row < rows; row += block) {
     const int count = rows - row < block ? rows - row : block;
-    const int whole = count / 6, rest = count % 6;
+    // Tiles of 6 rows and what is left; so few rows that their sums do not keep the multipliers busy share six more.
+    struct {
+      int height, tiles;
+    } strip[] = {{6, count / 6}, {count % 6, 1}, {0, 1}};
+    if (strip[1].height && strip[1].height * TILE_VECTORS <= 8 && strip[0].tiles) {
+      strip[0].tiles--;
+      strip[2].height = (strip[1].height + 6) / 2;
+      strip[1].height += 6 - strip[2].height;
+    }
     for (int column = 0; column < columns;) {
       int shape = TILE_VECTORS == 4 ? 2 : 1;
       while ((LANES << shape) > columns - column) shape--;
       const NAME(strip_function) *strips = NAME(strips)[turned][shape];
       REAL *top = peak ? peak + column : NULL;
-      if (whole) {
-        strips[6](whole, a + row * a_row, a_stride, b + column, b_row, c + row * c_row + column, c_row, depth, start,
-                  factor ? factor + row : NULL, top);
-      }
-      if (rest) {
-        const int last = row + whole * 6;
-        strips[rest](1, a + last * a_row, a_stride, b + column, b_row, c + last * c_row + column, c_row, depth, start,
-                     factor ? factor + last : NULL, top);
+      for (int i = 0, at = row; i < 3; at += strip[i].height * strip[i].tiles, i++) {
+        if (!strip[i].height || !strip[i].tiles) continue;
+        strips[strip[i].height](strip[i].tiles, a + at * a_row, a_stride, b + column, b_row, c + at * c_row + column,
+                                c_row, depth, start, factor ? factor + at : NULL, top, forecast);
       }
       column += LANES << shape;
     }
@@ -146,8 +156,14 @@ static void NAME(product)(const REAL *a, int64_t a_row, int64_t a_step, const RE
 // to[dim][ROW] = factor * rows of x, transposed, 0 beyond the block and in the rows whose bit is set in `skip`.
 static void NAME(pack)(const sa_operand *x, const NAME(block) * block, int width, REAL factor, uint64_t skip,
                        REAL *to) {
+  const uint64_t lanes = ((uint64_t)2 << (LANES - 1)) - 1;
+  const bool in_place = x->dtype == DTYPE && block->each == block->count;
   REAL rows[LANES * SA_FUSED_WIDTH];
   for (int first = 0; first < block->vectors * LANES; first += LANES) {
+    if (in_place && first + LANES <= block->count && !(skip >> first & lanes)) {
+      NAME(turn)(NAME(row_at)(x, block, first), x->stride[2], width, factor, to + first);
+      continue;
+    }
     for (int i = 0; i < LANES; i++) {
       const bool absent = first + i >= block->count || skip >> (first + i) & 1;
       REAL *row = rows + i * SA_FUSED_WIDTH;
@@ -301,20 +317,22 @@ static void NAME(score_product)(const NAME(block) * block, const sa_stretch *str
     const int rows = keys - r < step ? keys - r : step;
     NAME(product)
     (key + r * key_stride, key_stride, 1, packed_query, NAME(ROW), scores + r * NAME(ROW), NAME(ROW), rows, columns,
-     (int)block->p->width, SA_FROM_ZERO, NULL, peak);
+     (int)block->p->width, SA_FROM_ZERO, NULL, peak, stretch->forecast);
     if (calls) NAME(call_bias)(block, stretch, r * QUERIES / keys, (r + rows) * QUERIES / keys);
   }
 }
 
 // What the products of the forward need in a worker's room.
 typedef struct NAME(forward_products) {
-  REAL *rows;    // [KEYS][the larger width, padded]: K or V, converted
+  REAL *rows;    // [KEYS][width, padded]: K, converted
+  REAL *values;  // [KEYS][value width, padded]: V, converted
   REAL *finite;  // [KEYS][value width, padded]: V for the careful path
 } NAME(forward_products);
 
 static NAME(forward_products) NAME(take_forward_products)(sa_room *room, const sa_problem *p) {
   const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
-  return (NAME(forward_products)){.rows = NAME(take)(room, KEYS * (width > value_width ? width : value_width)),
+  return (NAME(forward_products)){.rows = NAME(take)(room, KEYS * width),
+                                  .values = NAME(take)(room, KEYS * value_width),
                                   .finite = NAME(take)(room, KEYS * value_width)};
 }
 
@@ -326,9 +344,11 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
   const int width = (int)block->p->value_width, columns = NAME(columns)(width);
   const int64_t padded = NAME(padded)(width);
   const sa_product_start start = factor ? SA_FROM_SCALED : SA_FROM_ZERO;
-  int64_t stride;
-  const REAL *value =
-      NAME(rows_of)(&block->p->v, block, stretch->first, stretch->count, width, true, room->rows, &stride);
+  int64_t stride = padded;
+  const REAL *value = room->values;
+  if (!stretch->again || block->p->v.dtype == DTYPE) {
+    value = NAME(rows_of)(&block->p->v, block, stretch->first, stretch->count, width, true, room->values, &stride);
+  }
   if (leaked && visible && NAME(has_nonfinite)(value, stride, stretch->count, width)) {
     NAME(finite_part)(value, stride, stretch->count, width, room->finite);
     NAME(add_nonfinite)(block, stretch->count, visible, weights, value, stride, width, padded, leaked);
@@ -336,7 +356,8 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
     stride = padded;
   }
   NAME(product)
-  (weights, 1, NAME(ROW), value, stride, o, padded, block->count, columns, stretch->count, start, factor, NULL);
+  (weights, 1, NAME(ROW), value, stride, o, padded, block->count, columns, stretch->count, start, factor, NULL,
+   stretch->forecast);
   return visible;
 }
 
@@ -398,7 +419,7 @@ static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *s
       NAME(rows_of)(&block->p->v, block, stretch->first, stretch->count, width, false, products->value_rows, &stride);
   NAME(product)
   (value, stride, 1, products->packed_dout, NAME(ROW), dweights, NAME(ROW), stretch->count, block->vectors * LANES,
-   width, SA_FROM_ZERO, NULL, NULL);
+   width, SA_FROM_ZERO, NULL, NULL, NULL);
 }
 
 // dV += P^T dO.
@@ -407,7 +428,7 @@ static void NAME(add_dvalues)(const NAME(block) * block, int keys, const REAL *w
   const int width = (int)block->p->value_width;
   NAME(product)
   (weights, NAME(ROW), 1, dout, NAME(padded)(width), to, NAME(padded)(width), keys, NAME(columns)(width), block->count,
-   SA_FROM_SELF, NULL, NULL);
+   SA_FROM_SELF, NULL, NULL, NULL);
 }
 
 // dK += dS^T Q.
@@ -416,7 +437,7 @@ static void NAME(add_dkeys)(const NAME(block) * block, int keys, const REAL *dsc
   const int width = (int)block->p->width;
   NAME(product)
   (dscores, NAME(ROW), 1, query, NAME(padded)(width), to, NAME(padded)(width), keys, NAME(columns)(width), block->count,
-   SA_FROM_SELF, NULL, NULL);
+   SA_FROM_SELF, NULL, NULL, NULL);
 }
 
 // dQ += dS K, or dS K alone when it is the `first`. What is not finite in K, when it is `wild`, reaches who sees it.
@@ -429,7 +450,7 @@ static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stre
   if (apart) NAME(finite_part)(key, stride, keys, width, products->finite_key);
   NAME(product)
   (dscores, 1, NAME(ROW), apart ? products->finite_key : key, apart ? padded : stride, to, padded, block->count,
-   NAME(columns)(width), keys, first ? SA_FROM_ZERO : SA_FROM_SELF, NULL, NULL);
+   NAME(columns)(width), keys, first ? SA_FROM_ZERO : SA_FROM_SELF, NULL, NULL, NULL);
   if (apart) NAME(add_nonfinite)(block, keys, visible, dscores, key, stride, width, padded, to);
 }
 

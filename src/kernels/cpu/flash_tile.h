@@ -68,7 +68,15 @@ static NAME(block) NAME(block_at)(const sa_problem *p, int64_t batch, int64_t he
 
 // Where row i of a block lies.
 static inline void *NAME(row_at)(const sa_operand *x, const NAME(block) * block, int i) {
+  if (block->each == block->count) return sa_at(x, block->batch, block->head, block->query + i, 0);
   return sa_at(x, block->batch, block->head + i / block->each, block->query + i % block->each, 0);
+}
+
+// A row as the kernels compute with it: where it lies, or converted into `room`.
+static inline const REAL *NAME(row_of)(const void *from, int dtype, int width, REAL *room) {
+  if (dtype == DTYPE) return from;
+  NAME(read_row)(from, dtype, width, room);
+  return room;
 }
 
 // What interleaves the low and the high halves of two vectors.

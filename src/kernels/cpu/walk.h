@@ -5,14 +5,48 @@
 #include "plan.h"
 
 // A block of queries is half a tile: as many as one word of a pattern has bits. Keys come in stretches of up to KEYS,
-// and masks are looked at in segments of 64 keys.
-enum { QUERIES = 64, KEYS = SA_TILE, SEGMENT = 64, SEGMENTS = SA_TILE / SEGMENT };
+// and masks are looked at in segments of 64 keys. Up to GROUP blocks go along the same keys together.
+enum { QUERIES = 64, KEYS = SA_TILE, SEGMENT = 64, SEGMENTS = SA_TILE / SEGMENT, GROUP = 8 };
+
+// Rows of memory that will be wanted, in their order. Products call for their lines into the second cache, a few every
+// some steps: a call that finds the processor's buffers for misses full holds up all that comes after it.
+typedef struct sa_forecast {
+  struct {
+    const char *row;
+    int64_t stride, bytes, rows;
+  } part[8];
+  int next, parts;
+  int64_t called;  // bytes of the next part's row
+} sa_forecast;
+
+static inline void sa_forecast_add(sa_forecast *forecast, const void *row, int64_t stride, int64_t bytes,
+                                   int64_t rows) {
+  if (rows <= 0 || bytes <= 0 || forecast->parts == 8) return;
+  forecast->part[forecast->parts].row = row;
+  forecast->part[forecast->parts].stride = stride;
+  forecast->part[forecast->parts].bytes = bytes;
+  forecast->part[forecast->parts++].rows = rows;
+}
+
+static inline __attribute__((always_inline)) void sa_forecast_call(sa_forecast *forecast) {
+  for (int line = 0; line < 6 && forecast->next < forecast->parts; line++) {
+    __typeof__(&forecast->part[0]) part = &forecast->part[forecast->next];
+    __builtin_prefetch(part->row + forecast->called, 0, 2);
+    forecast->called += 64;
+    if (forecast->called < part->bytes) continue;
+    forecast->called = 0;
+    part->row += part->stride;
+    if (--part->rows == 0) forecast->next++;
+  }
+}
 
 // `count` keys from `first` on; visible to the block as `pattern` says, or, when that is NULL, to all its queries.
 typedef struct sa_stretch {
   int64_t first;
   int count;
   const uint64_t (*pattern)[SA_TILE / 64];  // word of key r: pattern[r][half]
+  bool again;                               // the same keys as the stretch that the worker had before
+  sa_forecast *forecast;                    // what to call for meanwhile; may be NULL
 } sa_stretch;
 
 typedef struct sa_walk {
@@ -75,7 +109,7 @@ static inline bool sa_walk_next(sa_walk *walk, sa_stretch *stretch) {
         const int64_t rest = (walk->segment_end - segment) * SEGMENT;
         const int count = rest < walk->most ? (int)rest : walk->most;
         walk->segment += count / SEGMENT;
-        *stretch = (sa_stretch){key, count, NULL};
+        *stretch = (sa_stretch){.first = key, .count = count};
         return true;
       }
       walk->segment++;
@@ -92,7 +126,7 @@ static inline bool sa_walk_next(sa_walk *walk, sa_stretch *stretch) {
           count += more;
         }
       }
-      *stretch = (sa_stretch){key, count, sight == SA_SEES_ALL ? NULL : pattern};
+      *stretch = (sa_stretch){.first = key, .count = count, .pattern = sight == SA_SEES_ALL ? NULL : pattern};
       return true;
     }
   }
