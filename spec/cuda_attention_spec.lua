@@ -101,6 +101,7 @@ helper.describe_cuda("attention on a CUDA device", function()
       assert.equal(fastest and "hopper-bf16-64" or "portable-bf16", kernel(options))
     end
     assert.equal("portable-bf16", kernel({weights = true}))
+  end)
 
   -- Products of f32 are made of parts that have scales: each row its own, whatever else is in its tile.
   it("keeps f32's digits in rows of any size", function()
