@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/hopper_backward.cuh"
+#include "kernels/cuda/hopper_backward_extras.cuh"
 
 static const char function[] = "sa_backward";
 
@@ -17,7 +18,8 @@ enum { MIXED_BYTES = 17 << 20, MIXED_BYTES_ALIKE = 34 << 20 };
 
 static int bucket(const sa_problem *p) {
   const int64_t width = p->width > p->value_width ? p->width : p->value_width;
-  return width <= 64 ? 64 : width <= 128 ? 128 : 0;
+  // Extras have a kernel for 128 alone: with steps of 128 queries there are no registers for them.
+  return width <= 64 && !hopper_has_extras(p) ? 64 : width <= 128 ? 128 : 0;
 }
 
 static int64_t padded_queries(const sa_problem *p) {
@@ -44,7 +46,9 @@ static bool fits(const sa_problem *p, const sa_operand *x, int64_t heads, int64_
 bool sa_cuda_hopper_backward_covers(const sa_problem *p) {
   const int64_t heads = p->batch * p->heads, padded = padded_queries(p);
   if (p->dtype != SA_BF16 && p->dtype != SA_F16) return false;
-  if (p->bias.data || p->alibi.data || p->softcap > 0 || p->dropout > 0) return false;
+  if (hopper_has_extras(p) && !hopper_scores_fit(p)) return false;
+  // A slope's gradient wants dS without the softcap's part.
+  if (p->dalibi.data && p->softcap > 0) return false;
   if (heads == 0 || p->queries == 0 || p->keys == 0) return false;
   if (!bucket(p) || p->width == 0 || p->value_width == 0 || p->width % 8 || p->value_width % 8) return false;
   if (p->queries > INT32_MAX / 2 || p->keys > INT32_MAX / 2) return false;
@@ -100,6 +104,14 @@ static int64_t lay_out(const sa_problem *p, hopper_backward_call *c, char *memor
   at += rows * 4;
   c->delta = (float *)at;
   at += rows * 4;
+  if (hopper_has_extras(p)) {
+    c->log2_sum = (float *)at;
+    at += rows * 4;
+  }
+  if (p->bias.data) {
+    c->coarse = (int32_t *)at;
+    at += (rows / 64 * 4 + 255) / 256 * 256;
+  }
   c->sink_part = p->dsinks.data ? (float *)at : NULL;
   if (p->dsinks.data) at += (rows / 64 * 4 + 255) / 256 * 256;
   if (!p->dout.data) {  // zeros, the same for all heads
@@ -114,8 +126,10 @@ static int64_t lay_out(const sa_problem *p, hopper_backward_call *c, char *memor
   c->bad_key = c->flagged + 1;
   c->bad_query = c->bad_key + c->jobs;
   c->turn = c->bad_query + chunks;
-  c->zeroed_count = c->turn + chunks - c->zeroed;
-  return (char *)(c->turn + chunks) - memory;
+  const int64_t slopes = p->dalibi.data ? p->batch * p->heads * key_columns(p) * 8 : 0;
+  c->slope_part = slopes ? (float *)(c->turn + chunks) : NULL;
+  c->zeroed_count = c->turn + chunks + slopes - c->zeroed;
+  return (char *)(c->zeroed + c->zeroed_count) - memory;
 }
 
 static int64_t lists_in_use(const int64_t *start, int64_t count) {
@@ -161,31 +175,71 @@ static void order_heads(const sa_problem *p, hopper_backward_call *c) {
   }
 }
 
+#define LAUNCH(type, careful, extras) hopper_backward_launch<type, 128, careful, extras>
+#define DECLARE(careful, extras)                                                                                    \
+  extern template int LAUNCH(__nv_bfloat16, careful, extras)(const hopper_backward_call &, unsigned, cudaStream_t); \
+  extern template int LAUNCH(__half, careful, extras)(const hopper_backward_call &, unsigned, cudaStream_t);
+DECLARE(false, HOPPER_BACKWARD_BIAS)
+DECLARE(false, HOPPER_BACKWARD_SOFTCAP)
+DECLARE(false, HOPPER_BACKWARD_ALIBI)
+DECLARE(false, HOPPER_BACKWARD_DROPOUT)
+DECLARE(false, HOPPER_BACKWARD_ANY)
+DECLARE(true, HOPPER_BACKWARD_ANY)
+
+// What the kernel of a problem must be able to do.
+static int extras_of(const sa_problem *p) {
+  const bool softcap = p->softcap > 0, alibi = p->alibi.data, dropout = p->dropout > 0, bias = p->bias.data;
+  if (bias + softcap + alibi + dropout > 1 || p->softcap > HOPPER_SOFTCAP) return HOPPER_BACKWARD_ANY;
+  return (bias ? HOPPER_BACKWARD_BIAS : 0) | (softcap ? HOPPER_BACKWARD_SOFTCAP : 0) |
+         (alibi ? HOPPER_BACKWARD_ALIBI : 0) | (dropout ? HOPPER_BACKWARD_DROPOUT : 0);
+}
+
+template <class T, int WIDTH, bool CAREFUL>
+static int launch_products(int extras, const hopper_backward_call &c, cudaStream_t stream, unsigned blocks) {
+  if (extras && CAREFUL) return LAUNCH(T, true, HOPPER_BACKWARD_ANY)(c, blocks, stream);
+  switch (extras) {
+    case 0:
+      return hopper_backward_launch<T, WIDTH, CAREFUL, 0>(c, blocks, stream);
+    case HOPPER_BACKWARD_BIAS:
+      return LAUNCH(T, false, HOPPER_BACKWARD_BIAS)(c, blocks, stream);
+    case HOPPER_BACKWARD_SOFTCAP:
+      return LAUNCH(T, false, HOPPER_BACKWARD_SOFTCAP)(c, blocks, stream);
+    case HOPPER_BACKWARD_ALIBI:
+      return LAUNCH(T, false, HOPPER_BACKWARD_ALIBI)(c, blocks, stream);
+    case HOPPER_BACKWARD_DROPOUT:
+      return LAUNCH(T, false, HOPPER_BACKWARD_DROPOUT)(c, blocks, stream);
+    default:
+      return LAUNCH(T, false, HOPPER_BACKWARD_ANY)(c, blocks, stream);
+  }
+}
+
 template <class T, int WIDTH>
 static int launch(const sa_problem *p, const hopper_backward_call &c, cudaStream_t stream) {
-  const unsigned row_blocks = (unsigned)(c.batch * (int64_t)c.heads * (c.padded / 64));
-  const int processors = sa_cuda_properties_of(p->device)->processors;
+  const unsigned row_blocks = (unsigned)(c.batch * (int64_t)c.heads * (c.padded / 64)), heads = (unsigned)c.heads;
+  const int processors = sa_cuda_properties_of(p->device)->processors, extras = extras_of(p);
   const unsigned blocks = (unsigned)(c.jobs < processors ? c.jobs : processors);
-  const size_t shared = hopper_backward_shape<T, WIDTH, false>::bytes;
-  const size_t careful_shared = hopper_backward_shape<T, WIDTH, true>::bytes;
   int status =
       sa_cuda_launch(function, hopper_backward_rows<T, WIDTH>, row_blocks, HOPPER_BACKWARD_ROWS_THREADS, 0, stream, c);
-  if (!status && c.sink_part) {
-    status = sa_cuda_launch(function, hopper_backward_sinks<T>, (unsigned)c.heads, 32, 0, stream, c);
+  if (!status && c.sink_part) status = sa_cuda_launch(function, hopper_backward_sinks<T>, heads, 32, 0, stream, c);
+  if (!c.dq_out.data && !c.dk_out.data && !c.dv_out.data && !c.slope_part) return status;
+  if (!status && c.coarse) {
+    status =
+        sa_cuda_launch(function, hopper_backward_bases<T>, row_blocks, HOPPER_BACKWARD_BASES_THREADS, 0, stream, c);
   }
-  if (!c.dq_out.data && !c.dk_out.data && !c.dv_out.data) return status;
-  if (!status) {
-    status = sa_cuda_launch(function, hopper_backward_tiles<T, WIDTH, false>, blocks, HOPPER_BACKWARD_THREADS, shared,
-                            stream, c);
-  }
+  if (!status) status = launch_products<T, WIDTH, false>(extras, c, stream, blocks);
   if (!status && c.dq_out.data && !c.deterministic) {
     status = sa_cuda_launch(function, hopper_backward_convert<T, WIDTH>, row_blocks, 2 * WIDTH, 0, stream, c);
   }
-  if (!status) {
-    status = sa_cuda_launch(function, hopper_backward_tiles<T, WIDTH, true>, blocks, HOPPER_BACKWARD_THREADS,
-                            careful_shared, stream, c);
-  }
+  if (!status) status = launch_products<T, WIDTH, true>(extras, c, stream, blocks);
+  if (!status && c.slope_part) status = sa_cuda_launch(function, hopper_backward_slopes, heads, 256, 0, stream, c);
   return status;
+}
+
+// The bias's gradient, which is made tile by tile of the bias.
+static int launch_bias(const sa_problem *p) {
+  sa_problem rest = *p;
+  rest.dq.data = rest.dk.data = rest.dv.data = rest.dsinks.data = rest.dalibi.data = NULL;
+  return sa_cuda_portable_backward(&rest);
 }
 
 int sa_cuda_hopper_backward(const sa_problem *p) {
@@ -219,6 +273,13 @@ int sa_cuda_hopper_backward(const sa_problem *p) {
   c.padded = (int32_t)padded_queries(p);
   c.scale = (float)p->scale;
   c.scale_log2 = (float)(p->scale * 1.4426950408889634);
+  c.lse_unit = 1.44269504f;
+  if (hopper_has_extras(p)) {
+    c.scores = hopper_scores_of(p);
+    c.lse_unit = c.scores.base;
+    if (p->bias.data) c.dead = p->dead;
+    c.dalibi = p->dalibi;
+  }
   c.deterministic = p->deterministic;
   c.jobs = (int32_t)(p->batch * p->key_heads * key_columns(p));
   c.mixed = mixed_heads(p);
@@ -241,5 +302,5 @@ int sa_cuda_hopper_backward(const sa_problem *p) {
     status = bucket(p) == 64 ? launch<__half, 64>(p, c, stream) : launch<__half, 128>(p, c, stream);
   }
   sa_cuda_scratch_release(p->device, scratch);
-  return status;
+  return !status && p->dbias.data ? launch_bias(p) : status;
 }

@@ -40,6 +40,10 @@
 // so each add happens after the one before it. The last to add meets its warpgroup at a barrier after the acquire, and
 // the sums are read as ordinary memory. The launches that convert and do again come later in the stream.
 //
+// Extras (bias, softcap, ALiBi, dropout) are compiled into kernels of their own, one each and one for all, of width 128
+// alone. P then goes two ways, as dropout is part of dV's and the softcap's derivative of dS's; the bias of a step is
+// read into registers before its scores are there, for which dP is started after P.
+//
 // A column or a chunk whose result is not finite is noted, and a last launch (CAREFUL) does all columns that touch one
 // again: the same products in the same order, but the elements of Q, dO and K that are not finite are replaced by 0
 // where they are multiplied by P or dS, and their products then added one by one where the pair is visible. So keys and
@@ -59,12 +63,22 @@ enum {
   HOPPER_BACKWARD_BOTH = 1,
   HOPPER_BACKWARD_DQ_FULL = 2,
   HOPPER_BACKWARD_DQ_EMPTY = 4,
-  HOPPER_BACKWARD_WARPGROUP = 6
+  HOPPER_BACKWARD_WARPGROUP = 6,
+  // What a kernel can do beyond the scale: the template argument EXTRAS.
+  HOPPER_BACKWARD_BIAS = 1,
+  HOPPER_BACKWARD_SOFTCAP = 2,  // up to HOPPER_SOFTCAP, larger ones with HOPPER_BACKWARD_ANY
+  HOPPER_BACKWARD_ALIBI = 4,
+  HOPPER_BACKWARD_DROPOUT = 8,
+  HOPPER_BACKWARD_ANY = 15
 };
 
-template <class T, int WIDTH, bool CAREFUL>
+template <class T, int WIDTH, bool CAREFUL, int EXTRAS = 0>
 struct hopper_backward_shape {
   using type = T;
+  static constexpr int extras = EXTRAS;
+  static constexpr bool biased = EXTRAS & HOPPER_BACKWARD_BIAS;
+  static constexpr bool splits =
+      EXTRAS & (HOPPER_BACKWARD_SOFTCAP | HOPPER_BACKWARD_DROPOUT);  // P of dV from that of dS
   static constexpr int width = WIDTH, panels = WIDTH / SA_PANEL;
   static constexpr int queries = WIDTH == 64 ? 128 : 64;  // of a step
   static constexpr int steps = SA_TILE / queries;         // of a tile
@@ -80,7 +94,8 @@ struct hopper_backward_shape {
                             lse = clean_k + (CAREFUL ? key_bytes : 0), delta = lse + q_slots * queries * 4,
                             bits = delta + dout_slots * queries * 4, step = bits + q_slots * bits_bytes,
                             job = step + q_slots * 16, turn = job + 2 * 16, last = turn + HOPPER_BACKWARD_TURNS * 16,
-                            bad_q = last + 2 * 16, bad_dout = bad_q + (CAREFUL ? 4 * queries : 0),
+                            log2_sum = last + 2 * 16, bad_q = log2_sum + (biased ? 4 * q_slots * queries : 0),
+                            bad_dout = bad_q + (CAREFUL ? 4 * queries : 0),
                             bad_k = bad_dout + (CAREFUL ? 4 * queries : 0),
                             k_full = bad_k + (CAREFUL ? 4 * SA_TILE : 0), k_empty = k_full + 8, v_full = k_empty + 8,
                             v_empty = v_full + 8, job_full = v_empty + 8, job_empty = job_full + 16,
@@ -255,12 +270,18 @@ struct hopper_backward_producer {
     const int slot = loaded % SHAPE::q_slots;
     const uint32_t full = base + SHAPE::q_full + 8 * slot;
     mbarrier_wait(base + SHAPE::q_empty + 8 * slot, (loaded / SHAPE::q_slots & 1) ^ 1);
-    shared_store_4i(base + SHAPE::step + 16 * slot, pattern >= 0, query, head, 0);
-    mbarrier_arrive_expect(full, SHAPE::query_bytes + SHAPE::queries * 4 + (pattern >= 0 ? SHAPE::bits_bytes : 0));
+    const float slope = SHAPE::extras & HOPPER_BACKWARD_ALIBI ? hopper_slope(c.scores, head) : 0.f;
+    shared_store_4i(base + SHAPE::step + 16 * slot, pattern >= 0, query, head, __float_as_int(slope));
+    mbarrier_arrive_expect(full, SHAPE::query_bytes + (SHAPE::biased ? 2 : 1) * SHAPE::queries * 4 +
+                                     (pattern >= 0 ? SHAPE::bits_bytes : 0));
     load(base + SHAPE::q + slot * SHAPE::query_bytes, &c.q, query, SHAPE::queries, head * c.q_head_step,
          batch * c.q_batch_step, full);
     bulk_load(base + SHAPE::lse + slot * SHAPE::queries * 4, c.lse_log2 + statistics(batch, head, query),
               SHAPE::queries * 4, full);
+    if constexpr (SHAPE::biased) {
+      bulk_load(base + SHAPE::log2_sum + slot * SHAPE::queries * 4, c.log2_sum + statistics(batch, head, query),
+                SHAPE::queries * 4, full);
+    }
     if (pattern < 0) return;
     bulk_load(base + SHAPE::bits + slot * SHAPE::bits_bytes,
               c.plan.col_bits + (int64_t)pattern * 512 + query % SA_TILE / 64 * 256, SHAPE::bits_bytes, full);
@@ -507,6 +528,13 @@ struct hopper_backward_consumer {
   float dk[sums], dv[sums], s[scores], dp[scores];
   uint32_t p[pairs];
   int4 job;
+  // Extras, of a step: the bias, P without dropout but with the softcap's derivative, which pairs are visible, which
+  // are kept;
+  // and what the job has for the slope of the head at hand.
+  uint32_t bias[SHAPE::biased ? scores : 1], weights[SHAPE::splits ? pairs : 1];
+  uint32_t seen[SHAPE::halves], kept[SHAPE::halves];
+  float slope_sum;
+  int slope_head;
 
   __device__ __forceinline__ hopper_backward_consumer(const hopper_backward_call &call, uint32_t start, int group)
       : c(call),
@@ -589,6 +617,205 @@ struct hopper_backward_consumer {
     }
   }
 
+  // Extras.
+
+  // Whether a call has one of them; known where the kernel can do no other, or not that one.
+  template <int EXTRA>
+  static __device__ __forceinline__ bool wants(bool asked) {
+    return SHAPE::extras & EXTRA && (SHAPE::extras == EXTRA || asked);
+  }
+
+  // The first of the thread's queries of a step: the others are 16 j + 8 (i / 4) + i % 2 after it, for element 8 j + i.
+  __device__ __forceinline__ int first_query(const int4 &step) const {
+    return step.y + 2 * (lane & 3);
+  }
+
+  // The first of its keys; the other is 8 after it.
+  __device__ __forceinline__ int first_key() const {
+    return job.x * SA_TILE + w * 64 + row();
+  }
+
+  // Which weights of a step dropout keeps, a bit each. Four lanes, whose keys share a block of four weights, draw a
+  // quarter of the blocks each and give every other lane its eight bits.
+  __device__ __forceinline__ void draw(int g) {
+    const hopper_scores &rule = c.scores;
+#pragma unroll
+    for (int h = 0; h < SHAPE::halves; h++) kept[h] = ~0u;
+    if (!wants<HOPPER_BACKWARD_DROPOUT>(rule.threshold)) return;
+    const int4 step = shared_load_4i(base + SHAPE::step + 16 * (g % SHAPE::q_slots));
+    const uint64_t first = hopper_first_weight(rule, job.z, c.heads, step.z) + first_key();
+    const int mine = lane / 4 % 4;
+    if (c.keys % 4 == 0) {
+#pragma unroll 1
+      for (int h = 0; h < SHAPE::halves; h++) {
+        uint32_t bytes = 0;
+#pragma unroll 1
+        for (int i = 0; i < 8; i++) {
+          const int query = first_query(step) + 64 * h + 16 * mine + i / 4 * 8 + (i & 1);
+          const uint32_t four = hopper_kept_block(rule, (first + (uint64_t)query * c.keys + (i & 2) * 4) / 4);
+          bytes |= (four * 0x204081 & 0x1010101) << i;
+        }
+        uint32_t all = 0;
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          all |= (__shfl_xor_sync(~0u, bytes, 4 * n) >> 8 * mine & 255) << 8 * (mine ^ n);
+        }
+        set_kept(h, all);
+      }
+    } else {
+#pragma unroll 1
+      for (int h = 0; h < SHAPE::halves; h++) {
+        uint32_t all = 0;
+#pragma unroll 1
+        for (int i = 0; i < 32; i++) {
+          const int query = first_query(step) + 64 * h + i / 4 * 8 + (i & 1);
+          all |= (uint32_t)hopper_keeps(rule, first + (uint64_t)query * c.keys + (i & 2) * 4) << i;
+        }
+        set_kept(h, all);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void set_kept(int half, uint32_t bits) {
+#pragma unroll
+    for (int h = 0; h < SHAPE::halves; h++)
+      if (h == half) kept[h] = bits;
+  }
+
+  // Calls for the bias of a step; what lies beyond the last query or key is read from the last.
+  __device__ __forceinline__ void read_bias(int g) {
+    const sa_operand &x = c.scores.bias;
+    if (!wants<HOPPER_BACKWARD_BIAS>(x.data)) {
+#pragma unroll
+      for (int i = 0; i < scores; i++) bias[i] = 0;
+      return;
+    }
+    const int4 step = shared_load_4i(base + SHAPE::step + 16 * (g % SHAPE::q_slots));
+    const int64_t from = job.z * x.stride[0] + step.z * x.stride[1];
+    if (x.dtype == SA_F32) {
+      read_bias_from((const uint32_t *)x.data + from, step);
+    } else {
+      read_bias_from((const uint16_t *)x.data + from, step);
+    }
+  }
+
+  template <class E>
+  __device__ __forceinline__ void read_bias_from(const E *from, const int4 &step) {
+    const int64_t row = c.scores.bias.stride[2];
+    from += min(first_key(), c.keys - 1) * c.scores.bias.stride[3];
+    const int64_t apart = (min(first_key() + 8, c.keys - 1) - min(first_key(), c.keys - 1)) * c.scores.bias.stride[3];
+#pragma unroll
+    for (int x = 0; x < scores; x += 4) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const E *at = from + min(first_query(step) + 2 * x + i, c.queries - 1) * row;
+        bias[x + i] = __ldg(at);
+        bias[x + i + 2] = __ldg(at + apart);
+      }
+    }
+  }
+
+  __device__ __forceinline__ float bias_of(int x) {
+    const bool wide = c.scores.bias.dtype == SA_F32;
+    if constexpr (std::is_same<type, __half>::value) return wide ? __uint_as_float(bias[x]) : hopper_low<type>(bias[x]);
+    return __uint_as_float(bias[x] << (wide ? 0 : 16));
+  }
+
+  // Products to weights: p with dropout, weights for dS.
+  __device__ __forceinline__ void weigh(int g) {
+    const hopper_scores &rule = c.scores;
+    const int slot = g % SHAPE::q_slots;
+    const int4 step = shared_load_4i(base + SHAPE::step + 16 * slot);
+    const float slope = __int_as_float(step.w);
+#pragma unroll
+    for (int h = 0; h < SHAPE::halves; h++) {
+      seen[h] = ~0u;
+      if (step.x) seen[h] = shared_load(base + SHAPE::bits + slot * SHAPE::bits_bytes + h * 1024 + w * 512 + t * 4);
+    }
+    const float apart = (float)(first_key() - first_query(step) - rule.diagonal);
+#pragma unroll
+    for (int j = 0; j < SHAPE::queries / 16; j++) {
+      float extra[8], through[8];
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const int x = 8 * j + i;
+        extra[i] = 0.f;
+        through[i] = 1.f;
+        if constexpr (SHAPE::biased) {
+          extra[i] = bias_of(x);
+          if (extra[i] == -INFINITY) seen[x / 32] &= ~(1u << x % 32);
+        }
+      }
+      if (wants<HOPPER_BACKWARD_ALIBI>(slope != 0.f)) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          extra[i] = hopper_extra(extra[i], slope, apart + (float)((i & 2) * 4 - 16 * j - i / 4 * 8 - (i & 1)));
+        }
+      }
+      if (wants<HOPPER_BACKWARD_SOFTCAP>(rule.capped == 1)) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) through[i] = s[8 * j + i] = hopper_capped<true>(rule, s[8 * j + i]);
+      } else if (SHAPE::extras == HOPPER_BACKWARD_ANY && rule.capped) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) through[i] = s[8 * j + i] = hopper_capped<false>(rule, s[8 * j + i]);
+      }
+      if (wants<HOPPER_BACKWARD_SOFTCAP>(rule.capped)) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) through[i] = fmaf(-through[i], through[i], 1.f);
+      }
+      const uint32_t at = slot * SHAPE::queries * 4 + j * 64 + (lane & 3) * 16;
+      const float4 lse = shared_load_4(base + SHAPE::lse + at);
+      float4 sum = make_float4(0, 0, 0, 0);
+      if constexpr (SHAPE::biased) sum = shared_load_4(base + SHAPE::log2_sum + at);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const int x = 8 * j + i;
+        const float minus = i < 4 ? (i & 1 ? lse.y : lse.x) : (i & 1 ? lse.w : lse.z);
+        const float less = i < 4 ? (i & 1 ? sum.y : sum.x) : (i & 1 ? sum.w : sum.z);
+        const float score = __fadd_rn(hopper_score(rule, s[x], extra[i]), minus);
+        const float weight = exp2_fast(SHAPE::biased ? fmaf(score, rule.unit, -less) : score);
+        s[x] = seen[x / 32] >> x % 32 & 1 ? weight : 0.f;
+        if constexpr (SHAPE::splits) {
+          through[i] = s[x] == 0.f ? 0.f : s[x] * through[i];  // a masked pair may have let NaN through
+          s[x] = kept[x / 32] >> x % 32 & 1 ? s[x] * rule.kept : 0.f;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        p[4 * j + i / 2] = pack_halves<type>(s[8 * j + i], s[8 * j + i + 1]);
+        if constexpr (SHAPE::splits) weights[4 * j + i / 2] = pack_halves<type>(through[i], through[i + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void select_seen(float (&x)[scores]) {
+#pragma unroll
+    for (int i = 0; i < scores; i++) x[i] = seen[i / 32] >> i % 32 & 1 ? x[i] : 0.f;
+  }
+
+  // What dS of a step gives to the slope.
+  __device__ __forceinline__ void add_slope(int g) {
+    const int4 step = shared_load_4i(base + SHAPE::step + 16 * (g % SHAPE::q_slots));
+    if (step.z != slope_head) write_slope(step.z);
+    const float apart = (float)(first_key() - first_query(step) - c.scores.diagonal);
+#pragma unroll
+    for (int x = 0; x < scores; x++) {
+      const int i = x % 8;
+      slope_sum = fmaf(-dp[x], fabsf(apart + (float)((i & 2) * 4 - x / 8 * 16 - i / 4 * 8 - (i & 1))), slope_sum);
+    }
+  }
+
+  // The sum for the head that ends is written, one for the next begun.
+  __device__ __forceinline__ void write_slope(int next) {
+    if (slope_head >= 0) {
+      const float sum = hopper_warp_sum_f(slope_sum);
+      const int64_t at = ((int64_t)(job.z * c.heads + slope_head) * c.plan.col_tiles + job.x) * 8 + w * 4 + warp;
+      if (lane == 0) c.slope_part[at] = sum;
+    }
+    slope_sum = 0.f;
+    slope_head = next;
+  }
+
   __device__ __forceinline__ void hand_over(float (&dq)[32]) {
     named_barrier_sync(HOPPER_BACKWARD_DQ_EMPTY + w, 160);
     const int4 last = CAREFUL ? make_int4(-1, 0, 0, 0) : shared_load_4i(base + SHAPE::last + 16 * w);
@@ -635,20 +862,34 @@ struct hopper_backward_consumer {
   template <bool FIRST>
   __device__ __forceinline__ void probabilities(int g) {
     const int slot = g % SHAPE::q_slots;
-    start_dp(g);
-    wgmma_wait<CAREFUL ? 0 : FIRST ? 1 : 2>();  // S is there
+    if constexpr (SHAPE::biased || SHAPE::extras & HOPPER_BACKWARD_DROPOUT) {
+      if constexpr (SHAPE::biased) read_bias(g);
+      draw(g);
+      wgmma_wait<CAREFUL || FIRST ? 0 : 1>();  // S is there
+      weigh(g);
+      start_dp(g);  // so late that the bias or what is drawn has its registers before
+      if constexpr (CAREFUL) wgmma_wait<0>();
+    } else if constexpr (SHAPE::extras) {
+      start_dp(g);
+      draw(g);
+      wgmma_wait<CAREFUL ? 0 : FIRST ? 1 : 2>();  // S is there
+      weigh(g);
+    } else {
+      start_dp(g);
+      wgmma_wait<CAREFUL ? 0 : FIRST ? 1 : 2>();  // S is there
 #pragma unroll
-    for (int j = 0; j < SHAPE::queries / 16; j++) {
-      const float4 lse = shared_load_4(base + SHAPE::lse + slot * SHAPE::queries * 4 + j * 64 + (lane & 3) * 16);
+      for (int j = 0; j < SHAPE::queries / 16; j++) {
+        const float4 lse = shared_load_4(base + SHAPE::lse + slot * SHAPE::queries * 4 + j * 64 + (lane & 3) * 16);
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const float minus = i < 4 ? (i & 1 ? lse.y : lse.x) : (i & 1 ? lse.w : lse.z);
-        s[8 * j + i] = exp2_fast(fmaf(s[8 * j + i], c.scale_log2, minus));
+        for (int i = 0; i < 8; i++) {
+          const float minus = i < 4 ? (i & 1 ? lse.y : lse.x) : (i & 1 ? lse.w : lse.z);
+          s[8 * j + i] = exp2_fast(fmaf(s[8 * j + i], c.scale_log2, minus));
+        }
       }
-    }
-    select_visible(s, slot);
+      select_visible(s, slot);
 #pragma unroll
-    for (int i = 0; i < pairs; i++) p[i] = pack_halves<type>(s[2 * i], s[2 * i + 1]);
+      for (int i = 0; i < pairs; i++) p[i] = pack_halves<type>(s[2 * i], s[2 * i + 1]);
+    }
     if constexpr (CAREFUL) clean_queries<FIRST>(g);
     start_dv(g);
     if constexpr (CAREFUL) {
@@ -673,11 +914,19 @@ struct hopper_backward_consumer {
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const int x = 8 * j + i;
-        const float probability = x & 1 ? hopper_high<type>(p[x / 2]) : hopper_low<type>(p[x / 2]);
+        const uint32_t pair = SHAPE::splits ? weights[x / 2] : p[x / 2];
+        const float probability = x & 1 ? hopper_high<type>(pair) : hopper_low<type>(pair);
+        if constexpr (SHAPE::splits) dp[x] = kept[x / 32] >> x % 32 & 1 ? dp[x] * c.scores.kept : 0.f;
         dp[x] = probability * (dp[x] - (i < 4 ? (i & 1 ? delta.y : delta.x) : (i & 1 ? delta.w : delta.z)));
       }
     }
-    select_visible(dp, slot);  // again: 0 * NaN must be 0 here
+    // Again: 0 * NaN must be 0 here.
+    if constexpr (SHAPE::extras) {
+      select_seen(dp);
+      if (!CAREFUL && SHAPE::extras & HOPPER_BACKWARD_ALIBI && c.slope_part) add_slope(g);
+    } else {
+      select_visible(dp, slot);
+    }
 #pragma unroll
     for (int i = 0; i < pairs; i++) ds[i] = pack_halves<type>(dp[2 * i], dp[2 * i + 1]);
     float dq[32];
@@ -788,6 +1037,7 @@ struct hopper_backward_consumer {
         const int end = g + job.y;
 #pragma unroll
         for (int i = 0; i < sums; i++) dk[i] = dv[i] = 0.f;
+        slope_head = -1;
         // The loop turns where only dV and dK are in flight: ptxas serialises products whose result crosses a back edge
         // and is then read (C7514).
         mbarrier_wait(base + SHAPE::k_full, kv_parity);
@@ -815,6 +1065,9 @@ struct hopper_backward_consumer {
         arrive(SHAPE::k_empty);
         arrive(SHAPE::q_empty + 8 * ((g - 1) % SHAPE::q_slots));
         hand_over(dq);
+        if constexpr (SHAPE::extras & HOPPER_BACKWARD_ALIBI && !CAREFUL) {
+          if (c.slope_part) write_slope(-1);
+        }
         finish();
       }
       __syncwarp();
@@ -862,6 +1115,16 @@ struct hopper_backward_consumer {
   }
 
   __device__ __forceinline__ bool visible(int slot, int key, int query) {
+    if constexpr (SHAPE::extras) {
+      const sa_operand &bias = c.scores.bias;
+      const int4 step = shared_load_4i(base + SHAPE::step + 16 * slot);
+      const int64_t i = step.y + query, j = job.x * SA_TILE + key;
+      if (bias.data && i < c.queries && j < c.keys &&
+          read_operand(bias, job.z * bias.stride[0] + step.z * bias.stride[1] + i * bias.stride[2] +
+                                 j * bias.stride[3]) == -INFINITY) {
+        return false;
+      }
+    }
     if (!shared_load(base + SHAPE::step + 16 * slot)) return true;
     const uint32_t word = query / 64 * 256 + key / 64 * 128 + key % 64 / 16 * 32 + key % 8 * 4 + query % 8 / 2;
     const uint32_t bit = query % 64 / 8 * 4 + key % 16 / 8 * 2 + query % 2;
@@ -906,10 +1169,10 @@ struct hopper_backward_consumer {
   }
 };
 
-template <class T, int WIDTH, bool CAREFUL>
+template <class T, int WIDTH, bool CAREFUL, int EXTRAS>
 __global__ void __launch_bounds__(HOPPER_BACKWARD_THREADS, 1)
     hopper_backward_tiles(const __grid_constant__ hopper_backward_call c) {
-  using SHAPE = hopper_backward_shape<T, WIDTH, CAREFUL>;
+  using SHAPE = hopper_backward_shape<T, WIDTH, CAREFUL, EXTRAS>;
   const uint8_t *memory = dynamic_shared<uint8_t>();
   const uint32_t base = dynamic_shared_address(memory);
   const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
@@ -993,6 +1256,13 @@ __global__ void __launch_bounds__(2 * WIDTH) hopper_backward_convert(const __gri
     if (to >= c.queries || piece * 8 >= c.width) continue;
     *(uint4 *)(dq + to * c.dq_out.stride[2] + piece * 8) = *(const uint4 *)&halves[n / PIECES][piece * 4];
   }
+}
+
+// Those with extras are instantiated in files of their own, as each takes long to compile.
+template <class T, int WIDTH, bool CAREFUL, int EXTRAS>
+int hopper_backward_launch(const hopper_backward_call &c, unsigned blocks, cudaStream_t stream) {
+  return sa_cuda_launch("sa_backward", hopper_backward_tiles<T, WIDTH, CAREFUL, EXTRAS>, blocks,
+                        HOPPER_BACKWARD_THREADS, hopper_backward_shape<T, WIDTH, CAREFUL, EXTRAS>::bytes, stream, c);
 }
 
 #endif

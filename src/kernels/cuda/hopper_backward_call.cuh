@@ -3,6 +3,7 @@
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CALL_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CALL_CUH
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/hopper_scores.cuh"
 #include "kernels/cuda/plan.cuh"
 #include "kernels/cuda/ptx_hopper.cuh"
 #include "kernels/cuda/tensor_map.cuh"
@@ -11,6 +12,9 @@ enum {
   HOPPER_BACKWARD_ROWS_THREADS = 256,
   HOPPER_BACKWARD_HEADS = 256  // key heads that are put in order
 };
+
+// An LSE beyond this has an error of 6e-5 in f32, which the weights would inherit.
+#define HOPPER_BACKWARD_COARSE 1024.f
 
 // A call. Steps along a dim of Q, K, V or dO that is broadcast are 0, else 1 (tensor_map.cuh).
 typedef struct hopper_backward_call {
@@ -29,9 +33,17 @@ typedef struct hopper_backward_call {
   int32_t jobs, mixed, sorted;
   uint16_t head_order[HOPPER_BACKWARD_HEADS];
   float *dq;         // sums: chunks of [batch, head, padded / 64, width / 64], each [8][128][4] as wgmma leaves them
-  float *lse_log2;   // [batch, head, padded], in the order of hopper_backward_slot: -lse * log2(e)
+  float *lse_log2;   // [batch, head, padded], in the order of hopper_backward_slot: -lse, times lse_unit
   float *delta;      // likewise: rowsum(dO * O) - dLSE
   float *sink_part;  // [batch, head, padded / 64], or NULL
+  float lse_unit;    // log2(e), or 1 where scores are natural
+  // Of extras (hopper_backward_extras.cuh). A weight is 2^((score + lse_log2) unit - log2_sum), where log2_sum is 0 but
+  // for rows whose LSE is too large to tell the sum from the peak.
+  hopper_scores scores;
+  sa_operand dead, dalibi;
+  float *log2_sum;    // likewise
+  int32_t *coarse;    // [batch, head, padded / 64]: whether there are such rows; NULL: nobody asks
+  float *slope_part;  // [batch, head, column of keys, 8 warps]: what they give to the slope, or NULL
   // Counters and notes, all 0 at first.
   int32_t *zeroed;
   int64_t zeroed_count;
@@ -210,16 +222,22 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
   const uint64_t *dead_rows =
       c.plan.dead_rows + sa_device_plane(c.plan, batch, head) * ((c.queries + 63) / 64) + first / 64;
   const uint64_t dead_bits = first < c.queries ? *dead_rows : ~(uint64_t)0;
+  const auto is_dead = [&](int row) -> bool {
+    if (row >= c.queries) return true;
+    if (!c.dead.data) return dead_bits >> row % 64 & 1;
+    return hopper_rows<const bool>(c.dead, batch, head)[row * c.dead.stride[2]];
+  };
   uint4 x[ROUNDS], y[ROUNDS];
 #pragma unroll
   for (int n = 0; n < ROUNDS; n++) {
     const int row = first + n * AT_ONCE + group;
     x[n] = y[n] = make_uint4(0, 0, 0, 0);
-    if (row >= c.queries || dead_bits >> row % 64 & 1 || lane * 8 >= c.value_width) continue;
+    if (is_dead(row) || lane * 8 >= c.value_width) continue;
     x[n] = *(const uint4 *)(out + row * c.out.stride[2] + lane * 8);
     y[n] = *(const uint4 *)(dout + row * c.dout_values.stride[2] + lane * 8);
   }
   float sink_sum = 0;
+  int coarse = 0;
 #pragma unroll
   for (int n = 0; n < ROUNDS; n++) {
     const int row = first + n * AT_ONCE + group;
@@ -232,7 +250,7 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
 #pragma unroll
     for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
     if (lane != 0) continue;
-    const bool beyond = row >= c.queries, dead = beyond || dead_bits >> row % 64 & 1;
+    const bool beyond = row >= c.queries, dead = is_dead(row);
     float lse = 0, delta = 0;
     if (!beyond) {
       lse = ((const float *)c.lse.data)[batch * c.lse.stride[0] + head * c.lse.stride[1] + row * c.lse.stride[2]];
@@ -250,8 +268,14 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
     }
     const int64_t at = (int64_t)flat * c.padded + hopper_backward_slot(row);
     // Visible scores that are all -inf are NaN; a dead row has no pair that is not masked, this only keeps it tidy.
-    c.lse_log2[at] = dead ? -INFINITY : lse == -INFINITY ? NAN : -lse * 1.44269504f;
+    c.lse_log2[at] = dead ? -INFINITY : lse == -INFINITY ? NAN : -lse * c.lse_unit;
     c.delta[at] = dead ? 0.f : delta;
+    if (c.log2_sum) c.log2_sum[at] = 0;
+    coarse |= !dead && fabsf(lse) > HOPPER_BACKWARD_COARSE;
+  }
+  if (c.coarse) {
+    coarse = __syncthreads_or(coarse);
+    if (threadIdx.x == 0) c.coarse[block] = coarse;
   }
   if (!c.sink_part) return;
   sink_sum = hopper_warp_sum_f(sink_sum);
