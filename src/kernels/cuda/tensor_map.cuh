@@ -27,8 +27,8 @@ static inline int sa_cuda_tensor_map_step(const sa_operand *x, const int64_t sha
 
 // The map of [batch, head, row, column] (`shape`, columns contiguous) in boxes of `rows` x SA_PANEL, swizzled by 128
 // bytes; what lies beyond is read as zeros.
-static int sa_cuda_tensor_map(const char *function, CUtensorMap *map, const sa_operand *x, const int64_t shape[4],
-                              int rows) {
+static inline int sa_cuda_tensor_map(const char *function, CUtensorMap *map, const sa_operand *x,
+                                     const int64_t shape[4], int rows) {
   // Asked for once a process: the same address whichever thread is first.
   static decltype(&cuTensorMapEncodeTiled) encode = NULL;
   if (!encode) {
