@@ -17,20 +17,23 @@ enum {
   SPIN_ROUNDS = 2000  // about 20 us: waking a sleeping thread costs as much (5 to 80 us measured)
 };
 
-// One job at a time. A worker that wakes takes part when its number is below `workers`; the caller is worker 0.
+// One job at a time. A worker that wakes takes part while `wanted` says so; the caller is worker 0. What workers wait
+// for, what they all write, and what the caller waits for lie on cache lines of their own.
 static struct {
   pthread_mutex_t owner;  // held by the thread whose job runs
   pthread_mutex_t lock;   // guards the sleepers
   pthread_cond_t wake;
-  int started;  // threads besides the caller; changed under `owner`
-  atomic_uint generation;
-  atomic_int joined, left;  // workers of this job that came, and that finished
+  int started;          // threads besides the caller; changed under `owner`
+  atomic_int sleepers;  // changed under `lock`
+  _Alignas(64) atomic_uint generation;
   sa_task task;
   void *argument;
   int64_t items;
-  atomic_llong next;
-  atomic_int wanted;  // workers that may still join this job
+  int helpers;  // workers besides the caller
   unsigned int float_modes;
+  _Alignas(64) atomic_llong next;
+  _Alignas(64) atomic_int wanted;  // workers that may still join this job
+  _Alignas(64) atomic_int left;    // that finished
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
 static _Thread_local bool inside_task;
@@ -59,7 +62,7 @@ static void join_job(void) {
   int wanted = atomic_load(&pool.wanted);
   while (wanted > 0) {
     if (!atomic_compare_exchange_weak(&pool.wanted, &wanted, wanted - 1)) continue;
-    const int worker = 1 + atomic_fetch_add(&pool.joined, 1);
+    const int worker = 1 + pool.helpers - wanted;
 #if defined(__SSE__)
     // The caller's rounding and denormal modes, so that a result cannot depend on which thread computed it.
     _mm_setcsr(pool.float_modes);
@@ -77,7 +80,9 @@ static void *work(void *unused) {
     while (atomic_load_explicit(&pool.generation, memory_order_acquire) == seen && spin++ < SPIN_ROUNDS) relax();
     if (atomic_load(&pool.generation) == seen) {
       pthread_mutex_lock(&pool.lock);
+      atomic_fetch_add(&pool.sleepers, 1);
       while (atomic_load(&pool.generation) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
+      atomic_fetch_sub(&pool.sleepers, 1);
       pthread_mutex_unlock(&pool.lock);
     }
     seen = atomic_load(&pool.generation);
@@ -94,6 +99,7 @@ static void forget_threads(void) {
   pool.started = 0;
   atomic_store(&pool.generation, 0);
   atomic_store(&pool.wanted, 0);
+  atomic_store(&pool.sleepers, 0);
   inside_task = false;
 }
 
@@ -130,17 +136,20 @@ void sa_parallel(int workers, int64_t items, sa_task task, void *argument) {
   pool.task = task;
   pool.argument = argument;
   pool.items = items;
+  pool.helpers = helpers;
   atomic_store(&pool.next, 0);
-  atomic_store(&pool.joined, 0);
   atomic_store(&pool.left, 0);
 #if defined(__SSE__)
   pool.float_modes = _mm_getcsr();
 #endif
-  pthread_mutex_lock(&pool.lock);
   atomic_store(&pool.wanted, helpers);
   atomic_fetch_add(&pool.generation, 1);
-  pthread_cond_broadcast(&pool.wake);
-  pthread_mutex_unlock(&pool.lock);
+  // Whoever lies down after this looks at `generation` once more.
+  if (atomic_load(&pool.sleepers)) {
+    pthread_mutex_lock(&pool.lock);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+  }
 
   take_items(0);
   // Nobody may join any more; wait for those who did.
