@@ -698,10 +698,11 @@ static __global__ void __launch_bounds__(32 * WARPS)
         if (rows.slope_share) {
           Real share[2] = {0, 0};
 #pragma unroll
-          for (int n = 0; n < BLOCKS; n++)
+          for (int n = 0; n < BLOCKS; n++) {
+            const Real apart = alibi_apart(rule, query, key + 8 * n);
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-              share[i / 2] -= alibi_distance(rule, query + i / 2 * 8, key + 8 * n + i % 2) * ds[n][i];
+            for (int i = 0; i < 4; i++) share[i / 2] -= alibi_distance<false>(apart, i) * ds[n][i];
+          }
           slope_share[0] += share[0];
           slope_share[1] += share[1];
         }

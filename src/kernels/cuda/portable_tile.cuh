@@ -656,8 +656,11 @@ static __device__ __forceinline__ double exp2_of(double x) {
 template <class Real>
 struct score_rule {
   Real factor, unit, softcap, slope;
+  Real inside;       // 1 / softcap
+  bool coarse_cap;   // of a half type, whose scores may err by 1.5e-7 of the softcap
   const void *bias;  // NULL: none; of the real's dtype, or of a 16-bit one
   int bias_dtype;
+  bool bias_pairs;                // two neighbouring keys of it, an even one first, can be read at once
   int64_t bias_row, bias_column;  // strides, of queries and keys
   int64_t diagonal;
 };
@@ -675,8 +678,11 @@ static __device__ __forceinline__ score_rule<Real> score_rule_of(const sa_proble
   rule.factor = p.width ? (Real)(plain ? p.scale * log2e : p.scale) : 0;
   rule.unit = plain ? 1 : (Real)log2e;
   rule.softcap = (Real)p.softcap;
+  rule.inside = p.softcap > 0 ? (Real)(1 / p.softcap) : 0;
+  rule.coarse_cap = (p.dtype == SA_F16 || p.dtype == SA_BF16) && p.softcap <= 100;
   rule.slope = p.alibi.data ? (Real)read_operand(p.alibi, head * p.alibi.stride[1]) : 0;
   rule.bias = NULL;
+  rule.bias_pairs = false;
   rule.bias_dtype = p.bias.dtype;
   rule.bias_row = p.bias.stride[2];
   rule.bias_column = p.bias.stride[3];
@@ -684,30 +690,73 @@ static __device__ __forceinline__ score_rule<Real> score_rule_of(const sa_proble
   if (p.bias.data) {
     const int bytes = p.bias.dtype == SA_F64 ? 8 : p.bias.dtype == SA_F32 ? 4 : 2;
     rule.bias = (const char *)p.bias.data + (batch * p.bias.stride[0] + head * p.bias.stride[1]) * bytes;
+    rule.bias_pairs =
+        rule.bias_column == 1 && rule.bias_row % 2 == 0 && p.keys % 2 == 0 && (uintptr_t)rule.bias % (2 * bytes) == 0;
   }
   return rule;
 }
 
-template <class Real>
-static __device__ __forceinline__ Real bias_at(const score_rule<Real> &rule, int64_t query, int64_t key) {
-  const int64_t offset = query * rule.bias_row + key * rule.bias_column;
-  switch (rule.bias_dtype) {
-    case SA_F16:
-      return (Real)__half2float(((const __half *)rule.bias)[offset]);
-    case SA_BF16:
-      return (Real)__bfloat162float(((const __nv_bfloat16 *)rule.bias)[offset]);
-    case SA_F32:
-      return (Real)((const float *)rule.bias)[offset];
-    default:
-      return (Real)((const double *)rule.bias)[offset];
+// The biases of a block: element n lies `down` (n / 2) and `right` (n % 2) from `at`. Those of masked pairs are not
+// read.
+template <class Real, class Element>
+static __device__ __forceinline__ void read_bias(const Element *at, int64_t right, int64_t down, bool pairs,
+                                                 uint32_t visible, Real (&bias)[4]) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const Element *from = at + half * down;
+    const uint32_t seen = visible >> 2 * half & 3;
+    if (pairs && sizeof(Element) < 8) {
+      struct alignas(2 * sizeof(Element)) {
+        Element x[2];
+      } pair = {{Element(0.f), Element(0.f)}};
+      if (seen) pair = *(const decltype(pair) *)from;
+      bias[2 * half] = seen & 1 ? (Real)real_of(pair.x[0]) : 0;
+      bias[2 * half + 1] = seen & 2 ? (Real)real_of(pair.x[1]) : 0;
+    } else {
+      bias[2 * half] = seen & 1 ? (Real)real_of(from[0]) : 0;
+      bias[2 * half + 1] = seen & 2 ? (Real)real_of(from[right]) : 0;
+    }
   }
 }
 
-// |key - query - d|, as ALiBi multiplies it.
+template <bool TRANSPOSED, class Real>
+static __device__ __forceinline__ void bias_block(const score_rule<Real> &rule, int64_t query, int64_t key,
+                                                  uint32_t visible, Real (&bias)[4]) {
+  const int64_t offset = query * rule.bias_row + key * rule.bias_column;
+  const int64_t right = TRANSPOSED ? rule.bias_row : rule.bias_column,
+                down = 8 * (TRANSPOSED ? rule.bias_column : rule.bias_row);
+  const bool pairs = !TRANSPOSED && rule.bias_pairs;
+  if (rule.bias_dtype == SA_F16)
+    read_bias((const __half *)rule.bias + offset, right, down, pairs, visible, bias);
+  else if (rule.bias_dtype == SA_BF16)
+    read_bias((const __nv_bfloat16 *)rule.bias + offset, right, down, pairs, visible, bias);
+  else if (rule.bias_dtype == SA_F32)
+    read_bias((const float *)rule.bias + offset, right, down, pairs, visible, bias);
+  else
+    read_bias((const double *)rule.bias + offset, right, down, pairs, visible, bias);
+}
+
+// key - query - d of a block's first element; ALiBi multiplies the size of such numbers, which are exact in f32 up to
+// 2^24. That of element n is alibi_distance<TRANSPOSED>(apart, n).
 template <class Real>
-static __device__ __forceinline__ Real alibi_distance(const score_rule<Real> &rule, int64_t query, int64_t key) {
-  const int64_t distance = key - query - rule.diagonal;
-  return (Real)(distance < 0 ? -distance : distance);
+static __device__ __forceinline__ Real alibi_apart(const score_rule<Real> &rule, int64_t query, int64_t key) {
+  return (Real)(key - query - rule.diagonal);
+}
+
+template <bool TRANSPOSED, class Real>
+static __device__ __forceinline__ Real alibi_distance(Real apart, int n) {
+  const int down = n / 2 * 8, right = n % 2;
+  return fabs(apart + (Real)(TRANSPOSED ? down - right : right - down));
+}
+
+static __device__ __forceinline__ float tanh_of(const score_rule<float> &rule, float x) {
+  if (!rule.coarse_cap) return tanhf(x);
+  // 1 - 2 / (e^2x + 1), an error of 1.5e-7 whatever x is.
+  return 1 - __fdividef(2.f, exp2_fast(x * 2.8853900817779268f) + 1);
+}
+
+static __device__ __forceinline__ double tanh_of(const score_rule<double> &, double x) {
+  return tanh(x);
 }
 
 // The products of one block of an accumulator in place become scores, -inf where masked. Bit n of `visible` is c[n]'s;
@@ -716,6 +765,8 @@ static __device__ __forceinline__ Real alibi_distance(const score_rule<Real> &ru
 template <bool TRANSPOSED, class Real>
 static __device__ __forceinline__ void score_block(const score_rule<Real> &rule, Real (&c)[4], int64_t query,
                                                    int64_t key, uint32_t &visible, Real *capped) {
+  Real bias[4];
+  if (rule.bias) bias_block<TRANSPOSED>(rule, query, key, visible, bias);
 #pragma unroll
   for (int n = 0; n < 4; n++) {
     c[n] *= rule.factor;
@@ -724,7 +775,7 @@ static __device__ __forceinline__ void score_block(const score_rule<Real> &rule,
   if (rule.softcap > 0) {
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-      const Real inside = tanh(c[n] / rule.softcap);
+      const Real inside = tanh_of(rule, c[n] * rule.inside);
       if (capped) capped[n] = inside;
       c[n] = rule.softcap * inside;
     }
@@ -732,19 +783,14 @@ static __device__ __forceinline__ void score_block(const score_rule<Real> &rule,
   if (rule.bias) {
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-      if (!(visible >> n & 1)) continue;
-      const int down = n / 2 * 8, right = n % 2;
-      const Real bias = bias_at(rule, query + (TRANSPOSED ? right : down), key + (TRANSPOSED ? down : right));
-      if (bias == -(Real)INFINITY) visible &= ~(1u << n);
-      c[n] += bias;
+      if (bias[n] == -(Real)INFINITY) visible &= ~(1u << n);
+      c[n] += bias[n];
     }
   }
   if (rule.slope != 0) {
+    const Real apart = alibi_apart(rule, query, key);
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-      const int down = n / 2 * 8, right = n % 2;
-      c[n] -= rule.slope * alibi_distance(rule, query + (TRANSPOSED ? right : down), key + (TRANSPOSED ? down : right));
-    }
+    for (int n = 0; n < 4; n++) c[n] -= rule.slope * alibi_distance<TRANSPOSED>(apart, n);
   }
 #pragma unroll
   for (int n = 0; n < 4; n++)
