@@ -17,6 +17,7 @@ typedef struct NAME(backward_job) {
   int64_t blocks;                     // of queries
   int64_t chunks, chunk;              // of keys: how many, and keys in one
   int64_t batch_groups, head_groups;  // items per chunk: planes that share a dBias are one item's, in order
+  int workers;
   char *rooms;
   int64_t room_bytes;
   REAL *delta;        // [B,H,L]: dO . o - dLSE
@@ -399,9 +400,35 @@ static void NAME(add_dquery)(const NAME(backward_job) * job, const NAME(block) *
   atomic_store_explicit(turn, mine + 1, memory_order_release);
 }
 
+// What will be wanted while a block is at work and after it: the rows of dQ, the block `after` (may be NULL), and, when
+// that one has other keys, what the chunk leaves and what the next one, `chunk_after`, begins with.
+static void NAME(foresee_backward)(const NAME(backward_job) * job, const NAME(block) * block, int64_t chunk,
+                                   const NAME(block) * after, int64_t chunk_after, sa_forecast *forecast) {
+  const sa_problem *p = job->p;
+  *forecast = (sa_forecast){0};
+  if (after) {
+    NAME(foresee)(forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->count);
+    if (p->dout.data) {
+      NAME(foresee)(forecast, &p->dout, NAME(row_at)(&p->dout, after, 0), p->value_width, after->count);
+    }
+  }
+  if (p->dq.data) NAME(foresee)(forecast, &p->dq, NAME(row_at)(&p->dq, block, 0), p->width, block->count);
+  if (!after || job->chunk > 2 * SA_TILE) return;
+  if (after->batch == block->batch && after->key_head == block->key_head && chunk_after == chunk) return;
+  const int64_t first = chunk * job->chunk, count = p->keys - first < job->chunk ? p->keys - first : job->chunk;
+  NAME(foresee_keys)(forecast, after, chunk_after * job->chunk, job->chunk);
+  for (int i = 0; i < 2; i++) {
+    const sa_operand *x = i ? &p->dv : &p->dk;
+    if (!x->data) continue;
+    const void *rows = sa_at(x, block->batch, block->key_head, first, 0);
+    NAME(foresee)(forecast, x, rows, i ? p->value_width : p->width, count);
+  }
+}
+
 // One block of queries of one head against a whole chunk.
 static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(block) * block, int64_t chunk,
-                                 bool wild_key, const NAME(backward_room) * room, double *dslope) {
+                                 bool wild_key, sa_forecast *forecast, const NAME(backward_room) * room,
+                                 double *dslope) {
   const sa_problem *p = job->p;
   const int64_t tiles = job->chunk / SA_TILE;
   // Whether the row of tiles looks at this chunk is the plan's word, the same for both halves of a tile.
@@ -426,6 +453,7 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   sa_walk walk =
       sa_walk_start(p->plan, block->plane, block->query, block->count, chunk * tiles, (chunk + 1) * tiles, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch); first = false) {
+    stretch.forecast = forecast;
     NAME(backward_stretch)(job, block, &stretch, chunk, factor, wild_query, wild_dout, wild_key, first, room, dslope);
   }
   if (!p->dq.data) return;
@@ -451,7 +479,7 @@ static void NAME(write_keys)(const sa_operand *to, const NAME(block) * block, in
 
 // A chunk of one key head: all query heads that read it, all blocks of queries.
 static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, int64_t key_head, int64_t chunk,
-                                 const NAME(backward_room) * room) {
+                                 const NAME(block) * next, int64_t next_chunk, const NAME(backward_room) * room) {
   const sa_problem *p = job->p;
   const int64_t group = p->heads / p->key_heads, first = chunk * job->chunk;
   const int count = (int)(p->keys - first < job->chunk ? p->keys - first : job->chunk);
@@ -464,7 +492,13 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
     double dslope = 0;
     for (int64_t index = 0; index < job->blocks && !sa_interrupt_pending(); index++) {
       const NAME(block) block = NAME(block_at)(p, batch, head, index, 1);
-      NAME(backward_block)(job, &block, chunk, wild_key, room, &dslope);
+      const bool last = index + 1 == job->blocks, last_of_all = last && head + 1 == (key_head + 1) * group;
+      NAME(block) after;
+      if (!last_of_all) after = NAME(block_at)(p, batch, head + last, last ? 0 : index + 1, 1);
+      sa_forecast forecast;
+      NAME(foresee_backward)
+      (job, &block, chunk, last_of_all ? next : &after, last_of_all ? next_chunk : chunk, &forecast);
+      NAME(backward_block)(job, &block, chunk, wild_key, block.few ? NULL : &forecast, room, &dslope);
     }
     if (job->dalibi) job->dalibi[(head * p->batch + batch) * job->chunks + chunk] = dslope;
   }
@@ -472,17 +506,35 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
   if (p->dv.data) NAME(write_keys)(&p->dv, &keys, first, count, (int)p->value_width, 1, room->dvalue);
 }
 
+// The planes that are an item's: [batch, batch_end) and [head, head_end) of the key heads, and its chunk of keys.
+typedef struct NAME(backward_share) {
+  int64_t batch, batch_end, head, head_end, chunk;
+} NAME(backward_share);
+
+static NAME(backward_share) NAME(share_of)(const NAME(backward_job) * job, int64_t item) {
+  const sa_problem *p = job->p;
+  const int64_t group = item / job->chunks;
+  const int64_t batches = p->batch / job->batch_groups, heads = p->key_heads / job->head_groups;
+  const int64_t batch = group / job->head_groups * batches, head = group % job->head_groups * heads;
+  return (NAME(backward_share)){batch, batch + batches, head, head + heads, item % job->chunks};
+}
+
 static void NAME(backward_item)(void *argument, int64_t item, int worker) {
   const NAME(backward_job) *job = argument;
   const sa_problem *p = job->p;
   const NAME(backward_room) room =
       NAME(take_backward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job);
-  const int64_t chunk = item % job->chunks, group = item / job->chunks;
-  const int64_t batches = p->batch / job->batch_groups, heads = p->key_heads / job->head_groups;
-  const int64_t first_batch = group / job->head_groups * batches, first_head = group % job->head_groups * heads;
-  for (int64_t batch = first_batch; batch < first_batch + batches; batch++) {
-    for (int64_t head = first_head; head < first_head + heads; head++) {
-      NAME(backward_chunk)(job, batch, head, chunk, &room);
+  const NAME(backward_share) share = NAME(share_of)(job, item);
+  // What the worker will likely have next.
+  const bool goes_on =
+      p->heads && job->blocks && item + job->workers < job->batch_groups * job->head_groups * job->chunks;
+  const NAME(backward_share) following = NAME(share_of)(job, goes_on ? item + job->workers : item);
+  NAME(block) next;
+  if (goes_on) next = NAME(block_at)(p, following.batch, following.head * (p->heads / p->key_heads), 0, 1);
+  for (int64_t batch = share.batch; batch < share.batch_end; batch++) {
+    for (int64_t head = share.head; head < share.head_end; head++) {
+      const bool last = batch + 1 == share.batch_end && head + 1 == share.head_end;
+      NAME(backward_chunk)(job, batch, head, share.chunk, last && goes_on ? &next : NULL, following.chunk, &room);
     }
   }
 }
@@ -594,7 +646,7 @@ static int NAME(backward)(const sa_problem *p) {
   job.chunk = NAME(choose_chunk)(p, groups);
   job.chunks = (p->keys + job.chunk - 1) / job.chunk;
   const double flops = 2 * sa_visible_pairs(p) * (3.0 * p->width + 2.0 * p->value_width);
-  const int workers = sa_workers(flops);
+  const int workers = job.workers = sa_workers(flops);
   sa_room measure = {0};
   NAME(take_backward)(&measure, &job);
   job.room_bytes = measure.used;

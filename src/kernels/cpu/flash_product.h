@@ -419,7 +419,7 @@ static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *s
       NAME(rows_of)(&block->p->v, block, stretch->first, stretch->count, width, false, products->value_rows, &stride);
   NAME(product)
   (value, stride, 1, products->packed_dout, NAME(ROW), dweights, NAME(ROW), stretch->count, block->vectors * LANES,
-   width, SA_FROM_ZERO, NULL, NULL, NULL);
+   width, SA_FROM_ZERO, NULL, NULL, stretch->forecast);
 }
 
 // dV += P^T dO.
@@ -450,7 +450,7 @@ static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stre
   if (apart) NAME(finite_part)(key, stride, keys, width, products->finite_key);
   NAME(product)
   (dscores, 1, NAME(ROW), apart ? products->finite_key : key, apart ? padded : stride, to, padded, block->count,
-   NAME(columns)(width), keys, first ? SA_FROM_ZERO : SA_FROM_SELF, NULL, NULL, NULL);
+   NAME(columns)(width), keys, first ? SA_FROM_ZERO : SA_FROM_SELF, NULL, NULL, stretch->forecast);
   if (apart) NAME(add_nonfinite)(block, keys, visible, dscores, key, stride, width, padded, to);
 }
 
