@@ -43,13 +43,25 @@ static inline __m512d select_f64(uint64_t lanes, __m512d a, __m512d b) {
 static inline uint64_t below_or_equal_f64(__m512d a, __m512d b) {
   return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ);
 }
+// 2^x = 2^n 2^(i/16) 2^f, x rounded to sixteenths by adding a number whose last bit is one; then the low 4 bits of the
+// sum are i and those above are n. The table's entries carry -i where n is added, so that one addition makes both of
+// them the exponent. 16 instructions with a subtraction and a sum, where a polynomial for all of [-1/2, 1/2] took 20.
 static inline __m512d exp2_f64(__m512d x) {
-  const __m512d whole = _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512d part = x - whole;
-  static const double terms[] = {EXP2_TERMS_f64};
-  __m512d power = _mm512_set1_pd(terms[0]);
-  for (int k = 1; k < (int)(sizeof terms / sizeof *terms); k++) power = fma_f64(power, part, _mm512_set1_pd(terms[k]));
-  return _mm512_maskz_scalef_pd(_mm512_cmp_pd_mask(x, _mm512_set1_pd(LOWEST_EXPONENT), _CMP_NLT_UQ), power, whole);
+  static const uint64_t sixteenths[16]
+      __attribute__((aligned(64))) = {0x3ff0000000000000, 0x3fefb5586cf9890f, 0x3fef72b83c7d517b, 0x3fef387a6e756238,
+                                      0x3fef06fe0a31b715, 0x3feedea64c123422, 0x3feebfdad5362a27, 0x3feeab07dd485429,
+                                      0x3feea09e667f3bcd, 0x3feea11473eb0187, 0x3feeace5422aa0db, 0x3feec49182a3f090,
+                                      0x3feee89f995ad3ad, 0x3fef199bdd85529c, 0x3fef5818dcfba487, 0x3fefa4afa2a490da};
+  static const double terms[] = {EXP2_SIXTEENTH_TERMS};
+  const __m512d shift = _mm512_set1_pd(0x1.8p48), sum = x + shift, part = x - (sum - shift);
+  const __m512i bits = _mm512_castpd_si512(sum);
+  const __m512i entry =
+      _mm512_permutex2var_epi64(_mm512_load_si512(sixteenths), bits, _mm512_load_si512(sixteenths + 8));
+  const __m512d power = _mm512_castsi512_pd(_mm512_add_epi64(entry, _mm512_slli_epi64(bits, 48)));
+  __m512d rest = _mm512_set1_pd(terms[0]);
+  for (int k = 1; k < (int)(sizeof terms / sizeof *terms); k++) rest = fma_f64(rest, part, _mm512_set1_pd(terms[k]));
+  const __mmask8 normal = _mm512_cmp_pd_mask(x, _mm512_set1_pd(LOWEST_EXPONENT), _CMP_NLT_UQ);
+  return _mm512_maskz_fmadd_pd(normal, power, rest * part, power);
 }
 #include "kernels/cpu/flash.h"
 #include "kernels/cpu/real_end.h"
