@@ -70,26 +70,27 @@ typedef struct turning {
 static void turn_tile(void *argument, int64_t item, int worker) {
   const turning *job = argument;
   const sa_problem *p = job->p;
-  const int64_t tiles = (p->keys + KEYS - 1) / KEYS, plane = item / tiles, first = item % tiles * KEYS;
+  const int64_t plane = item / job->to->groups, first = item % job->to->groups * KEYS;
+  const int64_t size = job->to->tiles * AMX_STEPS * AMX_TILE;
+  uint16_t *to = job->to->turned + item * size;
   for (int64_t key = first; key < p->keys && key < first + KEYS; key += AMX_DEPTH) {
     const int count = p->keys - key < AMX_DEPTH ? (int)(p->keys - key) : AMX_DEPTH;
-    const int64_t size = job->to->tiles * AMX_TILE;
-    uint16_t *to = job->to->turned + (plane * job->to->steps + key / AMX_DEPTH) * size;
-    amx_turn_keys(job->x, plane / p->key_heads, plane % p->key_heads, key, count, job->width, to);
-    if (job->finite) amx_finite_part(to, size, to);
+    amx_turn_keys(job->x, plane / p->key_heads, plane % p->key_heads, key, count, job->width,
+                  to + (key - first) / AMX_DEPTH * AMX_TILE);
   }
+  if (job->finite) amx_finite_part(to, size, to);
 }
 
 // A problem with V or K turned, every non-finite element 0 when only the `finite` ones are wanted.
 static int open_problem(const char *function, const sa_problem *p, const sa_operand *x, int64_t width, bool finite,
                         amx_problem *problem) {
-  *problem = (amx_problem){.base = *p, .steps = amx_steps(p->keys), .tiles = amx_tiles(width)};
+  *problem = (amx_problem){.base = *p, .groups = (p->keys + KEYS - 1) / KEYS, .tiles = amx_tiles(width)};
   const int64_t planes = p->batch * p->key_heads;
-  const int64_t elements = planes * problem->steps * problem->tiles * AMX_TILE;
+  const int64_t elements = planes * problem->groups * problem->tiles * AMX_STEPS * AMX_TILE;
   problem->turned = sa_allocate(function, elements * (int64_t)sizeof *problem->turned);
   if (!problem->turned) return SA_NO_MEMORY;
   turning job = {p, x, (int)width, finite, problem};
-  sa_parallel(sa_workers(4.0 * (double)elements), planes * ((p->keys + KEYS - 1) / KEYS), turn_tile, &job);
+  sa_parallel(sa_workers(4.0 * (double)elements), planes * problem->groups, turn_tile, &job);
   return SA_OK;
 }
 

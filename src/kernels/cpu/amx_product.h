@@ -9,15 +9,22 @@
 // when two keys are a pair, and A (P dO and dS Q) when two queries are. They are split into two bf16, 16 bits of
 // mantissa together, and each half meets the other operand: what bf16 gave, the products take exactly.
 
-enum { AMX_SIDE = 16, AMX_DEPTH = 32, AMX_TILE = AMX_SIDE * AMX_DEPTH, AMX_QUERY_TILES = QUERIES / AMX_SIDE };
+enum {
+  AMX_SIDE = 16,
+  AMX_DEPTH = 32,
+  AMX_TILE = AMX_SIDE * AMX_DEPTH,
+  AMX_QUERY_TILES = QUERIES / AMX_SIDE,
+  AMX_QUERY_STEPS = QUERIES / AMX_DEPTH,
+  AMX_STEPS = KEYS / AMX_DEPTH
+};
 
 // A problem, and what is shared by all its blocks. Where nothing that was computed is of an ordinary size, AMX's loss
 // of subnormal numbers may show (amx.c).
 typedef enum amx_size { AMX_OUT, AMX_QUERY, AMX_DOUT, AMX_DSCORES, AMX_DQUERY, AMX_SIZES } amx_size;
 typedef struct amx_problem {
   sa_problem base;
-  uint16_t *turned;  // V or K: [B][Hkv][steps of 32 keys][tiles of 16 columns][AMX_TILE]
-  int64_t steps, tiles;
+  uint16_t *turned;       // V or K: [B][Hkv][KEYS at a time][tiles of 16 columns][step][AMX_TILE]
+  int64_t groups, tiles;  // how many times KEYS keys, and tiles of columns
   atomic_bool ordinary[AMX_SIZES];
 } amx_problem;
 
@@ -175,12 +182,12 @@ static void amx_finite_part(const uint16_t *from, int64_t count, uint16_t *to) {
   for (int64_t n = 0; n < count; n++) to[n] = amx_nonfinite(from[n]) ? 0 : from[n];
 }
 
-// 32 keys of K or V from `first` on as A with the keys along the rows: [tile][AMX_TILE], 0 beyond the keys and the
+// 32 keys of K or V from `first` on as A with the keys along the rows, a step of each tile; 0 beyond the keys and the
 // width.
 static void amx_turn_keys(const sa_operand *x, int64_t batch, int64_t key_head, int64_t first, int count, int width,
                           uint16_t *to) {
   _Alignas(64) uint16_t pairs[AMX_SIDE][AMX_DEPTH];
-  for (int d = 0; d < width; d += AMX_SIDE, to += AMX_TILE) {
+  for (int d = 0; d < width; d += AMX_SIDE, to += AMX_STEPS * AMX_TILE) {
     const __mmask16 within = width - d < AMX_SIDE ? (__mmask16)((1 << (width - d)) - 1) : (__mmask16)~0;
     for (int i = 0; i < AMX_SIDE; i++) {
       __m512i half[2];
@@ -196,23 +203,23 @@ static void amx_turn_keys(const sa_operand *x, int64_t batch, int64_t key_head, 
   }
 }
 
-// The turned keys of a stretch.
+// The turned keys that a stretch is among: KEYS of them.
 static const uint16_t *amx_turned_at(const NAME(block) * block, int64_t first) {
   const amx_problem *problem = amx_problem_of(block);
   const int64_t plane = block->batch * block->p->key_heads + block->key_head;
-  return problem->turned + (plane * problem->steps + first / AMX_DEPTH) * problem->tiles * AMX_TILE;
+  return problem->turned + (plane * problem->groups + first / KEYS) * problem->tiles * AMX_STEPS * AMX_TILE;
 }
 
-static amx_operand amx_turned(const uint16_t *turned, int64_t tiles) {
+// Tiles of a side one after another, each with its steps.
+static amx_operand amx_turned(const uint16_t *turned, int steps, int64_t first) {
   enum { BYTES = AMX_TILE * sizeof *turned };
-  return (amx_operand){turned, BYTES / AMX_SIDE, BYTES, tiles * BYTES, 0};
+  return (amx_operand){turned + first % KEYS / AMX_DEPTH * AMX_TILE, BYTES / AMX_SIDE, steps * BYTES, BYTES, 0};
 }
 
 // Two vectors as the halves of each other's words: `high` has both rounded to bf16, `low` what that left off, again as
 // bf16. That is rounded by a multiplication: the addition to the bits, as for `high`, would turn some NaN into a number
 // there too. The halves differ from what they are of by 2^-17 of it. An infinite number leaves nothing off.
-static inline __attribute__((always_inline)) void amx_split(__m512 x, __m512 y, bool infinite, uint16_t *high,
-                                                            uint16_t *low) {
+static inline __attribute__((always_inline)) void amx_split(__m512 x, __m512 y, bool infinite, REAL *high, REAL *low) {
   const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000);
   const __m512i a = _mm512_add_epi32(_mm512_castps_si512(x), half), b = _mm512_add_epi32(_mm512_castps_si512(y), half);
   _mm512_store_si512(high, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
@@ -228,65 +235,56 @@ static inline __attribute__((always_inline)) void amx_split(__m512 x, __m512 y, 
   _mm512_store_si512(low, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(e, 16), f));
 }
 
-// P^T or dS^T as B, split: [half][step][AMX_QUERY_TILES][AMX_TILE], two keys a pair; 0 beyond the keys and the block.
-enum { AMX_SPLIT = KEYS * QUERIES };
-static inline uint16_t *amx_split_row(uint16_t *split, int key) {
-  return split + key / AMX_DEPTH * AMX_QUERY_TILES * AMX_TILE + key % AMX_DEPTH / 2 * AMX_DEPTH;
-}
-
-static inline void amx_clear_pair(uint16_t *high) {
-  _mm512_store_si512(high, _mm512_setzero_si512());
-  _mm512_store_si512(high + AMX_SPLIT, _mm512_setzero_si512());
-}
-
-static void amx_split_keys(const NAME(block) * block, int keys, const REAL *pairs, bool infinite, uint16_t *to) {
+// P^T or dS^T as B, two keys a pair: `to` (which may be `pairs`) gets the higher halves of two rows in the first, the
+// lower ones in the second; 0 beyond the keys and the block. No more memory is touched than the scores have.
+static void amx_split_keys(const NAME(block) * block, int keys, const REAL *pairs, bool infinite, REAL *to) {
   const int tiles = amx_query_tiles(block);
-  int r = 0;
-  for (; r + 1 < keys; r += 2) {
+  const NAME(vector) zero = NAME(set)(0);
+  for (int r = 0; r < amx_steps(keys) * AMX_DEPTH; r += 2) {
     const REAL *from = pairs + r * NAME(ROW);
-    uint16_t *row = amx_split_row(to, r);
-    for (int j = 0; j < block->vectors; j++, row += AMX_TILE, from += LANES) {
-      amx_split(NAME(load)(from), NAME(load)(from + NAME(ROW)), infinite, row, row + AMX_SPLIT);
+    REAL *high = to + r * NAME(ROW), *low = high + NAME(ROW);
+    if (r + 1 < keys) {
+      for (int j = 0; j < block->vectors * LANES; j += LANES) {
+        amx_split(NAME(load)(from + j), NAME(load)(from + NAME(ROW) + j), infinite, high + j, low + j);
+      }
+    } else {
+      for (int j = 0; j < block->vectors * LANES; j += LANES) {
+        amx_split(r < keys ? NAME(load)(from + j) : zero, zero, infinite, high + j, low + j);
+      }
     }
-    if (block->vectors < tiles) amx_clear_pair(row);
-  }
-  for (; r < amx_steps(keys) * AMX_DEPTH; r += 2) {
-    uint16_t *row = amx_split_row(to, r);
-    for (int j = 0; j < tiles; j++, row += AMX_TILE) {
-      amx_clear_pair(row);
-      if (r >= keys || j >= block->vectors) continue;
-      amx_split(NAME(load)(pairs + r * NAME(ROW) + j * LANES), NAME(set)(0), infinite, row, row + AMX_SPLIT);
+    if (block->vectors < tiles) {
+      NAME(store)(high + block->vectors * LANES, zero);
+      NAME(store)(low + block->vectors * LANES, zero);
     }
   }
 }
 
-static amx_operand amx_split_b(const uint16_t *split) {
-  amx_operand b = amx_packed(split);
-  b.half = AMX_SPLIT * sizeof *split;
-  return b;
+static amx_operand amx_split_b(const REAL *split) {
+  enum { ROW_BYTES = NAME(ROW) * sizeof *split };
+  return (amx_operand){split, 2 * ROW_BYTES, LANES * sizeof *split, AMX_DEPTH * ROW_BYTES, ROW_BYTES};
 }
 
-// The same as A: [half][KEYS][QUERIES], query i of 32 beside query i + 16.
-static void amx_split_queries(const NAME(block) * block, int keys, const REAL *pairs, bool infinite, uint16_t *to) {
-  int r = 0;
-  for (; r < keys; r++, pairs += NAME(ROW), to += QUERIES) {
+// The same as A: query i of 32 beside query i + 16, the higher halves of two vectors in the first, the lower in the
+// second.
+static void amx_split_queries(const NAME(block) * block, int keys, const REAL *pairs, bool infinite, REAL *to) {
+  const NAME(vector) zero = NAME(set)(0);
+  for (int r = 0; r < amx_tiles(keys) * AMX_SIDE; r++, pairs += NAME(ROW), to += NAME(ROW)) {
+    const int vectors = r < keys ? block->vectors : 0;
     int j = 0;
-    for (; j + 1 < block->vectors; j += 2) {
-      const REAL *from = pairs + j * LANES;
-      amx_split(NAME(load)(from), NAME(load)(from + LANES), infinite, to + j * LANES, to + j * LANES + AMX_SPLIT);
+    for (; j + 1 < vectors; j += 2) {
+      REAL *high = to + j * LANES;
+      amx_split(NAME(load)(pairs + j * LANES), NAME(load)(pairs + (j + 1) * LANES), infinite, high, high + LANES);
     }
-    if (j < block->vectors) {
-      amx_split(NAME(load)(pairs + j * LANES), NAME(set)(0), infinite, to + j * LANES, to + j * LANES + AMX_SPLIT);
+    for (; j < amx_query_tiles(block); j += 2) {
+      REAL *high = to + j * LANES;
+      amx_split(j < vectors ? NAME(load)(pairs + j * LANES) : zero, zero, infinite, high, high + LANES);
     }
-  }
-  for (; r < amx_steps(keys) * AMX_DEPTH; r++, to += QUERIES) {
-    for (int j = 0; j < block->vectors; j += 2) amx_clear_pair(to + j * LANES);
   }
 }
 
-static amx_operand amx_split_a(const uint16_t *split) {
-  enum { ROW_BYTES = QUERIES * sizeof *split };
-  return (amx_operand){split, ROW_BYTES, AMX_SIDE * ROW_BYTES, AMX_DEPTH * sizeof *split, AMX_SPLIT * sizeof *split};
+static amx_operand amx_split_a(const REAL *split) {
+  enum { ROW_BYTES = NAME(ROW) * sizeof *split };
+  return (amx_operand){split, ROW_BYTES, AMX_SIDE * ROW_BYTES, 2 * LANES * sizeof *split, LANES * sizeof *split};
 }
 
 // A stretch's rows in float, for what is not finite in them.
@@ -305,12 +303,12 @@ static bool amx_rows_nonfinite(const sa_operand *x, const NAME(block) * block, i
   return found;
 }
 
-// Rows of queries from the sums [column][QUERIES] of their transpose, added to what is there when `more`.
+// Rows of queries from the sums [column][ROW] of their transpose, added to what is there when `more`.
 static void amx_turn_back(const NAME(block) * block, const REAL *sums, int width, bool more, REAL *rows) {
   for (int j = 0; j < block->vectors; j++) {
     for (int tile = 0; tile < amx_tiles(width); tile++) {
       NAME(vector) column[LANES];
-      NAME(columns_of)(sums + tile * AMX_SIDE * QUERIES + j * LANES, QUERIES, column);
+      NAME(columns_of)(sums + tile * AMX_SIDE * NAME(ROW) + j * LANES, NAME(ROW), column);
       REAL *to = rows + j * LANES * NAME(padded)(width) + tile * LANES;
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; i++, to += NAME(padded)(width)) {
@@ -389,10 +387,9 @@ static void NAME(score_product)(const NAME(block) * block, const sa_stretch *str
 
 typedef struct NAME(forward_products) {
   uint16_t *rows;    // [KEYS][width, in steps]: K, where it cannot be read in place
-  uint16_t *finite;  // the turned values of a stretch, for the careful path
-  uint16_t *split;   // P^T
+  uint16_t *finite;  // turned values, for the careful path
   REAL *values;      // [KEYS][value width, padded]: V in float, for the careful path
-  REAL *turned;      // [value width, in tiles][QUERIES]: o transposed, while it is turned back
+  REAL *turned;      // [value width, in tiles][ROW]: o transposed, while it is turned back
 } NAME(forward_products);
 
 static NAME(forward_products) NAME(take_forward_products)(sa_room *room, const sa_problem *p) {
@@ -400,18 +397,24 @@ static NAME(forward_products) NAME(take_forward_products)(sa_room *room, const s
   return (NAME(forward_products)){
       .rows = amx_take(room, KEYS * amx_steps(p->width) * AMX_DEPTH),
       .finite = amx_take(room, KEYS * columns),
-      .split = amx_take(room, 2 * AMX_SPLIT),
       .values = NAME(take)(room, KEYS * NAME(padded)(p->value_width)),
-      .turned = NAME(take)(room, columns * QUERIES),
+      .turned = NAME(take)(room, columns * NAME(ROW)),
   };
 }
 
-// o is gathered transposed, [value width, in tiles][QUERIES], until it is closed.
+// What o takes of a block, in REAL: transposed while it is gathered, then as rows.
+static int64_t NAME(value_sums)(const sa_problem *p) {
+  const int64_t turned = amx_tiles(p->value_width) * AMX_SIDE * NAME(ROW),
+                rows = QUERIES * NAME(padded)(p->value_width);
+  return turned > rows ? turned : rows;
+}
+
+// o is gathered transposed, [value width, in tiles][ROW], until it is closed.
 //
 // What is not finite in V shows in everybody's sums: a weight's lower half may be 0, and 0 * Inf is NaN. So it may have
 // leaked where nothing is masked, too.
 static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
-                             const REAL *weights, const REAL *factor, const NAME(forward_products) * room, REAL *o,
+                             REAL *weights, const REAL *factor, const NAME(forward_products) * room, REAL *o,
                              REAL *leaked) {
   const int width = (int)block->p->value_width, keys = stretch->count, tiles = amx_tiles(width);
   const uint16_t *value = amx_turned_at(block, stretch->first);
@@ -419,23 +422,25 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
     amx_read_rows(&block->p->v, block, stretch, width, room->values);
     NAME(add_nonfinite)
     (block, keys, visible, weights, room->values, NAME(padded)(width), width, NAME(padded)(width), leaked);
-    amx_finite_part(value, (int64_t)amx_steps(keys) * tiles * AMX_TILE, room->finite);
+    amx_finite_part(value, (int64_t)tiles * AMX_STEPS * AMX_TILE, room->finite);
     value = room->finite;
   }
-  for (int j = 0; factor && j < block->vectors; j++) {
-    const NAME(vector) times = NAME(load)(factor + j * LANES);
-    REAL *column = o + j * LANES;
-    for (int d = 0; d < tiles * AMX_SIDE; d++, column += QUERIES) NAME(store)(column, NAME(load)(column) * times);
+  for (int d = 0; factor && d < tiles * AMX_SIDE; d++) {
+    for (int j = 0; j < block->vectors * LANES; j += LANES) {
+      REAL *sums = o + d * NAME(ROW) + j;
+      NAME(store)(sums, NAME(load)(sums) * NAME(load)(factor + j));
+    }
   }
-  amx_split_keys(block, keys, weights, false, room->split);
-  amx_product(amx_turned(value, tiles), tiles, amx_split_b(room->split), amx_query_tiles(block), amx_steps(keys), o,
-              QUERIES, !factor);
+  amx_split_keys(block, keys, weights, false, weights);
+  amx_product(amx_turned(value, AMX_STEPS, stretch->first), tiles, amx_split_b(weights), amx_query_tiles(block),
+              amx_steps(keys), o, NAME(ROW), !factor);
+
   return true;
 }
 
 static void NAME(close_values)(const NAME(block) * block, const NAME(forward_products) * room, REAL *o) {
   const int width = (int)block->p->value_width;
-  memcpy(room->turned, o, sizeof *o * amx_tiles(width) * AMX_SIDE * QUERIES);
+  memcpy(room->turned, o, sizeof *o * amx_tiles(width) * AMX_SIDE * NAME(ROW));
   amx_turn_back(block, room->turned, width, false, o);
   amx_note(block, AMX_OUT, o, NAME(padded)(width), block->count, width);
 }
@@ -445,10 +450,10 @@ static void NAME(close_values)(const NAME(block) * block, const NAME(forward_pro
 typedef struct NAME(backward_products) {
   uint16_t *packed_dout;               // as amx_pack does, for dP
   uint16_t *key_rows, *value_rows;     // [KEYS][width, in steps]: where they cannot be read in place
-  uint16_t *query_pairs, *dout_pairs;  // as B of products along the queries: [step][tile of columns][AMX_TILE]
-  uint16_t *split;                     // P^T or dS^T
+  uint16_t *query_pairs, *dout_pairs;  // as B of products along the queries: [tile of columns][step][AMX_TILE]
+  REAL *split;                         // [KEYS][ROW]: dS^T
   REAL *keys;                          // [KEYS][width, padded]: K in float, where it is not finite
-  REAL *turned;                        // [width, in tiles][QUERIES]: dQ transposed
+  REAL *turned;                        // [width, in tiles][ROW]: dQ transposed
 } NAME(backward_products);
 
 static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int64_t chunk) {
@@ -460,9 +465,9 @@ static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const
       .value_rows = amx_take(room, KEYS * value_depth),
       .query_pairs = amx_take(room, QUERIES * columns),
       .dout_pairs = amx_take(room, QUERIES * value_columns),
-      .split = amx_take(room, 2 * AMX_SPLIT),
+      .split = NAME(take)(room, KEYS * NAME(ROW)),
       .keys = NAME(take)(room, KEYS * NAME(padded)(p->width)),
-      .turned = NAME(take)(room, columns * QUERIES),
+      .turned = NAME(take)(room, columns * NAME(ROW)),
   };
 }
 
@@ -491,7 +496,7 @@ static void amx_pair_queries(const NAME(block) * block, const REAL *rows, int wi
       const __m512 x = i < block->count ? NAME(load)(from) : zero;
       const __m512 y = i + AMX_SIDE < block->count ? NAME(load)(from + AMX_SIDE * padded) : zero;
       _mm512_store_si512(
-          to + (i / AMX_DEPTH * tiles + tile) * AMX_TILE + i % AMX_DEPTH * AMX_DEPTH,
+          to + (tile * AMX_QUERY_STEPS + i / AMX_DEPTH) * AMX_TILE + i % AMX_DEPTH * AMX_DEPTH,
           _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(_mm512_castps_si512(x), 16), _mm512_castps_si512(y)));
     }
   }
@@ -519,28 +524,28 @@ static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *s
 }
 
 // dK or dV += dS^T or P^T by rows of queries.
-static void amx_add_to_keys(const NAME(block) * block, int keys, const REAL *pairs, const uint16_t *query_pairs,
-                            int width, const NAME(backward_products) * products, REAL *to) {
-  amx_split_queries(block, keys, pairs, true, products->split);
-  const int tiles = amx_tiles(width);
-  amx_product(amx_split_a(products->split), amx_tiles(keys), amx_turned(query_pairs, tiles), tiles,
+static void amx_add_to_keys(const NAME(block) * block, int keys, const REAL *split, const uint16_t *query_pairs,
+                            int width, REAL *to) {
+  amx_product(amx_split_a(split), amx_tiles(keys), amx_turned(query_pairs, AMX_QUERY_STEPS, 0), amx_tiles(width),
               amx_steps(block->count), to, NAME(padded)(width), false);
 }
 
-static void NAME(add_dvalues)(const NAME(block) * block, int keys, const REAL *weights, const REAL *dout,
+static void NAME(add_dvalues)(const NAME(block) * block, int keys, REAL *weights, const REAL *dout,
                               const NAME(backward_products) * products, REAL *to) {
-  amx_add_to_keys(block, keys, weights, products->dout_pairs, (int)block->p->value_width, products, to);
+  amx_split_queries(block, keys, weights, true, weights);
+  amx_add_to_keys(block, keys, weights, products->dout_pairs, (int)block->p->value_width, to);
 }
 
 static void NAME(add_dkeys)(const NAME(block) * block, int keys, const REAL *dscores, const REAL *query,
                             const NAME(backward_products) * products, REAL *to) {
   amx_note(block, AMX_DSCORES, dscores, NAME(ROW), keys, block->count);
-  amx_add_to_keys(block, keys, dscores, products->query_pairs, (int)block->p->width, products, to);
+  amx_split_queries(block, keys, dscores, true, products->split);
+  amx_add_to_keys(block, keys, products->split, products->query_pairs, (int)block->p->width, to);
 }
 
 // `to` gathers what is not finite, until the block is closed.
 static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
-                               const uint16_t *key, int64_t stride, const REAL *dscores, bool wild, bool first,
+                               const uint16_t *key, int64_t stride, REAL *dscores, bool wild, bool first,
                                const NAME(backward_products) * products, REAL *to) {
   const int width = (int)block->p->width, keys = stretch->count, tiles = amx_tiles(width);
   const int64_t padded = NAME(padded)(width);
@@ -550,9 +555,9 @@ static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stre
     NAME(add_nonfinite)(block, keys, visible, dscores, products->keys, padded, width, padded, to);
   }
   amx_note(block, AMX_DSCORES, dscores, NAME(ROW), keys, block->count);
-  amx_split_keys(block, keys, dscores, true, products->split);
-  amx_product(amx_turned(amx_turned_at(block, stretch->first), tiles), tiles, amx_split_b(products->split),
-              amx_query_tiles(block), amx_steps(keys), products->turned, QUERIES, first);
+  amx_split_keys(block, keys, dscores, true, dscores);
+  amx_product(amx_turned(amx_turned_at(block, stretch->first), AMX_STEPS, stretch->first), tiles, amx_split_b(dscores),
+              amx_query_tiles(block), amx_steps(keys), products->turned, NAME(ROW), first);
 }
 
 static void NAME(close_queries)(const NAME(block) * block, const NAME(backward_products) * products, REAL *dquery) {

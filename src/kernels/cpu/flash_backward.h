@@ -339,8 +339,8 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   const int64_t offset = stretch->first - chunk * job->chunk;
   if (p->dv.data) {
     REAL *to = room->dvalue + offset * value_padded;
-    NAME(add_dvalues)(block, keys, weights, room->dout, &room->products, to);
     if (wild_dout) NAME(give_to_keys)(block, keys, visible, weights, room->wild_dout, value_padded, to);
+    NAME(add_dvalues)(block, keys, weights, room->dout, &room->products, to);
   }
   if (p->dbias.data) NAME(add_dbias)(job, block, stretch, chunk, dscores);
   if (job->dalibi) *dslope += NAME(slope_gradient)(block, stretch, dscores);

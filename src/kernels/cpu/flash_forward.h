@@ -1,9 +1,9 @@
 // the forward pass, for one REAL; part of flash.h
 //
-// Reaches 85 and 87 % of the fused multiply-add peak in f32 and 75 and 80 % in f64 (D64 and D128, one core with AVX-512,
-// N 2048). Some 8 % (f64: 15 %) go to the exponentials, which share the ports of the products; the rest is the start
-// and the end of register tiles. K and V of a long head do not fit into the second cache: with a pass over them for
-// every block of queries D128 came to 82 %.
+// Reaches 85 and 87 % of the fused multiply-add peak in f32 and 75 and 80 % in f64 (D64 and D128, one core with
+// AVX-512, N 2048). Some 8 % (f64: 15 %) go to the exponentials, which share the ports of the products; the rest is the
+// start and the end of register tiles. K and V of a long head do not fit into the second cache: with a pass over them
+// for every block of queries D128 came to 82 %.
 
 // What a block of queries has gathered: o unnormalised, relative to the running peak.
 typedef struct NAME(gathered) {
@@ -349,9 +349,8 @@ typedef struct NAME(forward_job) {
 } NAME(forward_job);
 
 static NAME(gathered) NAME(take_gathered)(sa_room *room, const sa_problem *p) {
-  const int64_t padded = NAME(padded)(p->value_width);
   return (NAME(gathered)){
-      .o = NAME(take)(room, QUERIES * padded), .peak = NAME(take)(room, QUERIES), .sum = NAME(take)(room, QUERIES)};
+      .o = NAME(take)(room, NAME(value_sums)(p)), .peak = NAME(take)(room, QUERIES), .sum = NAME(take)(room, QUERIES)};
 }
 
 static NAME(forward_room) NAME(take_forward)(sa_room *room, const sa_problem *p, int group) {

@@ -336,6 +336,11 @@ static NAME(forward_products) NAME(take_forward_products)(sa_room *room, const s
                                   .finite = NAME(take)(room, KEYS * value_width)};
 }
 
+// What o takes of a block, in REAL.
+static int64_t NAME(value_sums)(const sa_problem *p) {
+  return QUERIES * NAME(padded)(p->value_width);
+}
+
 // o = o * factor + P V, where `factor` is one of each query; NULL: o starts. With `leaked`, which gets what is not
 // finite in V, P meets 0 in its place. Returns whether it can have leaked to who does not see it.
 static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
