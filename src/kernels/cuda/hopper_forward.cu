@@ -92,8 +92,9 @@ static int extras_of(const sa_problem *p) {
   if (alibi) return FORWARD_ALIBI;
   if (dropout) return FORWARD_DROPOUT;
   if (!bias) return 0;
-  if (!hopper_bias_pairs(p)) return FORWARD_ANY;
-  return p->bias.dtype == SA_F32 ? FORWARD_FLOAT_BIAS : FORWARD_HALF_BIAS;
+  if (p->bias.dtype == SA_F32) return hopper_bias_pairs(p) ? FORWARD_FLOAT_BIAS : FORWARD_ANY;
+  return p->bias_shape[3] == p->keys && sa_cuda_tensor_map_fits(&p->bias, p->bias_shape) ? FORWARD_HALF_BIAS
+                                                                                         : FORWARD_ANY;
 }
 
 static const shape_entry *shape_of(const sa_problem *p) {
@@ -172,6 +173,12 @@ static int tensor_maps(const char *function, const sa_problem *p, const shape_en
   int status = sa_cuda_tensor_map(function, &c->q, &p->q, q, SA_TILE);
   if (!status) status = sa_cuda_tensor_map(function, &c->k, &p->k, k, shape->keys);
   if (!status) status = sa_cuda_tensor_map(function, &c->v, &p->v, v, shape->keys);
+  if (!status && shape->extras == FORWARD_HALF_BIAS) {
+    status = sa_cuda_tensor_map(function, &c->bias, &p->bias, p->bias_shape, SA_TILE);
+    c->bias_batch_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 0);
+    c->bias_head_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 1);
+    c->bias_row_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 2);
+  }
   c->q_batch_step = sa_cuda_tensor_map_step(&p->q, q, 0);
   c->q_head_step = sa_cuda_tensor_map_step(&p->q, q, 1);
   c->k_batch_step = sa_cuda_tensor_map_step(&p->k, k, 0);

@@ -23,7 +23,8 @@
 // Bias, softcap, ALiBi and dropout (hopper_scores.cuh) are kernels of their own, for widths of 64 and 128: one for each
 // alone and one for all of them, since branches around code that is not run cost more than the code. With a bias, steps
 // have 64 keys and the registers that frees hold the bias of a step: it is read straight into the places of the
-// accumulators while the product is made. Dropout draws its bits under the products too.
+// accumulators while the product is made; a bias of halves comes by TMA instead, 128 keys at once. Dropout draws its
+// bits under the products too.
 //
 // The row maximum is only a guard against overflow: any m within 2^127 of the scores gives the same result up to
 // rounding. It is taken from the first step in which a row sees a key and then kept; the sum of a step, needed anyway,
@@ -77,7 +78,7 @@ enum {
   FORWARD_SOFTCAP = 1,  // alone: up to HOPPER_SOFTCAP
   FORWARD_ALIBI = 2,
   FORWARD_DROPOUT = 4,
-  FORWARD_HALF_BIAS = 8,  // alone: of q's dtype, two keys read at once
+  FORWARD_HALF_BIAS = 8,  // alone: of q's dtype, by TMA
   FORWARD_FLOAT_BIAS = 16,
   FORWARD_BIAS = FORWARD_HALF_BIAS | FORWARD_FLOAT_BIAS,
   FORWARD_ANY = 31
@@ -100,6 +101,8 @@ typedef struct forward_call {
   // `batches` is their number, else 0.
   hopper_scores scores;
   int32_t batches;
+  CUtensorMap bias;  // of halves; the steps along its dims are 0 where it is broadcast
+  int32_t bias_batch_step, bias_head_step, bias_row_step;
 } forward_call;
 
 template <class T, int WIDTH, int VALUE_WIDTH, int EXTRAS = 0>
@@ -107,10 +110,12 @@ struct forward_shape {
   using type = T;
   static constexpr int width = WIDTH, value_width = VALUE_WIDTH;
   static constexpr int extras = EXTRAS;
+  // Whether the bias of a step is brought to shared memory, for which Q gives up a slot.
+  static constexpr bool stages_bias = EXTRAS == FORWARD_HALF_BIAS;
   // A step. With 128 keys there are no registers for a bias.
-  static constexpr int keys = WIDTH <= 128 && !(EXTRAS & FORWARD_BIAS) ? 128 : 64;
+  static constexpr int keys = WIDTH <= 128 && (!(EXTRAS & FORWARD_BIAS) || stages_bias) ? 128 : 64;
   static constexpr int steps = SA_TILE / keys;  // a tile
-  static constexpr int q_slots = WIDTH <= 192 ? 2 : 1;
+  static constexpr int q_slots = WIDTH <= 192 && !(stages_bias && WIDTH > 64) ? 2 : 1;
   static constexpr int panels = (WIDTH + SA_PANEL - 1) / SA_PANEL;
   static constexpr int value_panels = (VALUE_WIDTH + SA_PANEL - 1) / SA_PANEL;
   // Registers do not suffice for P twice: P is packed once the product of the step before is done.
@@ -132,8 +137,17 @@ typedef struct forward_item {
   float slope;                  // of ALiBi
 } forward_item;
 
+// The bias of a step: panels of 64 keys.
+template <class SHAPE, bool STAGED = SHAPE::stages_bias>
+struct forward_bias {};
 template <class SHAPE>
-struct forward_shared {
+struct forward_bias<SHAPE, true> {
+  alignas(1024) uint8_t bias[SHAPE::keys / SA_PANEL][SHAPE::q_panel_bytes];
+  alignas(8) uint64_t bias_full, bias_empty;
+};
+
+template <class SHAPE>
+struct forward_shared : forward_bias<SHAPE> {
   alignas(1024) uint8_t q[SHAPE::q_slots][SHAPE::panels][SHAPE::q_panel_bytes];
   alignas(1024) uint8_t k[FORWARD_STAGES][SHAPE::panels][SHAPE::panel_bytes];
   alignas(1024) uint8_t v[FORWARD_STAGES][SHAPE::value_panels][SHAPE::panel_bytes];
@@ -293,6 +307,7 @@ struct forward_loader {
   const int lane = threadIdx.x % 32;
   forward_ring<SHAPE::q_slots> q;
   forward_ring<FORWARD_STAGES> k, v;
+  forward_ring<1> bias;
   int number = 0;  // of items sent
 
   __device__ __forceinline__ forward_loader(const forward_call &call, forward_shared<SHAPE> &memory)
@@ -358,6 +373,25 @@ struct forward_loader {
     v.next();
   }
 
+  // Of the item at hand.
+  __device__ __forceinline__ void send_bias(int key) {
+    if constexpr (SHAPE::stages_bias) {
+      mbarrier_wait(shared_address(&shared.bias_empty), bias.parity ^ 1);
+      if (lane == 0) {
+        const uint32_t barrier = shared_address(&shared.bias_full);
+        mbarrier_arrive_expect(barrier, sizeof shared.bias);
+#pragma unroll
+        for (int panel = 0; panel < SHAPE::keys / SA_PANEL; panel++) {
+          tma_load(shared_address(shared.bias[panel]), &c.bias, key + panel * SA_PANEL,
+                   item().tile * SA_TILE * c.bias_row_step, item().head * c.bias_head_step,
+                   item().batch * c.bias_batch_step, barrier);
+        }
+      }
+      __syncwarp();
+      bias.next();
+    }
+  }
+
   // False at the end of the stream.
   __device__ __forceinline__ bool begin_item() {
     mbarrier_wait(shared_address(&shared.found), number & 1);
@@ -389,6 +423,7 @@ struct forward_loader {
                     (run.pattern >= 0 ? FORWARD_PARTIAL : 0) | (r == runs - 1 && n == steps - 1 ? FORWARD_LAST : 0) |
                         (n % SHAPE::steps ? FORWARD_SECOND_HALF : 0));
           if (values >= 0) send_values(owner, values);
+          send_bias(key);
           owner = number;
           values = key;
         }
@@ -466,6 +501,7 @@ struct forward_consumer {
   bool last, begins;      // the step at hand is its item's last, begins an item
   forward_ring<SHAPE::q_slots> q;
   forward_ring<FORWARD_STAGES> k, v;
+  forward_ring<1> staged;  // bias
 
   // Extras: the thread's first key of the step, the bias of the step (of halves, two a register) and which weights
   // dropout keeps.
@@ -613,7 +649,7 @@ struct forward_consumer {
   __device__ __forceinline__ void meet_step() {
     const hopper_scores &rule = c.scores;
     first_key = shared.key[k.at] + 2 * (lane & 3);
-    if constexpr (SHAPE::extras & FORWARD_BIAS) {
+    if constexpr (SHAPE::extras & FORWARD_BIAS && !SHAPE::stages_bias) {
       if (!has_bias()) return;
       const bool whole = wants(FORWARD_BIAS, rule.bias_pairs) && first_key - 2 * (lane & 3) + SHAPE::keys <= c.keys;
       if (is_float_bias()) {
@@ -669,6 +705,28 @@ struct forward_consumer {
     return half_value((uint16_t)(i & 1 ? bias[i / 2] >> 16 : bias[i / 2]));
   }
 
+  // The bias of 16 keys, of which the first is 16 * x of the step, from shared memory to its place.
+  __device__ __forceinline__ void fetch_bias(int x) {
+    if constexpr (SHAPE::stages_bias) {
+      const int row = (warp * 16 + (lane & 15)) * c.bias_row_step, piece = 2 * x + (lane >> 4);
+      uint32_t four[4];
+      load_matrices(four, shared_address(shared.bias[piece / 8]) + row * 128 + (((piece ^ row) & 7) << 4));
+#pragma unroll
+      for (int i = 0; i < 4; i++) bias[4 * x + i] = four[i];
+    }
+  }
+
+  __device__ __forceinline__ void await_bias() {
+    if constexpr (SHAPE::stages_bias) mbarrier_wait(shared_address(&shared.bias_full), staged.parity);
+  }
+
+  __device__ __forceinline__ void release_bias() {
+    if constexpr (SHAPE::stages_bias) {
+      release(shared.bias_empty);
+      staged.next();
+    }
+  }
+
   // Key - query - diagonal of a score.
   __device__ __forceinline__ float apart(int i) {
     return (float)(first_key - query() - c.scores.diagonal) + (float)(i / 4 * 8 + (i & 1) - (i & 2) * 4);
@@ -688,7 +746,10 @@ struct forward_consumer {
         s[i] = hopper_score(c.scores, s[i], hopper_extra(bias_of<E>(i), slope, apart(i)));
     } else {
 #pragma unroll
-      for (int i = 0; i < scores; i++) s[i] = hopper_score(c.scores, s[i], bias_of<E>(i));
+      for (int i = 0; i < scores; i++) {
+        if (i % 8 == 0) fetch_bias(i / 8);
+        s[i] = hopper_score(c.scores, s[i], bias_of<E>(i));
+      }
     }
   }
 
@@ -705,6 +766,7 @@ struct forward_consumer {
     }
     const float slope = slope_of_item();
     if (has_bias()) {
+      await_bias();
       is_float_bias() ? add_bias<uint32_t>() : add_bias<uint16_t>();
     } else if (slope != 0.f) {
 #pragma unroll
@@ -718,9 +780,11 @@ struct forward_consumer {
   // The bits of a step without the pairs whose bias is -inf.
   __device__ __forceinline__ uint2 biased_bits(bool partial, uint2 bits) {
     const bool wide = is_float_bias();
+    await_bias();
     if (!partial) bits = make_uint2(~0u, ~0u);
 #pragma unroll
     for (int i = 0; i < scores; i++) {
+      if (i % 8 == 0) fetch_bias(i / 8);
       const float x = wide ? bias_of<uint32_t>(i) : bias_of<uint16_t>(i);
       const uint32_t bit = x == forward_minus_infinity() ? 1u << (2 * (i >> 2) + (i & 1)) : 0;
       (i & 2 ? bits.y : bits.x) &= ~bit;
@@ -814,6 +878,7 @@ struct forward_consumer {
       jumps |= wary && __any_sync(~0u, octaves(x[0] - top[0]) > FORWARD_JUMP || octaves(x[1] - top[1]) > FORWARD_JUMP);
       all_seen = __all_sync(~0u, top[0] != forward_minus_infinity() && top[1] != forward_minus_infinity());
     }
+    release_bias();
     bool rescale = false;
     if (jumps) rescale = raise_maxima<CAREFUL>(a);
     float t[4] = {0.f, 0.f, 0.f, 0.f};
@@ -1195,6 +1260,10 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(cons
       mbarrier_init(shared_address(&shared.k_empty[i]), FORWARD_CONSUMERS * 4);
       mbarrier_init(shared_address(&shared.v_full[i]), 1);
       mbarrier_init(shared_address(&shared.v_empty[i]), FORWARD_CONSUMERS * 4);
+    }
+    if constexpr (SHAPE::stages_bias) {
+      mbarrier_init(shared_address(&shared.bias_full), 1);
+      mbarrier_init(shared_address(&shared.bias_empty), FORWARD_CONSUMERS * 4);
     }
     mbarrier_init(shared_address(&shared.found), 1);
     mbarrier_init(shared_address(&shared.begun), 1);
