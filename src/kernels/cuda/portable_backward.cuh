@@ -228,15 +228,11 @@ template <bool TRANSPOSED, class Real, int BLOCKS>
 static __device__ __forceinline__ void make_scores(const score_rule<Real> &rule, Real (&c)[BLOCKS][4],
                                                    Real (&slope)[BLOCKS][4], int64_t query, int64_t key,
                                                    uint32_t &visible) {
+  score_blocks<TRANSPOSED>(rule, c, query, key, false, visible, &slope);
 #pragma unroll
-  for (int n = 0; n < BLOCKS; n++) {
-    uint32_t seen = visible >> (4 * n) & 15;
-    score_block<TRANSPOSED>(rule, c[n], query + (TRANSPOSED ? 8 * n : 0), key + (TRANSPOSED ? 0 : 8 * n), seen,
-                            slope[n]);
+  for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++) slope[n][i] = 1 - slope[n][i] * slope[n][i];
-    visible = (visible & ~(15u << (4 * n))) | seen << (4 * n);
-  }
 }
 
 // The bits of the pairs that dropout keeps, 4 n + i for element i of block n.

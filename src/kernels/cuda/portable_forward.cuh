@@ -263,22 +263,28 @@ static __device__ __forceinline__ void score(const score_rule<typename C::real> 
   typedef typename C::real real;
   if (!C::EXTRAS && full) return;
 #pragma unroll
-  for (int f = 0; f < C::FOLD; f++)
+  for (int f = 0; f < C::FOLD; f++) {
+    uint32_t visible = 0;
 #pragma unroll
-    for (int n = 0; n < C::BLOCKS; n++) {
-      uint32_t visible = (seen[f][0] >> 2 * n & 3) | (seen[f][1] >> 2 * n & 3) << 2;
-      if (!C::EXTRAS) {
+    for (int n = 0; n < C::BLOCKS; n++)
+      visible |= ((seen[f][0] >> 2 * n & 3) | (seen[f][1] >> 2 * n & 3) << 2) << 4 * n;
+    if (C::EXTRAS) {
+      score_blocks<false>(rule, s[f], block.query + lane_row<C>(f, 0), key + 2 * (threadIdx.x & 3), full, visible,
+                          (real(*)[1][4])NULL);
+      if (!rule.bias) continue;
+      seen[f][0] = seen[f][1] = 0;
 #pragma unroll
-        for (int e = 0; e < 4; e++) s[f][n][e] = visible >> e & 1 ? s[f][n][e] : -(real)INFINITY;
-        continue;
+      for (int n = 0; n < C::BLOCKS; n++) {
+        seen[f][0] |= (visible >> 4 * n & 3) << 2 * n;
+        seen[f][1] |= (visible >> (4 * n + 2) & 3) << 2 * n;
       }
-      score_block<false>(rule, s[f][n], block.query + lane_row<C>(f, 0), key + 8 * n + 2 * (threadIdx.x & 3), visible,
-                         (real *)NULL);
-      if (rule.bias) {
-        seen[f][0] &= ~(3u << 2 * n) | (visible & 3) << 2 * n;
-        seen[f][1] &= ~(3u << 2 * n) | (visible >> 2 & 3) << 2 * n;
-      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < C::BLOCKS; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[f][n][e] = visible >> (4 * n + e) & 1 ? s[f][n][e] : -(real)INFINITY;
     }
+  }
 }
 
 // What a score of the lane's rows is multiplied by to be an exponent of 2.

@@ -759,42 +759,59 @@ static __device__ __forceinline__ double tanh_of(const score_rule<double> &, dou
   return tanh(x);
 }
 
-// The products of one block of an accumulator in place become scores, -inf where masked. Bit n of `visible` is c[n]'s;
-// those whose bias is -inf are cleared. The block's element c[0] is (query, key), or, with TRANSPOSED scores, whose
-// rows are keys, (key, query). `capped`, unless NULL: tanh(s / softcap), 0 without.
-template <bool TRANSPOSED, class Real>
-static __device__ __forceinline__ void score_block(const score_rule<Real> &rule, Real (&c)[4], int64_t query,
-                                                   int64_t key, uint32_t &visible, Real *capped) {
-  Real bias[4];
-  if (rule.bias) bias_block<TRANSPOSED>(rule, query, key, visible, bias);
+// Products in place become scores, -inf where masked: blocks side by side, of which the first element is (query, key),
+// or, with TRANSPOSED scores, whose rows are keys, (key, query). Bit 4 n + i of `visible` is element i of block n;
+// those whose bias is -inf are cleared. `full`: all are visible. capped[n], of as many blocks as there are: tanh(s /
+// softcap), 0 without. Each option goes over all blocks, so that none waits for the one before.
+template <bool TRANSPOSED, class Real, int BLOCKS, int CAPPED>
+static __device__ __forceinline__ void score_blocks(const score_rule<Real> &rule, Real (&c)[BLOCKS][4], int64_t query,
+                                                    int64_t key, bool full, uint32_t &visible,
+                                                    Real (*capped)[CAPPED][4]) {
 #pragma unroll
-  for (int n = 0; n < 4; n++) {
-    c[n] *= rule.factor;
-    if (capped) capped[n] = 0;
-  }
+  for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      c[n][i] *= rule.factor;
+      if (capped) (*capped)[n % CAPPED][i] = 0;
+    }
   if (rule.softcap > 0) {
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-      const Real inside = tanh_of(rule, c[n] * rule.inside);
-      if (capped) capped[n] = inside;
-      c[n] = rule.softcap * inside;
-    }
+    for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const Real inside = tanh_of(rule, c[n][i] * rule.inside);
+        if (capped) (*capped)[n % CAPPED][i] = inside;
+        c[n][i] = rule.softcap * inside;
+      }
   }
   if (rule.bias) {
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-      if (bias[n] == -(Real)INFINITY) visible &= ~(1u << n);
-      c[n] += bias[n];
+    for (int n = 0; n < BLOCKS; n++) {
+      Real bias[4];
+      bias_block<TRANSPOSED>(rule, query + (TRANSPOSED ? 8 * n : 0), key + (TRANSPOSED ? 0 : 8 * n), visible >> 4 * n,
+                             bias);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if (bias[i] == -(Real)INFINITY) visible &= ~(1u << (4 * n + i));
+        c[n][i] += bias[i];
+      }
     }
   }
   if (rule.slope != 0) {
-    const Real apart = alibi_apart(rule, query, key);
+    const Real first = alibi_apart(rule, query, key);
 #pragma unroll
-    for (int n = 0; n < 4; n++) c[n] -= rule.slope * alibi_distance<TRANSPOSED>(apart, n);
+    for (int n = 0; n < BLOCKS; n++) {
+      const Real apart = first + (Real)(TRANSPOSED ? -8 * n : 8 * n);
+#pragma unroll
+      for (int i = 0; i < 4; i++) c[n][i] -= rule.slope * alibi_distance<TRANSPOSED>(apart, i);
+    }
   }
+  if (full && !rule.bias) return;
 #pragma unroll
-  for (int n = 0; n < 4; n++)
-    if (!(visible >> n & 1)) c[n] = -(Real)INFINITY;
+  for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (!(visible >> (4 * n + i) & 1)) c[n][i] = -(Real)INFINITY;
 }
 
 /*  Dropout  */
