@@ -95,8 +95,10 @@ describe("what is behind the mask changes no value:", function()
       {mask = "window", queries = 40, keys = 300, width = 16, softcap = 2, alibi = true, batch = 1},
       {mask = "dense_keys", queries = 2, keys = 2100, width = 16, batch = 1},
       {mask = "window_bottom_right", queries = 1, keys = 2100, width = 16, batch = 1, sinks = true},
+      {mask = "dead", queries = 140, keys = 70, width = 256, batch = 1},
+      {mask = "bottom_right", queries = 150, keys = 140, width = 192, value_width = 128, batch = 1},
     } do
-      it(dtype .. ", mask " .. given.mask, function()
+      it(("%s, mask %s, width %d"):format(dtype, given.mask, given.width), function()
         local c = {dtype = dtype, heads = 2, key_heads = 1}
         for name, value in pairs(given) do c[name] = value end
         c = cases.complete(c)
@@ -146,8 +148,11 @@ describe("what is visible reaches exactly who sees it:", function()
     for _, given in ipairs {
       {mask = "dense"}, {mask = "causal", softcap = 3}, {mask = "documents", dropout = 0.3},
       {mask = "blocks", queries = 30, keys = 1100}, {mask = "dense_keys", queries = 2, keys = 2100},
+      {mask = "dense", width = 128, bias = false, alibi = false},
+      {mask = "dense", width = 256, bias = false, alibi = false},
+      {mask = "causal", width = 192, value_width = 128, bias = false, alibi = false},
     } do
-      it(dtype .. ", mask " .. given.mask, function()
+      it(("%s, mask %s, width %d"):format(dtype, given.mask, given.width or 20), function()
         local c = {
           dtype = dtype, heads = 2, key_heads = 1, queries = 100, keys = 140, width = 20, bias = "bhls", sinks = true,
           alibi = true, batch = 1,
@@ -156,7 +161,7 @@ describe("what is visible reaches exactly who sees it:", function()
         c = cases.complete(c)
         local clean = cases.operands(c)
         clean.sinks:fill(0.5)
-        clean.alibi:fill(0.01)
+        if c.alibi then clean.alibi:fill(0.01) end
         -- A visible pair, of a late tile of keys where there is one.
         local visible = cases.visible(c)
         local i, j = math.min(c.queries, 91), c.mask == "causal" and 80 or c.keys - 5
@@ -188,10 +193,10 @@ describe("what is visible reaches exactly who sees it:", function()
         reach("v", 1, 1, j, 3)
         reach("q", 1, 2, i, 3)
         reach("dout", 1, 2, i, 3)
-        reach("bias", 1, 2, i, j)
+        if c.bias then reach("bias", 1, 2, i, j) end
         reach("dlse", 1, 2, i)
         reach("sinks", 2)
-        reach("alibi", 2)
+        if c.alibi then reach("alibi", 2) end
       end)
     end
   end

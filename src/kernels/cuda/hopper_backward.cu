@@ -7,6 +7,7 @@
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/hopper_backward.cuh"
 #include "kernels/cuda/hopper_backward_extras.cuh"
+#include "kernels/cuda/hopper_backward_wide.cuh"
 
 static const char function[] = "sa_backward";
 
@@ -16,10 +17,42 @@ static const char function[] = "sa_backward";
 // 819.
 enum { MIXED_BYTES = 17 << 20, MIXED_BYTES_ALIKE = 34 << 20 };
 
+// Widths that hopper_backward.cuh is made for: to which those of a problem are padded with zeros, which TMA adds. 0 for
+// wider ones.
 static int bucket(const sa_problem *p) {
   const int64_t width = p->width > p->value_width ? p->width : p->value_width;
   // Extras have a kernel for 128 alone: with steps of 128 queries there are no registers for them.
   return width <= 64 && !hopper_has_extras(p) ? 64 : width <= 128 ? 128 : 0;
+}
+
+// Those of hopper_backward_wide.cuh.
+typedef struct wide_entry {
+  int width, value_width;
+  int (*bf16)(const char *, const hopper_backward_call &, int, cudaStream_t);
+  int (*f16)(const char *, const hopper_backward_call &, int, cudaStream_t);
+} wide_entry;
+
+#define WIDE(w, v)                                                    \
+  {                                                                   \
+    w, v, hopper_wide_passes<hopper_wide_shape<__nv_bfloat16, w, v>>, \
+        hopper_wide_passes<hopper_wide_shape<__half, w, v>>           \
+  }
+#define DECLARE_WIDE(w, v)                                                                                            \
+  extern template int hopper_wide_passes<hopper_wide_shape<__nv_bfloat16, w, v>>(                                     \
+      const char *, const hopper_backward_call &, int, cudaStream_t);                                                 \
+  extern template int hopper_wide_passes<hopper_wide_shape<__half, w, v>>(const char *, const hopper_backward_call &, \
+                                                                          int, cudaStream_t);
+DECLARE_WIDE(192, 128)
+DECLARE_WIDE(192, 192)
+DECLARE_WIDE(256, 256)
+
+static const wide_entry wide[] = {WIDE(192, 128), WIDE(192, 192), WIDE(256, 256)};
+
+static const wide_entry *wide_of(const sa_problem *p) {
+  for (const wide_entry &entry : wide) {
+    if (p->width <= entry.width && p->value_width <= entry.value_width) return &entry;
+  }
+  return NULL;
 }
 
 static int64_t padded_queries(const sa_problem *p) {
@@ -46,14 +79,14 @@ static bool fits(const sa_problem *p, const sa_operand *x, int64_t heads, int64_
 bool sa_cuda_hopper_backward_covers(const sa_problem *p) {
   const int64_t heads = p->batch * p->heads, padded = padded_queries(p);
   if (p->dtype != SA_BF16 && p->dtype != SA_F16) return false;
-  if (hopper_has_extras(p) && !hopper_scores_fit(p)) return false;
+  if (hopper_has_extras(p) && (!bucket(p) || !hopper_scores_fit(p))) return false;
   // A slope's gradient wants dS without the softcap's part.
   if (p->dalibi.data && p->softcap > 0) return false;
   if (heads == 0 || p->queries == 0 || p->keys == 0) return false;
-  if (!bucket(p) || p->width == 0 || p->value_width == 0 || p->width % 8 || p->value_width % 8) return false;
+  if (!wide_of(p) || p->width == 0 || p->value_width == 0 || p->width % 8 || p->value_width % 8) return false;
   if (p->queries > INT32_MAX / 2 || p->keys > INT32_MAX / 2) return false;
-  if (heads * (padded / 64) * (bucket(p) / 64) > INT32_MAX) return false;
-  if (p->batch * p->key_heads * key_columns(p) > INT32_MAX) return false;
+  if (heads * (padded / 64) * (bucket(p) ? bucket(p) / 64 : 1) > INT32_MAX) return false;
+  if (p->batch * p->key_heads * key_columns(p) > INT32_MAX / 2) return false;
   // Sums of many short heads are mostly padding.
   if (p->queries < 64 && heads * padded * bucket(p) * 4 > (int64_t)1 << 30) return false;
   return fits(p, &p->q, p->heads, p->queries, p->width) && fits(p, &p->k, p->key_heads, p->keys, p->width) &&
@@ -75,14 +108,14 @@ static int map_operand(const sa_problem *p, CUtensorMap *map, const sa_operand *
 }
 
 static int map_operands(const sa_problem *p, hopper_backward_call *c) {
-  const int rows = bucket(p) == 64 ? 128 : 64;
+  const int rows = bucket(p) == 64 ? 128 : 64, key_rows = bucket(p) ? (int)SA_TILE : (int)HOPPER_WIDE_ROWS;
   const int64_t queries = p->queries, keys = p->keys, width = p->width, value_width = p->value_width;
   int status = map_operand(p, &c->q, &p->q, p->heads, queries, width, rows, &c->q_batch_step, &c->q_head_step);
   if (!status) {
-    status = map_operand(p, &c->k, &p->k, p->key_heads, keys, width, SA_TILE, &c->k_batch_step, &c->k_head_step);
+    status = map_operand(p, &c->k, &p->k, p->key_heads, keys, width, key_rows, &c->k_batch_step, &c->k_head_step);
   }
   if (!status) {
-    status = map_operand(p, &c->v, &p->v, p->key_heads, keys, value_width, SA_TILE, &c->v_batch_step, &c->v_head_step);
+    status = map_operand(p, &c->v, &p->v, p->key_heads, keys, value_width, key_rows, &c->v_batch_step, &c->v_head_step);
   }
   if (!status) {
     status = map_operand(p, &c->dout, &c->dout_values, p->heads, queries, value_width, rows, &c->dout_batch_step,
@@ -122,14 +155,26 @@ static int64_t lay_out(const sa_problem *p, hopper_backward_call *c, char *memor
     at += (p->queries * p->value_width * 2 + 255) / 256 * 256;
   }
   c->zeroed = c->next_job = (int32_t *)at;
-  c->flagged = c->next_job + 2;
+  c->flagged = c->next_job + 4;
   c->bad_key = c->flagged + 1;
   c->bad_query = c->bad_key + c->jobs;
-  c->turn = c->bad_query + chunks;
+  c->turn = c->bad_query + (bucket(p) ? chunks : rows / SA_TILE);
   const int64_t slopes = p->dalibi.data ? p->batch * p->heads * key_columns(p) * 8 : 0;
   c->slope_part = slopes ? (float *)(c->turn + chunks) : NULL;
   c->zeroed_count = c->turn + chunks + slopes - c->zeroed;
   return (char *)(c->zeroed + c->zeroed_count) - memory;
+}
+
+// The statistics of the rows, and dSinks.
+template <class T, int WIDTH>
+static int launch_rows(const hopper_backward_call &c, cudaStream_t stream) {
+  const unsigned blocks = (unsigned)(c.batch * (int64_t)c.heads * (c.padded / 64));
+  int status =
+      sa_cuda_launch(function, hopper_backward_rows<T, WIDTH>, blocks, HOPPER_BACKWARD_ROWS_THREADS, 0, stream, c);
+  if (!status && c.sink_part) {
+    status = sa_cuda_launch(function, hopper_backward_sinks<T>, (unsigned)c.heads, 32, 0, stream, c);
+  }
+  return status;
 }
 
 static int64_t lists_in_use(const int64_t *start, int64_t count) {
@@ -218,9 +263,7 @@ static int launch(const sa_problem *p, const hopper_backward_call &c, cudaStream
   const unsigned row_blocks = (unsigned)(c.batch * (int64_t)c.heads * (c.padded / 64)), heads = (unsigned)c.heads;
   const int processors = sa_cuda_properties_of(p->device)->processors, extras = extras_of(p);
   const unsigned blocks = (unsigned)(c.jobs < processors ? c.jobs : processors);
-  int status =
-      sa_cuda_launch(function, hopper_backward_rows<T, WIDTH>, row_blocks, HOPPER_BACKWARD_ROWS_THREADS, 0, stream, c);
-  if (!status && c.sink_part) status = sa_cuda_launch(function, hopper_backward_sinks<T>, heads, 32, 0, stream, c);
+  int status = launch_rows<T, WIDTH>(c, stream);
   if (!c.dq_out.data && !c.dk_out.data && !c.dv_out.data && !c.slope_part) return status;
   if (!status && c.coarse) {
     status =
@@ -240,6 +283,21 @@ static int launch_bias(const sa_problem *p) {
   sa_problem rest = *p;
   rest.dq.data = rest.dk.data = rest.dv.data = rest.dsinks.data = rest.dalibi.data = NULL;
   return sa_cuda_portable_backward(&rest);
+}
+
+template <class T>
+static int launch_wide(const sa_problem *p, const hopper_backward_call &c, cudaStream_t stream) {
+  const wide_entry *entry = wide_of(p);
+  const int status = launch_rows<T, 256>(c, stream);
+  const int processors = sa_cuda_properties_of(p->device)->processors;
+  return status ? status : (p->dtype == SA_BF16 ? entry->bf16 : entry->f16)(function, c, processors, stream);
+}
+
+template <class T>
+static int launch_any(const sa_problem *p, const hopper_backward_call &c, cudaStream_t stream) {
+  return bucket(p) == 64    ? launch<T, 64>(p, c, stream)
+         : bucket(p) == 128 ? launch<T, 128>(p, c, stream)
+                            : launch_wide<T>(p, c, stream);
 }
 
 int sa_cuda_hopper_backward(const sa_problem *p) {
@@ -280,8 +338,8 @@ int sa_cuda_hopper_backward(const sa_problem *p) {
     if (p->bias.data) c.dead = p->dead;
     c.dalibi = p->dalibi;
   }
-  c.deterministic = p->deterministic;
-  c.jobs = (int32_t)(p->batch * p->key_heads * key_columns(p));
+  c.deterministic = p->deterministic || !bucket(p);
+  c.jobs = (int32_t)(p->batch * p->key_heads * key_columns(p)) * (bucket(p) ? 1 : 2);
   c.mixed = mixed_heads(p);
   order_heads(p, &c);
   void *scratch = sa_cuda_scratch(function, p->device, lay_out(p, &c, NULL));
@@ -296,11 +354,7 @@ int sa_cuda_hopper_backward(const sa_problem *p) {
     sa_cuda_scratch_release(p->device, scratch);
     return status;
   }
-  if (p->dtype == SA_BF16) {
-    status = bucket(p) == 64 ? launch<__nv_bfloat16, 64>(p, c, stream) : launch<__nv_bfloat16, 128>(p, c, stream);
-  } else {
-    status = bucket(p) == 64 ? launch<__half, 64>(p, c, stream) : launch<__half, 128>(p, c, stream);
-  }
+  status = p->dtype == SA_BF16 ? launch_any<__nv_bfloat16>(p, c, stream) : launch_any<__half>(p, c, stream);
   sa_cuda_scratch_release(p->device, scratch);
   return !status && p->dbias.data ? launch_bias(p) : status;
 }

@@ -846,7 +846,8 @@ struct hopper_backward_consumer {
       }
     }
     // store_row counts from the rows of both warpgroups.
-    if (store_gradient(dq, c.scale, base + SHAPE::dq + w * (SHAPE::dq_bytes - SHAPE::slab_bytes), 0))
+    if (hopper_store_halves<type>(dq, c.scale, base + SHAPE::dq + w * (SHAPE::dq_bytes - SHAPE::slab_bytes) + store_row,
+                                  store_piece, 0))
       c.bad_query[chunk] = *c.flagged = 1;
   }
 
@@ -981,31 +982,14 @@ struct hopper_backward_consumer {
     }
   }
 
-  // Halves of a gradient to the panels from `to` on, `panel` bytes apart; returns what note_nonfinite saw.
-  template <int N>
-  __device__ __forceinline__ uint32_t store_gradient(const float (&x)[N], float factor, uint32_t to, uint32_t panel) {
-    uint32_t seen = 0;
-#pragma unroll
-    for (int k = 0; k < N / 8; k++) {
-      uint32_t halves[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        halves[i] = pack_halves<type>(x[8 * k + 2 * i] * factor, x[8 * k + 2 * i + 1] * factor);
-        seen = note_nonfinite<type>(seen, halves[i]);
-      }
-      store_matrices(to + k / 4 * panel + store_row + (store_piece ^ (k % 4 * 32)), halves);
-    }
-    return seen;
-  }
-
   // dV and then dK leave through this warpgroup's rows of the buffers of dS. That of dQ would only be free once its
   // last sums are on their way, 4000 cycles later where jobs are short.
   __device__ __forceinline__ void finish() {
     named_barrier_sync(HOPPER_BACKWARD_BOTH, 256);  // the other warpgroup has read dS for its last dQ
-    uint32_t seen = store_gradient(dv, 1.f, base + SHAPE::ds, SHAPE::panel_bytes);
+    uint32_t seen = hopper_store_halves<type>(dv, 1.f, base + SHAPE::ds + store_row, store_piece, SHAPE::panel_bytes);
     send_gradient(&c.dv, c.dv_out.data);
     stores_read();
-    seen |= store_gradient(dk, c.scale, base + SHAPE::ds, SHAPE::panel_bytes);
+    seen |= hopper_store_halves<type>(dk, c.scale, base + SHAPE::ds + store_row, store_piece, SHAPE::panel_bytes);
     if (!CAREFUL && seen) {
       c.bad_key[(job.z * c.key_heads + job.w) * c.plan.col_tiles + job.x] = *c.flagged = 1;
     }

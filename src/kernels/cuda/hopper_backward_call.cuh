@@ -47,10 +47,10 @@ typedef struct hopper_backward_call {
   // Counters and notes, all 0 at first.
   int32_t *zeroed;
   int64_t zeroed_count;
-  int32_t *next_job;   // two: of the launch, and of the careful one
+  int32_t *next_job;   // of each launch that takes jobs, and of its careful one
   int32_t *flagged;    // whether anything is
-  int32_t *bad_key;    // [batch, key head, column]
-  int32_t *bad_query;  // as chunks of dq
+  int32_t *bad_key;    // [batch, key head, column]; two a column where heads are wider than 128
+  int32_t *bad_query;  // as chunks of dq; [batch, head, row of tiles] where heads are wider than 128
   int32_t *turn;       // likewise: how many have added
 } hopper_backward_call;
 
@@ -141,6 +141,25 @@ static __device__ __forceinline__ float hopper_warp_sum_f(float x) {
 template <class T>
 static __device__ __forceinline__ T *hopper_rows(const sa_operand &x, int batch, int head) {
   return (T *)x.data + batch * x.stride[0] + head * x.stride[1];
+}
+
+// Sums of a gradient, as halves, to panels in shared memory `panel` bytes apart; `to` is this lane's row of the first,
+// as store_matrices wants it, and `piece` its swizzled first piece. Returns what note_nonfinite saw.
+template <class T, int N>
+static __device__ __forceinline__ uint32_t hopper_store_halves(const float (&x)[N], float factor, uint32_t to,
+                                                               uint32_t piece, uint32_t panel) {
+  uint32_t seen = 0;
+#pragma unroll
+  for (int k = 0; k < N / 8; k++) {
+    uint32_t halves[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      halves[i] = pack_halves<T>(x[8 * k + 2 * i] * factor, x[8 * k + 2 * i + 1] * factor);
+      seen = note_nonfinite<T>(seen, halves[i]);
+    }
+    store_matrices(to + k / 4 * panel + (piece ^ (k % 4 * 32)), halves);
+  }
+  return seen;
 }
 
 // A row of panels PANEL_ROWS rows high, from `from` to `to`, with 0 for what is not finite; whether there was any.
