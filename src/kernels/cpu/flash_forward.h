@@ -1,7 +1,7 @@
 // the forward pass, for one REAL; part of flash.h
 //
 // Reaches 85 and 87 % of the fused multiply-add peak in f32 and 75 and 80 % in f64 (D64 and D128, one core with
-// AVX-512, N 2048). Some 8 % (f64: 15 %) go to the exponentials, which share the ports of the products; the rest is the
+// AVX-512, N 2048). Some 8 % (f64: 12 %) go to the exponentials, which share the ports of the products; the rest is the
 // start and the end of register tiles. K and V of a long head do not fit into the second cache: with a pass over them
 // for every block of queries D128 came to 82 %.
 
