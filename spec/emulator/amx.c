@@ -6,27 +6,21 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static void real_product(const void *shape, const void *a, const void *b, float *c) {
-  _tile_loadconfig(shape);
-  _tile_loadd(0, c, 64);
-  _tile_loadd(1, a, 64);
-  _tile_loadd(2, b, 64);
-  _tile_dpbf16ps(0, 1, 2);
-  _tile_stored(0, c, 64);
-  _tile_release();
-}
+// The same text twice: with the processor's instructions, and behind amx.h with the emulated ones.
+#define DEFINE_PRODUCT(name)                                                    \
+  static void name(const void *shape, const void *a, const void *b, float *c) { \
+    _tile_loadconfig(shape);                                                    \
+    _tile_loadd(0, c, 64);                                                      \
+    _tile_loadd(1, a, 64);                                                      \
+    _tile_loadd(2, b, 64);                                                      \
+    _tile_dpbf16ps(0, 1, 2);                                                    \
+    _tile_stored(0, c, 64);                                                     \
+    _tile_release();                                                            \
+  }
 
+DEFINE_PRODUCT(real_product)
 #include "amx.h"
-
-static void emulated_product(const void *shape, const void *a, const void *b, float *c) {
-  _tile_loadconfig(shape);
-  _tile_loadd(0, c, 64);
-  _tile_loadd(1, a, 64);
-  _tile_loadd(2, b, 64);
-  _tile_dpbf16ps(0, 1, 2);
-  _tile_stored(0, c, 64);
-  _tile_release();
-}
+DEFINE_PRODUCT(emulated_product)
 
 static uint32_t draw(void) {
   static uint64_t state = 0x9e3779b97f4a7c15;

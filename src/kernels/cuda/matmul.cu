@@ -19,7 +19,7 @@ enum { MOST_BATCHES = 65535 };  // at a time
 enum { MATH_MODE = 16 };
 
 static struct {
-  void *library;
+  void *opened;
   char missing[512];  // why it is not there
   int (*create)(blas_handle *handle);
   int (*set_stream)(blas_handle handle, cudaStream_t stream);
@@ -50,13 +50,13 @@ static void *open_first(void) {
 
 template <class F>
 static bool find(F *function, const char *symbol) {
-  *function = (F)dlsym(blas.library, symbol);
+  *function = (F)dlsym(blas.opened, symbol);
   return *function != NULL;
 }
 
 static void open_library(void) {
-  blas.library = open_first();
-  if (!blas.library) {
+  blas.opened = open_first();
+  if (!blas.opened) {
     snprintf(blas.missing, sizeof blas.missing,
              "cuBLAS is missing: neither libcublas.so.13 nor libcublas.so.12 can be opened (SAFEATTN_CUBLAS_LIB names "
              "one elsewhere): %.200s",
@@ -68,7 +68,7 @@ static void open_library(void) {
       find(&blas.status_string, "cublasGetStatusString") && find(&blas.multiply, "cublasGemmStridedBatchedEx_64"))
     return;
   snprintf(blas.missing, sizeof blas.missing, "cuBLAS is too old, wanted that of CUDA 12 or newer");
-  blas.library = NULL;
+  blas.opened = NULL;
 }
 
 static int check(int status) {
@@ -87,7 +87,7 @@ enum { WORKSPACE = 32 << 20 };
 static int take_handle(int device, cudaStream_t stream, void *workspace, blas_handle *handle) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, open_library);
-  if (!blas.library) return sa_cuda_host->fail(SA_NO_DEVICE, name, "%s", blas.missing);
+  if (!blas.opened) return sa_cuda_host->fail(SA_NO_DEVICE, name, "%s", blas.missing);
   pthread_mutex_lock(&lock);
   blas_handle *h = &handles[device - SA_CUDA];
   int status = SA_OK;
