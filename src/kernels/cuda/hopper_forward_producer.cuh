@@ -1,0 +1,274 @@
+// the warps of the forward on Hopper that find work, load it, and write rows of tiles that see no key
+#ifndef SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_PRODUCER_CUH
+#define SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_PRODUCER_CUH
+#include "kernels/cuda/hopper_forward_call.cuh"
+
+// The warp that takes work items from the counter and looks them up, one ahead of the warp that loads.
+template <class SHAPE>
+struct forward_finder {
+  const forward_call &c;
+  forward_shared<SHAPE> &shared;
+  const int lane = threadIdx.x % 32;
+  int number = 0;  // of items found
+
+  __device__ __forceinline__ forward_finder(const forward_call &call, forward_shared<SHAPE> &memory)
+      : c(call), shared(memory) {}
+
+  // A bit for each of 16 queries from `row` on that sees no key, or is none.
+  __device__ __forceinline__ uint16_t dead_rows(int batch, int head, int row) {
+    if (row >= c.queries) return 0xffff;
+    const int64_t words = (c.queries + 63) / 64;
+    const uint64_t word = __ldg(c.plan.dead_rows + sa_device_plane(c.plan, batch, head) * words + row / 64);
+    const uint32_t beyond = c.queries - row < 16 ? 0xffffu << (c.queries - row) : 0;
+    return (uint16_t)(word >> row % 64 | beyond);
+  }
+
+  // Makes work item `work` the next of the stream, unless it sees no key.
+  __device__ __forceinline__ bool publish(int work) {
+    const uint32_t turn = (uint32_t)work / (uint32_t)c.group_items, i = work - turn * c.group_items;
+    const uint32_t rank = i / (uint32_t)c.group_heads;
+    const uint32_t flat = (c.ordered ? c.group_order[turn] : turn) * c.group_heads + (i - rank * c.group_heads);
+    int batch = flat / (uint32_t)c.heads, head = flat - batch * c.heads;
+    if (SHAPE::extras & FORWARD_BIAS && c.batches) head = flat / (uint32_t)c.batches, batch = flat - head * c.batches;
+    const int64_t rows = forward_plane_rows(c, batch, head);
+    const int tile = __ldg(c.plan.row_order + rows + rank);
+    const int64_t first = __ldg(c.plan.row_start + rows + tile);
+    const int count = (int)(__ldg(c.plan.row_start + rows + tile + 1) - first);
+    if (count == 0) return false;
+    forward_item &item = shared.item[number % FORWARD_ITEMS];
+    const sa_run *runs = c.plan.row_runs + first;
+    if (lane < count) shared.runs[number % 2][lane] = runs[lane];
+    if (lane < SA_TILE / 16) item.dead[lane] = dead_rows(batch, head, tile * SA_TILE + lane * 16);
+    if (lane == 0) {
+      item.work = work;
+      item.batch = batch;
+      item.head = head;
+      item.key_head = head / (c.heads / c.key_heads);
+      item.tile = tile;
+      item.count = count;
+      item.runs = runs;
+      item.out = (uint16_t *)c.out.data + forward_offset(c.out, batch, head, tile);
+      item.lse = c.lse.data ? (float *)c.lse.data + forward_offset(c.lse, batch, head, tile) : NULL;
+      item.dead_rows = c.dead.data ? (uint8_t *)c.dead.data + forward_offset(c.dead, batch, head, tile) : NULL;
+      if (SHAPE::extras & FORWARD_ALIBI) item.slope = hopper_slope(c.scores, head);
+      item.sink = SHAPE::extras ? forward_sink(c.sinks, head, c.scores.base) : forward_sink(c.sinks, head);
+    }
+    hand_over();
+    return true;
+  }
+
+  __device__ __forceinline__ void publish_end() {
+    if (lane == 0) shared.item[number % FORWARD_ITEMS].work = -1;
+    hand_over();
+  }
+
+  __device__ __forceinline__ void hand_over() {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.found));
+    mbarrier_wait(shared_address(&shared.begun), number & 1);
+    number++;
+  }
+
+  // Items that see no key are the last of their group, or nearly so: they are passed over one by one.
+  __device__ __forceinline__ void run() {
+    for (int work = blockIdx.x; work < c.items;) {
+      publish(work);
+      int fetched = 0;
+      if (lane == 0) fetched = atomicAdd(c.counter, 1) + (int)gridDim.x;
+      work = __shfl_sync(~0u, fetched, 0);
+    }
+    publish_end();
+    // The last block out leaves the counters as it found them.
+    if (lane == 0) {
+      __threadfence();
+      if (atomicAdd(c.counter + 1, 1) == (int)gridDim.x - 1) c.counter[0] = c.counter[1] = 0;
+    }
+    named_barrier_sync(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
+    if (shared.flagged < 0) return;
+    for (int work = shared.flagged; work >= 0; work = c.flagged_next[work]) publish(work);
+    publish_end();
+  }
+};
+
+// The warp that loads.
+template <class SHAPE>
+struct forward_loader {
+  const forward_call &c;
+  forward_shared<SHAPE> &shared;
+  const int lane = threadIdx.x % 32;
+  forward_ring<SHAPE::q_slots> q;
+  forward_ring<FORWARD_STAGES> k, v;
+  forward_ring<1> bias;
+  int number = 0;  // of items sent
+
+  __device__ __forceinline__ forward_loader(const forward_call &call, forward_shared<SHAPE> &memory)
+      : c(call), shared(memory) {}
+
+  // The item at hand.
+  __device__ __forceinline__ const forward_item &item() { return shared.item[number % FORWARD_ITEMS]; }
+
+  __device__ __forceinline__ void send_query() {
+    mbarrier_wait(shared_address(&shared.q_empty[q.at]), q.parity ^ 1);
+    if (lane == 0) {
+      const uint32_t barrier = shared_address(&shared.q_full[q.at]);
+      const uint64_t policy = cache_policy_first_out();
+      mbarrier_arrive_expect(barrier, SHAPE::panels * SHAPE::q_panel_bytes);
+#pragma unroll
+      for (int panel = 0; panel < SHAPE::panels; panel++) {
+        tma_load(shared_address(shared.q[q.at][panel]), &c.q, panel * SA_PANEL, item().tile * SA_TILE,
+                 item().head * c.q_head_step, item().batch * c.q_batch_step, barrier, policy);
+      }
+    }
+    __syncwarp();
+    q.next();
+  }
+
+  __device__ __forceinline__ void send_keys(int key, int pattern, int step) {
+    mbarrier_wait(shared_address(&shared.k_empty[k.at]), k.parity ^ 1);
+    if (lane == 0) {
+      const uint32_t barrier = shared_address(&shared.k_full[k.at]);
+      const uint64_t policy = cache_policy_last_out();
+      shared.step[k.at] = step;
+      shared.key[k.at] = key;
+      mbarrier_arrive_expect(barrier,
+                             SHAPE::panels * SHAPE::panel_bytes + (pattern >= 0 ? (int)sizeof shared.bits[0] : 0));
+#pragma unroll
+      for (int panel = 0; panel < SHAPE::panels; panel++) {
+        tma_load(shared_address(shared.k[k.at][panel]), &c.k, panel * SA_PANEL, key, item().key_head * c.k_head_step,
+                 item().batch * c.k_batch_step, barrier, policy);
+      }
+      if (pattern >= 0) {
+        bulk_load(shared_address(shared.bits[k.at]), c.plan.row_bits + (int64_t)pattern * 256, sizeof shared.bits[0],
+                  barrier);
+      }
+    }
+    __syncwarp();
+    k.next();
+  }
+
+  // Of item `of`.
+  __device__ __forceinline__ void send_values(int of, int key) {
+    const forward_item &owner = shared.item[of % FORWARD_ITEMS];
+    mbarrier_wait(shared_address(&shared.v_empty[v.at]), v.parity ^ 1);
+    if (lane == 0) {
+      const uint32_t barrier = shared_address(&shared.v_full[v.at]);
+      const uint64_t policy = cache_policy_last_out();
+      mbarrier_arrive_expect(barrier, SHAPE::value_panels * SHAPE::panel_bytes);
+#pragma unroll
+      for (int panel = 0; panel < SHAPE::value_panels; panel++) {
+        tma_load(shared_address(shared.v[v.at][panel]), &c.v, panel * SA_PANEL, key, owner.key_head * c.v_head_step,
+                 owner.batch * c.v_batch_step, barrier, policy);
+      }
+    }
+    __syncwarp();
+    v.next();
+  }
+
+  // Of the item at hand.
+  __device__ __forceinline__ void send_bias(int key) {
+    if constexpr (SHAPE::stages_bias) {
+      mbarrier_wait(shared_address(&shared.bias_empty), bias.parity ^ 1);
+      if (lane == 0) {
+        const uint32_t barrier = shared_address(&shared.bias_full);
+        mbarrier_arrive_expect(barrier, sizeof shared.bias);
+#pragma unroll
+        for (int panel = 0; panel < SHAPE::keys / SA_PANEL; panel++) {
+          tma_load(shared_address(shared.bias[panel]), &c.bias, key + panel * SA_PANEL,
+                   item().tile * SA_TILE * c.bias_row_step, item().head * c.bias_head_step,
+                   item().batch * c.bias_batch_step, barrier);
+        }
+      }
+      __syncwarp();
+      bias.next();
+    }
+  }
+
+  // False at the end of the stream.
+  __device__ __forceinline__ bool begin_item() {
+    mbarrier_wait(shared_address(&shared.found), number & 1);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.begun));
+    return item().work >= 0;
+  }
+
+  __device__ __forceinline__ void send_end() {
+    mbarrier_wait(shared_address(&shared.q_empty[q.at]), q.parity ^ 1);
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.q_full[q.at]));
+    __syncwarp();
+    q.next();
+    number++;
+  }
+
+  // Q, K0, K1, V0, K2, V1 ... across the items without a break.
+  __device__ __forceinline__ void stream() {
+    int owner = 0, values = -1;  // item and first key of the values that are still to be sent
+    for (; begin_item(); number++) {
+      send_query();
+      const int runs = item().count;
+      for (int r = 0; r < runs; r++) {
+        const sa_run run = r < 32 ? shared.runs[number % 2][r] : item().runs[r];
+        const int steps = run.count * SHAPE::steps;
+        for (int n = 0; n < steps; n++) {
+          const int key = run.first * SA_TILE + n * SHAPE::keys;
+          send_keys(key, run.pattern,
+                    (run.pattern >= 0 ? FORWARD_PARTIAL : 0) | (r == runs - 1 && n == steps - 1 ? FORWARD_LAST : 0) |
+                        (n % SHAPE::steps ? FORWARD_SECOND_HALF : 0));
+          if (values >= 0) send_values(owner, values);
+          send_bias(key);
+          owner = number;
+          values = key;
+        }
+      }
+    }
+    if (values >= 0) send_values(owner, values);
+    send_end();
+  }
+
+  __device__ __forceinline__ void run() {
+    for (bool again = true; again;) {
+      stream();
+      again = false;
+      if (!careful) {
+        named_barrier_sync(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
+        again = careful = shared.flagged >= 0;
+      }
+    }
+  }
+
+  bool careful = false;
+};
+
+// The producer warpgroup's idle warps write the rows of tiles that see no key at all.
+static __device__ __forceinline__ void forward_fill_dead(const forward_call &c, int warp, int warps) {
+  const int lane = threadIdx.x % 32;
+  for (int64_t base = ((int64_t)blockIdx.x * warps + warp) * 32; base < c.items;
+       base += (int64_t)gridDim.x * warps * 32) {
+    const int mine = (int)base + lane;
+    bool none = false;
+    if (mine < c.items) {
+      const int flat = mine / c.plan.row_tiles, tile = mine % c.plan.row_tiles;
+      const int64_t *start = c.plan.row_start + forward_plane_rows(c, flat / c.heads, flat % c.heads) + tile;
+      none = __ldg(start) == __ldg(start + 1);
+    }
+    for (uint32_t found = __ballot_sync(~0u, none); found; found &= found - 1) {
+      const int at = (int)base + __ffs(found) - 1;
+      const int flat = at / c.plan.row_tiles, tile = at % c.plan.row_tiles;
+      const int batch = flat / c.heads, head = flat % c.heads;
+      const int rows = min(SA_TILE, c.queries - tile * SA_TILE), pieces = c.value_width / 8;
+      uint16_t *out = (uint16_t *)c.out.data + forward_offset(c.out, batch, head, tile);
+#pragma unroll 1
+      for (int x = lane; x < rows * pieces; x += 32) {
+        *(uint4 *)(out + x / pieces * c.out.stride[2] + x % pieces * 8) = make_uint4(0, 0, 0, 0);
+      }
+      float *lse = (float *)c.lse.data + forward_offset(c.lse, batch, head, tile);
+      uint8_t *dead = (uint8_t *)c.dead.data + forward_offset(c.dead, batch, head, tile);
+#pragma unroll 1
+      for (int r = lane; r < rows; r += 32) {
+        if (c.lse.data) lse[r * c.lse.stride[2]] = forward_sink(c.sinks, head) * 0.69314718f;
+        if (c.dead.data) dead[r * c.dead.stride[2]] = 1;
+      }
+    }
+  }
+}
+
+#endif

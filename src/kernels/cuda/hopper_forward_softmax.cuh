@@ -1,0 +1,196 @@
+// softmax of the forward on Hopper: a thread's scores of a step to weights
+#ifndef SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_SOFTMAX_CUH
+#define SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_SOFTMAX_CUH
+#include "kernels/cuda/hopper_forward_consumer.cuh"
+
+// The greatest score of each row, in the units of the maximum.
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::row_maxima(float (&x)[2]) {
+  float t[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) t[i] = fmaxf(s[i], s[i + 4]);
+#pragma unroll
+  for (int i = 8; i < scores; i++) t[i % 4] = fmaxf(t[i % 4], s[i]);
+  x[0] = forward_quad_max(fmaxf(t[0], t[1])) * (SHAPE::extras ? 1.f : c.scale_log2);
+  x[1] = forward_quad_max(fmaxf(t[2], t[3])) * (SHAPE::extras ? 1.f : c.scale_log2);
+}
+
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::keep(int r, float maximum) {
+  top[r] = maximum;
+  shift[r] = maximum == forward_minus_infinity() ? 0.f : -maximum;
+}
+
+// A difference of scores as an exponent of 2.
+template <class SHAPE>
+__device__ __forceinline__ float forward_consumer<SHAPE>::octaves(float x) {
+  if constexpr (SHAPE::extras & FORWARD_BIAS) return x * c.scores.unit;
+  return x;
+}
+
+// What the exponential of a score is taken of.
+template <class SHAPE>
+__device__ __forceinline__ float forward_consumer<SHAPE>::exponent(int i) {
+  if constexpr (SHAPE::extras) return octaves(s[i] + shift[i >> 1 & 1]);
+  return fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]);
+}
+
+// The exponentials of a thread's scores, summed as softmax() does.
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::sums(float (&t)[2]) {
+  float part[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < scores; i += 2) {
+    part[i & 3] += exp2_fast(exponent(i));
+    part[(i & 3) + 1] += exp2_fast(exponent(i + 1));
+  }
+  t[0] = part[0] + part[1];
+  t[1] = part[2] + part[3];
+}
+
+// Raises the maximum of rows whose sum of this step overflows under the kept one. All others keep it, so that they
+// get the same bits. Whether O must be scaled, by a.
+template <class SHAPE>
+template <bool CAREFUL>
+__device__ __forceinline__ bool forward_consumer<SHAPE>::raise_maxima(float (&a)[2]) {
+  float x[2], t[2];
+  row_maxima(x);
+  sums(t);
+  bool any = false;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const uint32_t quads = __ballot_sync(~0u, t[r] == -forward_minus_infinity());
+    a[r] = 1.f;
+    if (quads >> (lane & 28) & 15) {
+      a[r] = exp2_fast(octaves(top[r] - x[r]));
+      if (CAREFUL && x[r] > top[r]) low[r] = 0.f;
+      keep(r, x[r]);
+      sum[r] *= a[r];
+      any = true;
+    }
+  }
+  // With extras the maximum is taken off a score before the difference gets its unit, so that it is exact.
+  if (CAREFUL && !SHAPE::extras) settle_huge();
+  return __any_sync(~0u, any);
+}
+
+// A maximum beyond 2^30 is rounded by more than an exponential can take: what is left of the greatest score is taken
+// off all scores of the row. Without it the row would have no finite sum, and no bits to keep.
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::settle_huge() {
+  float most[2] = {forward_minus_infinity(), forward_minus_infinity()};
+#pragma unroll
+  for (int i = 0; i < scores; i++) {
+    most[i >> 1 & 1] = fmaxf(most[i >> 1 & 1], fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]));
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const float left = forward_quad_max(most[r]), size = fabsf(top[r]);
+    // Only of the step that has the maximum: in the others `left` is as far below as the scores are.
+    if (low[r] == 0.f && size > 0x1p30f && fabsf(left) > 100.f && fabsf(left) < size * 0x1p-22f) low[r] = left;
+  }
+}
+
+template <class SHAPE>
+template <bool CAREFUL>
+__device__ __forceinline__ float forward_consumer<SHAPE>::exponential(int i) {
+  const float x = exponent(i);
+  return exp2_fast(CAREFUL && !SHAPE::extras ? x - low[i >> 1 & 1] : x);
+}
+
+// S to P (halves, as the A operand) under the row's kept maximum. Whether O must be scaled, by a.
+template <class SHAPE>
+template <bool CAREFUL>
+__device__ __forceinline__ bool forward_consumer<SHAPE>::softmax(bool fresh, bool wary, bool partial, uint2 bits,
+                                                                 uint32_t (&p)[pairs], float (&a)[2]) {
+  if constexpr (SHAPE::extras) extend_scores();
+  if (partial) {  // selected, never added: whatever a masked score is, it vanishes
+#pragma unroll
+    for (int i = 0; i < scores; i++) {
+      const uint32_t word = i & 2 ? bits.y : bits.x;
+      s[i] = word & 1u << (2 * (i >> 2) + (i & 1)) ? s[i] : forward_minus_infinity();
+    }
+  }
+  if (fresh) {
+    sum[0] = sum[1] = 0.f;
+    if (CAREFUL) low[0] = low[1] = 0.f;
+    keep(0, forward_minus_infinity()), keep(1, forward_minus_infinity());
+    if (SHAPE::extras) alive = 0;
+  }
+  bool look = fresh || wary;
+  if (!look && !all_seen) {
+    look = __any_sync(~0u, (top[0] == forward_minus_infinity() && (!partial || bits.x)) ||
+                               (top[1] == forward_minus_infinity() && (!partial || bits.y)));
+  }
+  bool jumps = CAREFUL;
+  if (look) {  // a row without a maximum has nothing in sum and O yet
+    float x[2];
+    row_maxima(x);
+    if (top[0] == forward_minus_infinity()) keep(0, x[0]);
+    if (top[1] == forward_minus_infinity()) keep(1, x[1]);
+    if constexpr (SHAPE::extras) note_alive(partial, bits);
+    jumps |= wary && __any_sync(~0u, octaves(x[0] - top[0]) > FORWARD_JUMP || octaves(x[1] - top[1]) > FORWARD_JUMP);
+    all_seen = __all_sync(~0u, top[0] != forward_minus_infinity() && top[1] != forward_minus_infinity());
+  }
+  release_bias();
+  bool rescale = false;
+  if (jumps) rescale = raise_maxima<CAREFUL>(a);
+  float t[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < scores; i += 2) {
+    s[i] = exponential<CAREFUL>(i);
+    s[i + 1] = exponential<CAREFUL>(i + 1);
+    t[i & 3] += s[i], t[(i & 3) + 1] += s[i + 1];
+    if (!SHAPE::packs_late && !SHAPE::extras) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
+  }
+  if constexpr (SHAPE::extras) {
+    drop();
+    if (!SHAPE::packs_late) pack(p);
+  }
+  t[0] += t[1], t[2] += t[3];
+  // Rare. The branch has a second use: ptxas cannot move the wait for P V above it, and so not above the
+  // exponentials, which would then no longer overlap with P V.
+  if (__any_sync(~0u, t[0] > FORWARD_GROW || t[2] > FORWARD_GROW)) {
+    float f[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const uint32_t quads = __ballot_sync(~0u, t[2 * r] > FORWARD_GROW);
+      const float row = forward_quad_sum(t[2 * r]);
+      const int e = quads >> (lane & 28) & 15 ? min((int)(__float_as_uint(row) >> 23) - 127, 126) : 0;
+      f[r] = __uint_as_float((uint32_t)(127 - e) << 23);  // 2^-e
+      if constexpr (SHAPE::extras) {                      // a huge maximum cannot be raised by e, but by what f says
+        const float raised = top[r] + e * c.scores.octave;
+        f[r] = exp2_fast(octaves(top[r] - raised));
+        if (e) keep(r, raised);
+        if (!e) f[r] = 1.f;
+      } else if (e) {
+        keep(r, top[r] + e);
+      }
+      a[r] = rescale ? a[r] * f[r] : f[r];
+      sum[r] *= f[r];
+      t[2 * r] *= f[r];
+    }
+#pragma unroll
+    for (int i = 0; i < scores; i += 2) {
+      s[i] *= f[i >> 1 & 1], s[i + 1] *= f[i >> 1 & 1];
+      if (!SHAPE::packs_late) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
+    }
+    rescale = true;
+  }
+  sum[0] += t[0];
+  sum[1] += t[2];
+  return rescale;
+}
+
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::pack(uint32_t (&p)[pairs]) {
+#pragma unroll
+  for (int i = 0; i < scores; i += 2) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
+}
+
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::pack_late(uint32_t (&p)[pairs]) {
+  if constexpr (SHAPE::packs_late) pack(p);
+}
+
+#endif
