@@ -1,0 +1,266 @@
+// backward attention on Hopper for widths up to 128: jobs, and the warp that loads what they multiply
+#ifndef SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_LOADS_CUH
+#define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_LOADS_CUH
+#include "kernels/cuda/hopper_backward_shape.cuh"
+
+// The tiles of a column that a head sees, in ascending order: of its runs, the PARTIAL ones and the FULL ones, which
+// lie one after the other, each time the one that comes first. In another order the jobs would wait for each other's
+// turns.
+typedef struct hopper_backward_walk {
+  const sa_run *partial, *full;
+  int partials, fulls;     // that are left
+  int row, rows, pattern;  // of the run at hand: the first tile, how many, SA_FULL or which pattern
+
+  __device__ __forceinline__ void open(const sa_run *runs, int count) {
+    int high = count;  // runs before `partials` are PARTIAL, from `high` on FULL
+    partials = 0;
+    while (partials < high) {
+      const int middle = (partials + high) / 2;
+      if (runs[middle].pattern >= 0) {
+        partials = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    partial = runs;
+    full = runs + partials;
+    fulls = count - partials;
+  }
+
+  __device__ __forceinline__ bool next() {
+    if (partials == 0 && fulls == 0) return false;
+    const bool take_full = partials == 0 || (fulls > 0 && full->first < partial->first);
+    const sa_run *run = take_full ? full : partial;
+    row = run->first;
+    rows = run->count;
+    pattern = run->pattern;
+    full += take_full;
+    fulls -= take_full;
+    partial += !take_full;
+    partials -= !take_full;
+    return true;
+  }
+} hopper_backward_walk;
+
+// A job as the producer finds it.
+typedef struct hopper_backward_job {
+  int column, steps, batch, key_head;  // steps: 0 when no query sees these keys, -1 when there is no job
+} hopper_backward_job;
+
+// What every warp of warpgroup 0 knows of jobs.
+template <class SHAPE, bool CAREFUL>
+struct hopper_backward_jobs {
+  using type = typename SHAPE::type;
+  const hopper_backward_call &c;
+  const uint32_t base;
+  const int lane = threadIdx.x % 32;
+
+  __device__ __forceinline__ hopper_backward_jobs(const hopper_backward_call &call, uint32_t start)
+      : c(call), base(start) {}
+
+  __device__ __forceinline__ int64_t plane(int batch, int head) const { return sa_device_plane(c.plan, batch, head); }
+
+  // The runs of a column are col_runs[*start .. start[1]).
+  __device__ __forceinline__ const int64_t *runs_of(int batch, int head, int column) const {
+    return c.plan.col_start + plane(batch, head) * c.plan.col_tiles + column;
+  }
+
+  __device__ __forceinline__ int chunk(int batch, int head, int row_tile) const {
+    return ((batch * c.heads + head) * (c.padded / 64) + row_tile * 2) * SHAPE::panels;
+  }
+
+  __device__ __forceinline__ int tiles_of(const hopper_backward_job &job) const {
+    int tiles = 0;
+#pragma unroll 1
+    for (int head = job.key_head * c.group; head < (job.key_head + 1) * c.group; head++) {
+      const int64_t *start = runs_of(job.batch, head, job.column);
+      const sa_run *run = c.plan.col_runs + start[0] + lane;
+#pragma unroll 1
+      for (int left = (int)(start[1] - start[0]) - lane; left > 0; left -= 32, run += 32) tiles += run->count;
+    }
+    return hopper_warp_sum(tiles);
+  }
+
+  // Whether the careful launch has to do a job: its keys are flagged, or queries that see them.
+  __device__ __forceinline__ bool flagged(const hopper_backward_job &job) const {
+    bool bad = c.bad_key[(job.batch * c.key_heads + job.key_head) * c.plan.col_tiles + job.column];
+#pragma unroll 1
+    for (int head = job.key_head * c.group; head < (job.key_head + 1) * c.group; head++) {
+      const int64_t *start = runs_of(job.batch, head, job.column);
+#pragma unroll 1
+      for (int64_t r = start[0]; r < start[1]; r++) {
+        const sa_run run = c.plan.col_runs[r];
+        const int32_t *notes = c.bad_query + chunk(job.batch, head, run.first);
+#pragma unroll 1
+        for (int n = lane; n < run.count * 2 * SHAPE::panels; n += 32) bad |= notes[n] != 0;
+      }
+    }
+    return __any_sync(~0u, bad);
+  }
+
+  __device__ __forceinline__ hopper_backward_job next_job() {
+#pragma unroll 1
+    for (;;) {
+      int id = 0;
+      if (lane == 0) id = atomicAdd(c.next_job + CAREFUL, 1);
+      id = __shfl_sync(~0u, id, 0);
+      if (id >= c.jobs) return {0, -1, 0, 0};
+      const int columns = c.plan.col_tiles, span = c.mixed * columns, first = id / span * c.mixed;
+      const int heads = min(c.mixed, c.batch * c.key_heads - first), in_span = id % span;
+      const int place = first + in_span % heads, rank = in_span / heads;
+      const int flat = c.sorted ? c.head_order[place] : place;
+      hopper_backward_job job;
+      job.batch = flat / c.key_heads;
+      job.key_head = flat % c.key_heads;
+      job.column = CAREFUL || c.deterministic
+                       ? columns - 1 - rank
+                       : c.plan.col_order[plane(job.batch, job.key_head * c.group) * columns + rank];
+      if (CAREFUL && !flagged(job)) continue;
+      job.steps = tiles_of(job) * SHAPE::steps;
+      return job;
+    }
+  }
+
+  // Of job n, which is at hand: looked up again where it is needed, as registers are few.
+  __device__ __forceinline__ int job_column(int n) const {
+    return shared_load(base + SHAPE::job + 16 * (n & 1));
+  }
+  __device__ __forceinline__ int job_batch(int n) const {
+    return shared_load(base + SHAPE::job + 16 * (n & 1) + 8);
+  }
+  __device__ __forceinline__ int job_key_head(int n) const {
+    return shared_load(base + SHAPE::job + 16 * (n & 1) + 12);
+  }
+
+  __device__ __forceinline__ int64_t statistics(int batch, int head, int query) const {
+    return (int64_t)(batch * c.heads + head) * c.padded + query;
+  }
+
+  __device__ __forceinline__ int4 wait_job(int n) {
+    mbarrier_wait(base + SHAPE::job_full + 8 * (n & 1), n >> 1 & 1);
+    return shared_load_4i(base + SHAPE::job + 16 * (n & 1));
+  }
+
+  __device__ __forceinline__ void release_job(int n) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(base + SHAPE::job_empty + 8 * (n & 1));
+  }
+};
+
+// Warp 0.
+template <class SHAPE, bool CAREFUL>
+struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
+  using base_type = hopper_backward_jobs<SHAPE, CAREFUL>;
+  using base_type::base;
+  using base_type::c;
+  using base_type::job_batch;
+  using base_type::job_column;
+  using base_type::job_key_head;
+  using base_type::lane;
+  using base_type::next_job;
+  using base_type::runs_of;
+  using base_type::statistics;
+  using base_type::tiles_of;
+
+  __device__ __forceinline__ hopper_backward_loads(const hopper_backward_call &call, uint32_t start)
+      : base_type(call, start) {}
+
+  // One lane: the boxes of an operand.
+  __device__ __forceinline__ void load(uint32_t to, const CUtensorMap *map, int row, int rows, int head, int batch,
+                                       uint32_t barrier) {
+#pragma unroll
+    for (int panel = 0; panel < SHAPE::panels; panel++) {
+      tma_load(to + panel * rows * 128, map, panel * SA_PANEL, row, head, batch, barrier);
+    }
+  }
+
+  int loaded = 0, jobs = 0;  // steps and jobs so far
+
+  __device__ __forceinline__ void load_keys(int n) {
+    mbarrier_wait(base + SHAPE::k_empty, (jobs & 1) ^ 1);
+    mbarrier_arrive_expect(base + SHAPE::k_full, SHAPE::key_bytes);
+    load(base + SHAPE::k, &c.k, job_column(n) * SA_TILE, SA_TILE, job_key_head(n) * c.k_head_step,
+         job_batch(n) * c.k_batch_step, base + SHAPE::k_full);
+  }
+
+  __device__ __forceinline__ void load_values(int n) {
+    mbarrier_wait(base + SHAPE::v_empty, (jobs & 1) ^ 1);
+    mbarrier_arrive_expect(base + SHAPE::v_full, SHAPE::key_bytes);
+    load(base + SHAPE::v, &c.v, job_column(n) * SA_TILE, SA_TILE, job_key_head(n) * c.v_head_step,
+         job_batch(n) * c.v_batch_step, base + SHAPE::v_full);
+  }
+
+  // Q of a step, the statistics and bits that its scores need.
+  __device__ __forceinline__ void load_queries(int batch, int head, int query, int pattern) {
+    const int slot = loaded % SHAPE::q_slots;
+    const uint32_t full = base + SHAPE::q_full + 8 * slot;
+    mbarrier_wait(base + SHAPE::q_empty + 8 * slot, (loaded / SHAPE::q_slots & 1) ^ 1);
+    const float slope = SHAPE::extras & HOPPER_BACKWARD_ALIBI ? hopper_slope(c.scores, head) : 0.f;
+    shared_store_4i(base + SHAPE::step + 16 * slot, pattern >= 0, query, head, __float_as_int(slope));
+    mbarrier_arrive_expect(full, SHAPE::query_bytes + (SHAPE::biased ? 2 : 1) * SHAPE::queries * 4 +
+                                     (pattern >= 0 ? SHAPE::bits_bytes : 0));
+    load(base + SHAPE::q + slot * SHAPE::query_bytes, &c.q, query, SHAPE::queries, head * c.q_head_step,
+         batch * c.q_batch_step, full);
+    bulk_load(base + SHAPE::lse + slot * SHAPE::queries * 4, c.lse_log2 + statistics(batch, head, query),
+              SHAPE::queries * 4, full);
+    if constexpr (SHAPE::biased) {
+      bulk_load(base + SHAPE::log2_sum + slot * SHAPE::queries * 4, c.log2_sum + statistics(batch, head, query),
+                SHAPE::queries * 4, full);
+    }
+    if (pattern < 0) return;
+    bulk_load(base + SHAPE::bits + slot * SHAPE::bits_bytes,
+              c.plan.col_bits + (int64_t)pattern * 512 + query % SA_TILE / 64 * 256, SHAPE::bits_bytes, full);
+  }
+
+  __device__ __forceinline__ void load_dout(int batch, int head, int query) {
+    const int slot = loaded % SHAPE::dout_slots;
+    const uint32_t full = base + SHAPE::dout_full + 8 * slot;
+    mbarrier_wait(base + SHAPE::dout_empty + 8 * slot, (loaded / SHAPE::dout_slots & 1) ^ 1);
+    mbarrier_arrive_expect(full, SHAPE::query_bytes + SHAPE::queries * 4);
+    load(base + SHAPE::dout + slot * SHAPE::query_bytes, &c.dout, query, SHAPE::queries, head * c.dout_head_step,
+         batch * c.dout_batch_step, full);
+    bulk_load(base + SHAPE::delta + slot * SHAPE::queries * 4, c.delta + statistics(batch, head, query),
+              SHAPE::queries * 4, full);
+  }
+
+  // Q of the first step, V, dO, K, then Q and dO of each step.
+  __device__ __forceinline__ void load_job(int n) {
+    bool first = true;
+#pragma unroll 1
+    for (int in_group = 0; in_group < c.group; in_group++) {
+      hopper_backward_walk walk;
+      const int64_t *start = runs_of(job_batch(n), job_key_head(n) * c.group + in_group, job_column(n));
+      walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]));
+      while (walk.next()) {
+        const int end = (walk.row + walk.rows) * SA_TILE;
+#pragma unroll 1
+        for (int query = walk.row * SA_TILE; query < end; query += SHAPE::queries) {
+          load_queries(job_batch(n), job_key_head(n) * c.group + in_group, query, walk.pattern);
+          if (first) load_values(n);
+          load_dout(job_batch(n), job_key_head(n) * c.group + in_group, query);
+          if (first) load_keys(n);
+          first = false;
+          loaded++;
+        }
+      }
+    }
+    if (!first) jobs++;
+  }
+
+  __device__ __forceinline__ void run() {
+#pragma unroll 1
+    for (int n = 0;; n++) {
+      const hopper_backward_job job = next_job();
+      if (lane == 0) {
+        mbarrier_wait(base + SHAPE::job_empty + 8 * (n & 1), (n >> 1 & 1) ^ 1);
+        shared_store_4i(base + SHAPE::job + 16 * (n & 1), job.column, job.steps, job.batch, job.key_head);
+        mbarrier_arrive(base + SHAPE::job_full + 8 * (n & 1));
+      }
+      if (job.steps < 0) return;
+      if (lane == 0) load_job(n);
+      __syncwarp();
+    }
+  }
+};
+
+#endif
