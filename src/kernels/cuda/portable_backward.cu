@@ -6,10 +6,6 @@
 // has no digit for the number of keys).
 static const double coarse_lse = 1024;
 
-static __device__ __forceinline__ int64_t row_offset(const sa_operand &x, int64_t batch, int64_t head, int64_t query) {
-  return batch * x.stride[0] + head * x.stride[1] + query * x.stride[2];
-}
-
 // Sums over the lanes of a warp, in one order for all.
 template <class Real>
 static __device__ __forceinline__ Real over_warp(Real x) {

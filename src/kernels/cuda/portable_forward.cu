@@ -1,6 +1,6 @@
 // the forward pass on mma.sync: chooses the kernels of the dtype and width
 #include "kernels/cuda/attention.cuh"
-#include "kernels/cuda/portable_forward.cuh"
+#include "kernels/cuda/portable_forward_block.cuh"
 
 #define SA_FORWARD_WIDTHS(P)                                                \
   extern template int sa_cuda_forward<P, 64>(forward_job &, cudaStream_t);  \
