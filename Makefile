@@ -244,11 +244,12 @@ bench: needs-demo
 	@$(BUILD_ALL)
 	@$(IN_TREE) $(LUAJIT) bench/attention.lua $(BENCH)
 
-##> speed on a GPU beside PyTorch's back ends, saved as build/bench-gpu.json (BENCH="quick masked", PEERS=--flex)
+##> speed on a GPU beside PyTorch's back ends and the portable kernels, saved as build/bench-gpu.json (BENCH="quick masked", PEERS=--flex)
 .PHONY: bench-gpu
 bench-gpu: needs-demo
 	@$(BUILD_ALL)
 	@$(IN_TREE) $(LUAJIT) bench/gpu/attention.lua $(BENCH)
+	@$(if $(filter-out quick,$(BENCH)),,$(PORTABLE) $(IN_TREE) $(LUAJIT) bench/gpu/attention.lua quick short widths)
 	-@python3 bench/gpu/peers.py build/bench-gpu.json $(PEERS)
 
 ##> the same beside PyTorch's SDPA and ONNX Runtime, where Python has them

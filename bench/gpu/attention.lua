@@ -2,10 +2,11 @@
 --
 --   luajit bench/gpu/attention.lua [quick] [section ...]
 --
--- Sections: dense masked widths f32 decoding extras calls plans; all of them unless some are named. Data are random and
--- every case is warmed up. Times are medians by CUDA events around one call, all its launches included, in two states:
+-- Sections: dense short masked widths f32 decoding extras calls plans; all of them unless some are named. Data are
+-- random and every case is warmed up. Times are medians by CUDA events around one call, all its launches included:
 -- "burst", after a pause of 0.2 s, and "sustained", back to back for half a second (the chip is then limited by power).
--- `quick` measures bursts only. Flops count visible pairs: 2 (E + Ev) each forward, 2 (3 E + 2 Ev) backward.
+-- `quick` measures bursts only. Flops count visible pairs: 2 (E + Ev) each forward, 2 (3 E + 2 Ev) backward. With
+-- SAFEATTN_CUDA_KERNELS=portable the file is build/bench-gpu-portable.json, another of the peers.
 local sa = require "safeattn"
 local clock = require "bench.clock"
 local json = require "bench.json"
@@ -152,17 +153,33 @@ end
 
 -- Sections ------------------------------------------------------------------------------------------------------------
 
-section("dense", function()
-  title "dense, 16384 tokens, 2048 columns of all heads"
+local function full_and_causal(c)
+  for _, mask in ipairs {"full", "causal"} do
+    local case = {mask = mask}
+    for key, value in pairs(c) do case[key] = value end
+    case.name = c.name .. " " .. mask
+    attention(case)
+  end
+end
+
+local function lengths_and_masks(all)
   for _, width in ipairs {128, 64} do
-    for _, length in ipairs {512, 2048, 8192, 16384} do
-      for _, mask in ipairs {"full", "causal"} do
-        attention {name = ("bf16 D%d N%d %s"):format(width, length, mask), batch = 16384 / length,
-          heads = 2048 / width, length = length, width = width, mask = mask}
-      end
+    for _, length in ipairs(all) do
+      full_and_causal {name = ("bf16 D%d N%d"):format(width, length), batch = 16384 / length, heads = 2048 / width,
+        length = length, width = width}
     end
   end
+end
+
+section("dense", function()
+  title "dense, 16384 tokens, 2048 columns of all heads"
+  lengths_and_masks {8192, 16384}
   attention {name = "f16 D128 N8192 full", batch = 2, heads = 16, length = 8192, width = 128, dtype = "f16"}
+end)
+
+section("short", function()
+  title "the same, short"
+  lengths_and_masks {512, 2048}
 end)
 
 section("masked", function()
@@ -176,17 +193,15 @@ section("masked", function()
 end)
 
 section("widths", function()
-  title "other widths, 16384 tokens"
+  title "other widths and grouped heads, 16384 tokens or 8192"
   for _, width in ipairs {96, 192, 256} do
-    for _, mask in ipairs {"full", "causal"} do
-      attention {name = ("bf16 D%d N8192 %s"):format(width, mask), batch = 2, heads = 8, length = 8192, width = width,
-        mask = mask}
-    end
+    full_and_causal {name = ("bf16 D%d N8192"):format(width), batch = 2, heads = 8, length = 8192, width = width}
   end
-  attention {name = "bf16 192/128 N8192 causal", batch = 2, heads = 8, length = 8192, width = 192, value_width = 128,
-    mask = "causal"}
-  attention {name = "bf16 D128 N8192 causal, 32:8 heads", batch = 1, heads = 32, key_heads = 8, length = 8192,
-    width = 128, mask = "causal"}
+  full_and_causal {name = "bf16 192/128 N8192", batch = 2, heads = 8, length = 8192, width = 192, value_width = 128}
+  for _, length in ipairs {2048, 8192} do
+    full_and_causal {name = ("bf16 D128 N%d, 32:8 heads"):format(length), batch = 8192 / length, heads = 32,
+      key_heads = 8, length = length, width = 128}
+  end
 end)
 
 section("f32", function()
@@ -230,28 +245,30 @@ section("extras", function()
   end
 end)
 
+-- Microseconds of the host's time a call takes, `count` of them in a row.
+local function per_call(count, fn)
+  local times = {}
+  for round_number = 1, 20 do
+    local start = now()
+    for _ = 1, count do fn() end
+    times[round_number] = (now() - start) / count * 1e6
+    sa.synchronize()
+    collectgarbage()
+  end
+  return median(times)
+end
+
 section("calls", function()
   print "\nthe host's side of a call on [1,8,64,64] bf16, microseconds"
   local function tensor(seed)
     return sa.randn({1, 8, 64, 64}, {seed = seed, dtype = "bf16", device = "cuda"})
   end
   local q, k, v, dout = tensor(1), tensor(2), tensor(3), tensor(4)
-  local function per_call(fn)
-    local times = {}
-    for round_number = 1, 20 do
-      local start = now()
-      for _ = 1, 200 do fn() end
-      times[round_number] = (now() - start) / 200 * 1e6
-      sa.synchronize()
-      collectgarbage()
-    end
-    return median(times)
-  end
-  local forward = per_call(function()
+  local forward = per_call(200, function()
     local run = sa.forward(q, k, v)
     run.out:free() run.lse:free()
   end)
-  local both = per_call(function()
+  local both = per_call(200, function()
     local run = sa.forward(q, k, v)
     for _, gradient in pairs(run:backward(dout)) do gradient:free() end
     run.out:free() run.lse:free()
@@ -261,23 +278,32 @@ section("calls", function()
 end)
 
 section("plans", function()
-  print "\nplans at N 16384: made, compiled, uploaded by the first call; found again by the next"
+  print "\nplans at N 16384: made, compiled, uploaded by the first call; found by the next; what a mask adds to a call"
   local q = sa.randn({4, 1, 16384, 64}, {seed = 1, dtype = "bf16", device = "cuda"})
   sa.forward(q, q, q, {mask = m.causal() * m.padding {16384, 16384, 16384, 16384}})
-  for _, name in ipairs {"causal", "window", "padding", "documents"} do
-    local c = {batch = 4, queries = 16384, keys = 16384}
-    local mask = masks[name](c)
-    sa.synchronize()
+  local function call(mask)
     local start = now()
-    sa.forward(q, q, q, {mask = mask})
-    local first = now() - start
+    local run = sa.forward(q, q, q, {mask = mask})
+    local time = now() - start
     sa.synchronize()
-    start = now()
-    sa.forward(q, q, q, {mask = mask})
-    local again = now() - start
+    run.out:free() run.lse:free()
+    return time * 1e6
+  end
+  local function host(options)
+    return per_call(50, function()
+      local run = sa.forward(q, q, q, options)
+      run.out:free() run.lse:free()
+    end)
+  end
+  local without = host {}
+  for _, name in ipairs {"causal", "window", "padding", "documents"} do
+    local mask = masks[name] {batch = 4, queries = 16384, keys = 16384}
     sa.synchronize()
-    print(("%-12s first call %8.1f us, next %8.1f us"):format(name, first * 1e6, again * 1e6))
-    results[#results + 1] = {name = "plan " .. name, first_us = round(first * 1e6), next_us = round(again * 1e6)}
+    local first, again = call(mask), call(mask)
+    local added = host {mask = mask} - without
+    print(("%-12s first call %8.1f us, next %8.1f us, added %6.2f us"):format(name, first, again, added))
+    results[#results + 1] = {name = "plan " .. name, first_us = round(first), next_us = round(again),
+      added_us = round(added)}
   end
 end)
 
@@ -300,4 +326,6 @@ for _, name in ipairs(order) do
   if not chosen[1] or chosen[name] then sections[name]() end
 end
 
-json.save("build/bench-gpu.json", {version = sa._VERSION, device = sa.info().cuda, quick = quick, results = results})
+local portable = os.getenv "SAFEATTN_CUDA_KERNELS" == "portable"
+json.save(portable and "build/bench-gpu-portable.json" or "build/bench-gpu.json",
+  {version = sa._VERSION, device = sa.info().cuda, quick = quick, results = results})

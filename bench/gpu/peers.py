@@ -1,10 +1,11 @@
 """PyTorch's attention on the cases that attention.lua has measured, on the same GPU: one table of both
 
-    python3 bench/gpu/peers.py build/bench-gpu.json [--flex] [--only=REGEX]
+    python3 bench/gpu/peers.py build/bench-gpu.json [--flex] [--backends=cudnn,flash,efficient] [--only=REGEX]
 
-Reads the cases (those whose name the expression finds), times PyTorch's back ends (cuDNN, flash, memory-efficient; FlexAttention compiled, with --flex) the same
-way: medians by CUDA events, after a pause of 0.2 s and back to back. A back end that cannot take a case is left out, and
-one whose output is not right on it is marked with a star. Writes what it measured into the same file.
+Reads the cases (those whose name the expression finds), times PyTorch's back ends (cuDNN, flash, memory-efficient;
+FlexAttention compiled, with --flex) the same way: medians by CUDA events, after a pause of 0.2 s and back to back. A back
+end that cannot take a case is left out, and one whose output is not right on it is marked with a star. What the portable
+kernels took, if build/bench-gpu-portable.json has it, stands beside. Writes what it measured into the same file.
 """
 import json
 import math
@@ -96,7 +97,7 @@ def truth_of(q, k, v, mask, rows):
     return torch.nan_to_num(torch.softmax(scores, -1), nan=0.0) @ v[0, 0].float()
 
 
-def time_case(case, sustained, flex):
+def time_case(case, sustained, flex, backends):
     torch.manual_seed(1)
     kind = {"dtype": DTYPES[case["dtype"]], "device": "cuda", "requires_grad": True}
     q = torch.randn(case["batch"], case["heads"], case["queries"], case["width"], **kind)
@@ -112,7 +113,7 @@ def time_case(case, sustained, flex):
         truth = truth_of(q, k, v, shown, rows)
     del shown
     options = {"attn_mask": mask, "is_causal": case["mask"] == "causal", "enable_gqa": case["heads"] != case["key_heads"]}
-    runs = {name: (lambda backend=backend: sdpa(q, k, v, **options), backend) for name, backend in BACKENDS.items()}
+    runs = {name: (lambda: sdpa(q, k, v, **options), BACKENDS[name]) for name in backends}
     if flex and visible is not None and case["queries"] > 1:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
         blocks = create_block_mask(visible, case["batch"] if case["mask"] == "padding" else None, None, case["queries"],
@@ -146,24 +147,37 @@ def time_run(run, q, k, v, dout, truth, rows, sustained, case):
     return times
 
 
-def main(path, flex, only):
+def portable_cases(path):
+    """The cases of the run with the portable kernels alone, by name."""
+    path = path.replace(".json", "-portable.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        return {case["name"]: case for case in json.load(file)["results"] if "mask" in case}
+
+
+def main(path, flex, backends, only):
     torch.backends.cuda.matmul.allow_tf32 = False
     warnings.simplefilter("ignore")  # a back end that declines a case says so once per reason
     with open(path) as file:
         bench = json.load(file)
+    portable = portable_cases(path)
     print(f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, {torch.cuda.get_device_name()}")
     print(f"{'':34} {'':9} {'forward us: burst (x ours) sustained (x ours)':48} backward")
     for case in bench["results"]:
         if "mask" not in case or not re.search(only, case["name"]):
             continue
-        case["peers"] = time_case(case, not bench["quick"], flex)
+        case["peers"] = time_case(case, not bench["quick"], flex, backends)
+        if case["name"] in portable:
+            case["peers"]["portable"] = {way: portable[case["name"]][way] for way in ("forward", "backward")
+                                         if way in portable[case["name"]]}
         for name, times in {"safeattn": case, **case["peers"]}.items():
             if "refused" in times:
                 continue
             cells = []
             for way in ("forward", "backward"):
                 for state in ("burst", "sustained"):
-                    if way in times and state in times[way]:
+                    if way in times and state in times[way] and state in case[way]:
                         cells.append(f"{times[way][state]:9.1f} ({times[way][state] / case[way][state]:5.2f})")
             star = "" if times.get("right", True) else "*"
             print(f"{case['name']:34} {name + star:11} {'  '.join(cells)}", flush=True)
@@ -172,6 +186,10 @@ def main(path, flex, only):
     os.replace(path + ".new", path)
 
 
+def option(name, default):
+    values = [word[len(name) + 3:] for word in sys.argv[2:] if word.startswith(f"--{name}=")]
+    return values[-1] if values else default
+
+
 if __name__ == "__main__":
-    patterns = [word[len("--only="):] for word in sys.argv[2:] if word.startswith("--only=")]
-    main(sys.argv[1], "--flex" in sys.argv[2:], patterns[-1] if patterns else "")
+    main(sys.argv[1], "--flex" in sys.argv[2:], option("backends", ",".join(BACKENDS)).split(","), option("only", ""))

@@ -36,6 +36,7 @@
 #define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CUH
 #include "kernels/cuda/hopper_backward_repairs.cuh"
 #include "kernels/cuda/hopper_backward_sums.cuh"
+#include "kernels/cuda/hopper_block.cuh"
 
 // The two warpgroups that multiply.
 template <class SHAPE, bool CAREFUL>
@@ -368,34 +369,17 @@ template <class T, int WIDTH, bool CAREFUL, int EXTRAS>
 __global__ void __launch_bounds__(HOPPER_BACKWARD_THREADS, 1)
     hopper_backward_tiles(const __grid_constant__ hopper_backward_call c) {
   using SHAPE = hopper_backward_shape<T, WIDTH, CAREFUL, EXTRAS>;
-  const uint8_t *memory = dynamic_shared<uint8_t>();
-  const uint32_t base = dynamic_shared_address(memory);
   const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
   if (CAREFUL && !*c.flagged) return;
-
+  const uint32_t base = hopper_block_memory();
   if (threadIdx.x == 0) {
-    if (shared_address(memory) != base) __trap();
-    mbarrier_init(base + SHAPE::k_full, 1);
-    mbarrier_init(base + SHAPE::v_full, 1);
-    mbarrier_init(base + SHAPE::k_empty, 8);
-    mbarrier_init(base + SHAPE::v_empty, 8);
-    for (int i = 0; i < 2; i++) {
-      mbarrier_init(base + SHAPE::job_full + 8 * i, 1);
-      mbarrier_init(base + SHAPE::job_empty + 8 * i, 8 + 3);
-    }
-    for (int i = 0; i < 4; i++) mbarrier_init(base + SHAPE::ds_done + 8 * i, 4);
-    for (int i = 0; i < SHAPE::q_slots; i++) {
-      mbarrier_init(base + SHAPE::q_full + 8 * i, 1);
-      mbarrier_init(base + SHAPE::q_empty + 8 * i, 8);
-    }
-    for (int i = 0; i < SHAPE::dout_slots; i++) {
-      mbarrier_init(base + SHAPE::dout_full + 8 * i, 1);
-      mbarrier_init(base + SHAPE::dout_empty + 8 * i, 8);
-    }
-    for (int i = 0; i < HOPPER_BACKWARD_TURNS; i++) {
-      mbarrier_init(base + SHAPE::turn_full + 8 * i, 1);
-      mbarrier_init(base + SHAPE::turn_empty + 8 * i, 2);
-    }
+    hopper_block_slots(base + SHAPE::k_full, base + SHAPE::k_empty, 1, 8);
+    hopper_block_slots(base + SHAPE::v_full, base + SHAPE::v_empty, 1, 8);
+    hopper_block_slots(base + SHAPE::job_full, base + SHAPE::job_empty, 2, 8 + 3);
+    hopper_block_mbarriers(base + SHAPE::ds_done, 4, 4);
+    hopper_block_slots(base + SHAPE::q_full, base + SHAPE::q_empty, SHAPE::q_slots, 8);
+    hopper_block_slots(base + SHAPE::dout_full, base + SHAPE::dout_empty, SHAPE::dout_slots, 8);
+    hopper_block_slots(base + SHAPE::turn_full, base + SHAPE::turn_empty, HOPPER_BACKWARD_TURNS, 2);
     mbarrier_init_fence();
   }
   __syncthreads();

@@ -1,0 +1,27 @@
+// how blocks of the Hopper kernels begin: where their shared memory is, the mbarriers of its buffers
+#ifndef SAFEATTN_KERNELS_CUDA_HOPPER_BLOCK_CUH
+#define SAFEATTN_KERNELS_CUDA_HOPPER_BLOCK_CUH
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/ptx_hopper.cuh"
+
+// Where the block's shared memory starts, a constant; thread 0 sees to it that it is so.
+static __device__ __forceinline__ uint32_t hopper_block_memory() {
+  const uint8_t *memory = dynamic_shared<uint8_t>();
+  const uint32_t base = dynamic_shared_address(memory);
+  if (threadIdx.x == 0 && shared_address(memory) != base) __trap();
+  return base;
+}
+
+// `count` neighbouring mbarriers, whose phases end with `arrivals` arrivals.
+static __device__ __forceinline__ void hopper_block_mbarriers(uint32_t first, int count, int arrivals) {
+#pragma unroll
+  for (int i = 0; i < count; i++) mbarrier_init(first + 8 * i, arrivals);
+}
+
+// Those of a buffer of `slots` slots: one thread says that a slot is full, `readers` that it is empty.
+static __device__ __forceinline__ void hopper_block_slots(uint32_t full, uint32_t empty, int slots, int readers) {
+  hopper_block_mbarriers(full, slots, 1);
+  hopper_block_mbarriers(empty, slots, readers);
+}
+
+#endif
