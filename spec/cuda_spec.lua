@@ -98,6 +98,38 @@ helper.describe_cuda("CUDA tensors", function()
     assert.matches("b: got a tensor on cuda:0, wanted cuda:1 like a", message, 1, true)
   end)
 
+  it("are there on the other device before they change or go on their own", function()
+    if not sa.devices()[3] then return pending("there is one device") end
+    local count = sa.info().cuda:find("Emulated", 1, true) and 2 ^ 12 or 2 ^ 26
+    local t = sa.full({count}, 1, {device = "cuda:0"})
+    local there = t:to("cuda:1")
+    t:fill(2)
+    assert.equal(1, there:max():item())
+    local again = t:to("cuda:1")
+    t:free()
+    sa.full({count}, 3, {device = "cuda:0"})
+    assert.same({2, 2}, {again:min():item(), again:max():item()})
+  end)
+
+  it("on another device than the current one are attended to there", function()
+    if not sa.devices()[3] then return pending("there is one device") end
+    local shape, options = {1, 2, 70, 64}, {mask = sa.mask.random(0.5, 1)}
+    for _, dtype in ipairs {"f32", "bf16"} do
+      local function results(device)
+        local function operand(seed) return sa.randn(shape, {seed = seed, dtype = dtype}):to(device) end
+        local run = sa.forward(operand(1), operand(2), operand(3), options)
+        local g = run:backward(operand(4))
+        return {run.out, run.lse, g.dq, g.dk, g.dv}
+      end
+      local here, there, again = results "cuda:0", results "cuda:1", results "cuda:0"
+      for n, t in ipairs(here) do
+        assert.equal("cuda:1", there[n].device)
+        same(there[n], t)
+        same(again[n], t)
+      end
+    end
+  end)
+
   it("stay on their device in arithmetic, and say when another does not", function()
     local a, b = sa.ones({3}, on), sa.ones {3}
     assert.equal("cuda:0", (a + a * 2).device)

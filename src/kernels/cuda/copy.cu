@@ -100,12 +100,12 @@ static int move_bytes(const sa_tensor *to, const sa_tensor *from, int64_t bytes)
   }
   const cudaStream_t theirs = (cudaStream_t)sa_cuda_current_stream(from->device);
   int status = sa_cuda_use(name, to->device, &stream);
-  if (!status) status = sa_cuda_follow(name, stream, theirs, from->device);
+  if (!status) status = sa_cuda_follow(name, stream, to->device, theirs, from->device);
   if (!status)
     status = sa_cuda_check(name, cudaMemcpyPeerAsync(to->data, to->device - SA_CUDA, from->data, from->device - SA_CUDA,
                                                      (size_t)bytes, stream));
   // What is done to `from` next must not come before it has been read.
-  return status ? status : sa_cuda_follow(name, theirs, stream, to->device);
+  return status ? status : sa_cuda_follow(name, theirs, from->device, stream, to->device);
 }
 
 static int copy_between(const sa_tensor *to, const sa_tensor *from) {

@@ -12,7 +12,8 @@ int sa_cuda_stream_make_current(const char *function, int device, void *stream);
 void *sa_cuda_current_stream(int device);
 int sa_cuda_stream_wait(const char *function, int device, void *stream);
 // What is asked of `later` from now on waits for what was asked of `earlier`; the streams may be on two devices.
-int sa_cuda_follow(const char *function, cudaStream_t later, cudaStream_t earlier, int earlier_device);
+int sa_cuda_follow(const char *function, cudaStream_t later, int later_device, cudaStream_t earlier,
+                   int earlier_device);
 // The streams of a device that work may be on. 1: all is on the default stream. `lock` held between the two calls.
 int sa_cuda_streams_lock(int device, const cudaStream_t **streams);
 void sa_cuda_streams_unlock(void);

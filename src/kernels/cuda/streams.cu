@@ -155,15 +155,15 @@ int sa_cuda_stream_forget(const char *function, int device, void *stream) {
   return own ? sa_cuda_check(function, cudaStreamDestroy((cudaStream_t)stream)) : SA_OK;
 }
 
-int sa_cuda_follow(const char *function, cudaStream_t later, cudaStream_t earlier, int earlier_device) {
-  int device;
-  int status = sa_cuda_check(function, cudaGetDevice(&device));
-  if (!status) status = sa_cuda_check(function, cudaSetDevice(earlier_device - SA_CUDA));
+int sa_cuda_follow(const char *function, cudaStream_t later, int later_device, cudaStream_t earlier,
+                   int earlier_device) {
+  // The default stream is that of the current device.
+  int status = sa_cuda_check(function, cudaSetDevice(earlier_device - SA_CUDA));
   cudaEvent_t event;
   if (!status) status = sa_cuda_check(function, cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   if (status) return status;
   status = sa_cuda_check(function, cudaEventRecord(event, earlier));
-  cudaSetDevice(device);
+  if (!status) status = sa_cuda_check(function, cudaSetDevice(later_device - SA_CUDA));
   if (!status) status = sa_cuda_check(function, cudaStreamWaitEvent(later, event, 0));
   cudaEventDestroy(event);
   return status;
