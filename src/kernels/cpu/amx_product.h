@@ -348,6 +348,11 @@ static const uint16_t *NAME(rows_of)(const sa_operand *x, const NAME(block) * bl
   return room;
 }
 
+static const uint16_t *NAME(key_rows)(const NAME(block) * block, int64_t first, int count, uint16_t *room,
+                                      int64_t *stride) {
+  return NAME(rows_of)(&block->p->k, block, first, count, (int)block->p->width, false, room, stride);
+}
+
 static amx_operand amx_rows(const uint16_t *rows, int64_t stride) {
   const int64_t row = stride * (int64_t)sizeof *rows;
   return (amx_operand){rows, row, AMX_SIDE * row, AMX_DEPTH * sizeof *rows, 0};

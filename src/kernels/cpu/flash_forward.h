@@ -144,15 +144,13 @@ static void NAME(foresee_all)(sa_forecast *forecast, const NAME(passage) * passa
 static bool NAME(advance)(NAME(passage) * passage, NAME(held_keys) * held, sa_forecast *forecast,
                           const NAME(forward_room) * room) {
   const NAME(block) *block = passage->block;
-  const sa_problem *p = block->p;
   NAME(gathered) *gathered = passage->gathered;
   sa_stretch stretch;
   if (!sa_walk_next(&passage->walk, &stretch)) return false;
   stretch.again = stretch.first == held->stretch.first && stretch.count == held->stretch.count;
   if (!stretch.again) {
     held->stretch = stretch;
-    held->key = NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few,
-                              room->products.rows, &held->stride);
+    held->key = NAME(key_rows)(block, stretch.first, stretch.count, room->products.rows, &held->stride);
   }
   if (forecast && !block->few) {
     NAME(foresee_all)(forecast, passage, &stretch);
@@ -324,8 +322,7 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(element) *
   sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->each, 0, p->plan->col_tiles, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
-    const NAME(element) *key = NAME(rows_of)(&p->k, block, stretch.first, stretch.count, (int)p->width, block->few,
-                                             room->products.rows, &stride);
+    const NAME(element) *key = NAME(key_rows)(block, stretch.first, stretch.count, room->products.rows, &stride);
     const uint64_t *visible = NAME(score)(block, &stretch, key, stride, query, &room->stretch, NULL);
     NAME(weigh)(block, stretch.count, visible, gathered->peak, gathered->sum, room->stretch.scores);
     for (int i = 0; i < block->count; i++) {

@@ -177,6 +177,8 @@ static void NAME(pack)(const sa_operand *x, const NAME(block) * block, int width
   }
 }
 
+#include "kernels/cpu/flash_few.h"
+
 // The queries as the scores want them, times scale: packed, or, when they are few, as rows of whole vectors.
 static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, REAL *to) {
   const sa_operand *q = &block->p->q;
@@ -191,6 +193,7 @@ static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, REAL *to)
     if (i >= block->count || skip >> i & 1) continue;
     NAME(read_row)(NAME(row_at)(q, block, i), q->dtype, width, to);
     for (int d = 0; d < width; d++) to[d] *= scale;
+    if (NAME(split)(&block->p->k, width)) NAME(split_row)(to, width);
   }
 }
 
@@ -198,71 +201,6 @@ static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, REAL *to)
 static int64_t NAME(query_room)(const sa_problem *p) {
   const int64_t packed = p->width * NAME(ROW), rows = NAME(FEW) * NAME(padded)(p->width);
   return packed > rows ? packed : rows;
-}
-
-// Rows that are wanted soon, one for each key that dot products are at.
-#ifndef SAFEATTN_AHEAD
-#define SAFEATTN_AHEAD
-typedef struct sa_ahead {
-  const char *first;
-  int64_t row, bytes;  // from one to the next, and of each
-} sa_ahead;
-
-static inline void sa_call_row(const sa_ahead *ahead, int key) {
-  const char *row = ahead->first + key * ahead->row;
-  for (int64_t byte = 0; byte < ahead->bytes; byte += 64) __builtin_prefetch(row + byte);
-}
-#endif
-
-// Scores of few queries, to[key][ROW], as dot products along the width: vectors of K meet vectors of Q, and K, which
-// comes from memory, is read once. LANES sums at a time; interleaving and adding, log2(LANES) times over, leaves one
-// sum in each lane. Several rows of K at once are more than the hardware foresees (half of the memory's speed), so K
-// and V are called for ahead, row by row.
-enum { NAME(DOT_QUERIES) = LANES < 4 ? LANES : 4, NAME(DOT_KEYS) = LANES / NAME(DOT_QUERIES) };
-
-static __attribute__((noinline)) void NAME(dots)(const REAL *key, int64_t key_stride, int keys, const REAL *query,
-                                                 int64_t query_stride, int queries, int columns, REAL *to,
-                                                 const sa_ahead *next_key, const sa_ahead *next_value) {
-  const NAME(order) low = {SA_LOW}, high = {SA_HIGH};
-  for (int q = 0; q < queries; q += NAME(DOT_QUERIES), query += NAME(DOT_QUERIES) * query_stride) {
-    for (int first = 0; first < keys; first += NAME(DOT_KEYS)) {
-      NAME(vector) sum[LANES];
-      const REAL *row[NAME(DOT_KEYS)];
-#pragma GCC unroll 4
-      for (int r = 0; r < NAME(DOT_KEYS); r++) row[r] = key + (first + r < keys ? first + r : first) * key_stride;
-      for (int r = first; q == 0 && r < keys && r < first + NAME(DOT_KEYS); r++) {
-        sa_call_row(next_key, r);
-        sa_call_row(next_value, r);
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; i++) sum[i] = NAME(set)(0);
-      for (int d = 0; d < columns; d += LANES) {
-        NAME(vector) x[NAME(DOT_KEYS)];
-#pragma GCC unroll 4
-        for (int r = 0; r < NAME(DOT_KEYS); r++) x[r] = NAME(load)(row[r] + d);
-#pragma GCC unroll 4
-        for (int i = 0; i < NAME(DOT_QUERIES); i++) {
-          const NAME(vector) y = NAME(load)(query + i * query_stride + d);
-#pragma GCC unroll 4
-          for (int r = 0; r < NAME(DOT_KEYS); r++) {
-            sum[r * NAME(DOT_QUERIES) + i] = NAME(fma)(x[r], y, sum[r * NAME(DOT_QUERIES) + i]);
-          }
-        }
-      }
-#pragma GCC unroll 4
-      for (int n = LANES / 2; n > 0; n /= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < n; i++) {
-          sum[i] = __builtin_shuffle(sum[i], sum[i + n], low) + __builtin_shuffle(sum[i], sum[i + n], high);
-        }
-      }
-      REAL lanes[LANES];
-      NAME(store)(lanes, sum[0]);
-      for (int r = 0; r < NAME(DOT_KEYS) && first + r < keys; r++) {
-        memcpy(to + (first + r) * NAME(ROW) + q, lanes + r * NAME(DOT_QUERIES), sizeof *to * NAME(DOT_QUERIES));
-      }
-    }
-  }
 }
 
 // `count` rows of K or V from `first` on: in place where the kernels can read them so, else converted into `room`.
@@ -283,23 +221,13 @@ static const REAL *NAME(rows_of)(const sa_operand *x, const NAME(block) * block,
   return room;
 }
 
-// S^T of a stretch for few queries, 0 in the lanes beyond them. V's rows are called for, which are wanted next, and K's
-// some rows further on; where K is converted, which has been done for this stretch, those of the next.
-static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key, int64_t key_stride,
-                            const REAL *query, REAL *scores) {
-  const sa_problem *p = block->p;
-  const int64_t key_bytes = sa_size_of(p->k.dtype), value_bytes = sa_size_of(p->v.dtype);
-  const int64_t further = p->k.dtype == DTYPE ? 8 : stretch->count;
-  const sa_ahead next_key = {sa_at(&p->k, block->batch, block->key_head, stretch->first + further, 0),
-                             p->k.stride[2] * key_bytes, p->width * key_bytes},
-                 next_value = {sa_at(&p->v, block->batch, block->key_head, stretch->first, 0),
-                               p->v.stride[2] * value_bytes, p->value_width * value_bytes};
-  for (int r = 0; r < stretch->count; r++) {
-    for (int i = 0; i < block->vectors * LANES; i += LANES) NAME(store)(scores + r * NAME(ROW) + i, NAME(set)(0));
-  }
-  NAME(dots)
-  (key, key_stride, stretch->count, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), scores,
-   &next_key, &next_value);
+// A stretch's rows of K as score wants them; NULL: few queries read them where they lie.
+static const REAL *NAME(key_rows)(const NAME(block) * block, int64_t first, int count, REAL *room, int64_t *stride) {
+  const sa_operand *k = &block->p->k;
+  const int width = (int)block->p->width;
+  *stride = 0;
+  if (block->few && NAME(readable)(k, width)) return NULL;
+  return NAME(rows_of)(k, block, first, count, width, block->few, room, stride);
 }
 
 // S^T of a stretch, as K and Q alone give it. `peak` (NULL when queries are few) is raised to the largest of each
@@ -341,6 +269,32 @@ static int64_t NAME(value_sums)(const sa_problem *p) {
   return QUERIES * NAME(padded)(p->value_width);
 }
 
+// The same as add_values, of few queries.
+static void NAME(add_few_rows)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
+                               const REAL *weights, const REAL *factor, const NAME(forward_products) * room, REAL *o,
+                               REAL *leaked) {
+  const sa_operand *v = &block->p->v;
+  const int width = (int)block->p->value_width, keys = stretch->count;
+  const int64_t padded = NAME(padded)(width);
+  const bool readable = NAME(readable)(v, width);
+  NAME(raw_rows) rows = NAME(raw_rows_of)(v, block, stretch->first);
+  if (leaked || !readable) {
+    int64_t stride;
+    const REAL *value = NAME(rows_of)(v, block, stretch->first, keys, width, true, room->values, &stride);
+    if (!readable) rows = (NAME(raw_rows)){(const char *)value, stride * (int64_t)sizeof *value, DTYPE};
+    if (leaked && visible && NAME(has_nonfinite)(value, stride, keys, width)) {
+      NAME(add_nonfinite)(block, keys, visible, weights, value, stride, width, padded, leaked);
+      if (NAME(split)(v, width)) {
+        rows = NAME(finite_halves)(&rows, keys, width, room->finite);
+      } else {
+        NAME(finite_part)(value, stride, keys, width, room->finite);
+        rows = (NAME(raw_rows)){(const char *)room->finite, padded * (int64_t)sizeof *value, DTYPE};
+      }
+    }
+  }
+  NAME(add_few_values)(block, stretch, &rows, weights, factor, o);
+}
+
 // o = o * factor + P V, where `factor` is one of each query; NULL: o starts. With `leaked`, which gets what is not
 // finite in V, P meets 0 in its place. Returns whether it can have leaked to who does not see it.
 static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
@@ -349,6 +303,10 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
   const int width = (int)block->p->value_width, columns = NAME(columns)(width);
   const int64_t padded = NAME(padded)(width);
   const sa_product_start start = factor ? SA_FROM_SCALED : SA_FROM_ZERO;
+  if (block->few) {
+    NAME(add_few_rows)(block, stretch, visible, weights, factor, room, o, leaked);
+    return visible;
+  }
   int64_t stride = padded;
   const REAL *value = room->values;
   if (!stretch->again || block->p->v.dtype == DTYPE) {
@@ -366,8 +324,12 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
   return visible;
 }
 
-// After the last stretch: o as rows of queries, as it is here all along.
-static void NAME(close_values)(const NAME(block) * block, const NAME(forward_products) * room, REAL *o) {}
+// After the last stretch: o as rows of queries, which it is here all along, but for the order of a row.
+static void NAME(close_values)(const NAME(block) * block, const NAME(forward_products) * room, REAL *o) {
+  const int width = (int)block->p->value_width;
+  if (!block->few || !NAME(split)(&block->p->v, width)) return;
+  for (int i = 0; i < block->count; i++) NAME(join_row)(o + i * NAME(padded)(width), width);
+}
 
 // What the products of the backward need in a worker's room.
 typedef struct NAME(backward_products) {

@@ -9,17 +9,28 @@
 #include "cast.h"
 #include "safeattn.h"
 
-static inline void read_f16(const uint16_t *from, int count, float *to) {
-  int d = 0;
+// A vector of halves as floats.
+typedef float sa_floats __attribute__((vector_size(VECTOR_BYTES)));
+
+static inline sa_floats widened_f16(const uint16_t *from) {
 #if defined(__AVX512F__)
-  for (; d + 16 <= count; d += 16) {
-    _mm512_storeu_ps(to + d, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + d))));
-  }
+  return (sa_floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
 #elif defined(__F16C__)
-  for (; d + 8 <= count; d += 8) {
-    _mm256_storeu_ps(to + d, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + d))));
-  }
+  return (sa_floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+  sa_floats to;
+  for (int i = 0; i < VECTOR_BYTES / 4; i++) to[i] = sa_f16_to_f32(from[i]);
+  return to;
 #endif
+}
+
+static inline void read_f16(const uint16_t *from, int count, float *to) {
+  enum { FLOATS = VECTOR_BYTES / 4 };
+  int d = 0;
+  for (; d + FLOATS <= count; d += FLOATS) {
+    const sa_floats x = widened_f16(from + d);
+    memcpy(to + d, &x, sizeof x);
+  }
   for (; d < count; d++) to[d] = sa_f16_to_f32(from[d]);
 }
 
