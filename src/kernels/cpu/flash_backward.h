@@ -98,8 +98,7 @@ static void NAME(gather_again)(const NAME(block) * block, const NAME(backward_ro
   sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
-    const NAME(element) *key =
-        NAME(key_rows)(block, stretch.first, stretch.count, room->products.key_rows, &stride);
+    const NAME(element) *key = NAME(key_rows)(block, stretch.first, stretch.count, room->products.key_rows, &stride);
     memcpy(room->factor, again.peak, sizeof *room->factor * block->vectors * LANES);
     NAME(score)(block, &stretch, key, stride, room->packed_query, &room->stretch, room->factor);
     NAME(soften)(block, stretch.count, room->stretch.scores, room->factor, &again, room->delta, NULL);

@@ -156,6 +156,7 @@ static bool NAME(advance)(NAME(passage) * passage, NAME(held_keys) * held, sa_fo
     NAME(foresee_all)(forecast, passage, &stretch);
     stretch.forecast = forecast;
   }
+  stretch.outline = NAME(outline)(block, &stretch, &room->stretch);
   memcpy(room->peak, gathered->peak, sizeof *room->peak * block->vectors * LANES);
   const uint64_t *visible =
       NAME(score)(block, &stretch, held->key, held->stride, passage->query, &room->stretch, room->peak);

@@ -90,6 +90,7 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
 SA_STRIPS(1)
 SA_STRIPS(2)
 #if TILE_VECTORS == 4
+SA_STRIPS(3)
 SA_STRIPS(4)
 #endif
 #undef SA_STRIPS
@@ -102,19 +103,23 @@ typedef void (*NAME(strip_function))(int, const REAL *, int64_t, const REAL *, i
     NULL, NAME(WAY##_1x##V), NAME(WAY##_2x##V), NAME(WAY##_3x##V), NAME(WAY##_4x##V), NAME(WAY##_5x##V), \
         NAME(WAY##_6x##V)                                                                                \
   }
-static const NAME(strip_function) NAME(strips)[2][TILE_VECTORS == 4 ? 3 : 2][7] = {
-    {SA_STRIP_ROW(strip, 1), SA_STRIP_ROW(strip, 2),
 #if TILE_VECTORS == 4
-     SA_STRIP_ROW(strip, 4)
+#define SA_STRIP_TABLE(WAY) \
+  { {NULL}, SA_STRIP_ROW(WAY, 1), SA_STRIP_ROW(WAY, 2), SA_STRIP_ROW(WAY, 3), SA_STRIP_ROW(WAY, 4) }
+#else
+#define SA_STRIP_TABLE(WAY) \
+  { {NULL}, SA_STRIP_ROW(WAY, 1), SA_STRIP_ROW(WAY, 2) }
 #endif
-    },
-    {SA_STRIP_ROW(turned, 1), SA_STRIP_ROW(turned, 2),
-#if TILE_VECTORS == 4
-     SA_STRIP_ROW(turned, 4)
-#endif
-    },
-};
+// By whether a is turned, vectors and rows.
+static const NAME(strip_function)
+    NAME(strips)[2][TILE_VECTORS + 1][7] = {SA_STRIP_TABLE(strip), SA_STRIP_TABLE(turned)};
+#undef SA_STRIP_TABLE
 #undef SA_STRIP_ROW
+
+// How many vectors the next tile takes of so many columns.
+static int NAME(tile_vectors)(int columns) {
+  return columns < TILE_VECTORS * LANES ? columns / LANES : TILE_VECTORS;
+}
 
 // c[rows][columns] = start + a b, columns a multiple of LANES; a's element (i, k) at a[i * a_row + k * a_step], one of
 // the two being 1. `peak` is for an a with a_step 1. Every column of tiles reads all of a block of a's rows, which
@@ -138,17 +143,36 @@ static void NAME(product)(const REAL *a, int64_t a_row, int64_t a_step, const RE
       strip[2].height = (strip[1].height + 6) / 2;
       strip[1].height += 6 - strip[2].height;
     }
-    for (int column = 0; column < columns;) {
-      int shape = TILE_VECTORS == 4 ? 2 : 1;
-      while ((LANES << shape) > columns - column) shape--;
-      const NAME(strip_function) *strips = NAME(strips)[turned][shape];
+    for (int column = 0, vectors; column < columns; column += vectors * LANES) {
+      vectors = NAME(tile_vectors)(columns - column);
+      const NAME(strip_function) *strips = NAME(strips)[turned][vectors];
       REAL *top = peak ? peak + column : NULL;
       for (int i = 0, at = row; i < 3; at += strip[i].height * strip[i].tiles, i++) {
         if (!strip[i].height || !strip[i].tiles) continue;
         strips[strip[i].height](strip[i].tiles, a + at * a_row, a_stride, b + column, b_row, c + at * c_row + column,
                                 c_row, depth, start, factor ? factor + at : NULL, top, forecast);
       }
-      column += LANES << shape;
+    }
+  }
+}
+
+// The same within an outline: every ROWS rows of c have an extent of columns (the others stay what they are) or, when
+// `along` the depth, of steps.
+static void NAME(product_within)(const sa_extent *extent, bool along, const REAL *a, int64_t a_row, int64_t a_step,
+                                 const REAL *b, int64_t b_row, REAL *c, int64_t c_row, int rows, int columns, int depth,
+                                 sa_product_start start, const REAL *factor, sa_forecast *forecast) {
+  const bool turned = a_step != 1;
+  for (int row = 0; row < rows; row += ROWS, extent++) {
+    const int height = rows - row < ROWS ? rows - row : ROWS;
+    const int step = along ? extent->first : 0, steps = along ? extent->end - extent->first : depth;
+    const int end = along ? columns : NAME(columns)(extent->end);
+    if (!steps && start == SA_FROM_SELF) continue;
+    for (int column = along ? 0 : extent->first / LANES * LANES, vectors; column < end; column += vectors * LANES) {
+      vectors = NAME(tile_vectors)(end - column);
+      NAME(strips)
+      [turned][vectors][height](1, a + row * a_row + step * a_step, turned ? a_step : a_row, b + step * b_row + column,
+                                b_row, c + row * c_row + column, c_row, steps, start, factor ? factor + row : NULL,
+                                NULL, forecast);
     }
   }
 }
@@ -243,9 +267,11 @@ static void NAME(score_product)(const NAME(block) * block, const sa_stretch *str
   const int step = calls ? 12 : keys;
   for (int r = 0; r < keys; r += step) {
     const int rows = keys - r < step ? keys - r : step;
-    NAME(product)
-    (key + r * key_stride, key_stride, 1, packed_query, NAME(ROW), scores + r * NAME(ROW), NAME(ROW), rows, columns,
-     (int)block->p->width, SA_FROM_ZERO, NULL, peak, stretch->forecast);
+    if (stretch->outline) NAME(product_within)
+    (stretch->outline->queries + r / ROWS, false, key + r * key_stride, key_stride, 1, packed_query, NAME(ROW),
+     scores + r * NAME(ROW), NAME(ROW), rows, columns, (int)block->p->width, SA_FROM_ZERO, NULL, stretch->forecast);
+    else NAME(product)(key + r * key_stride, key_stride, 1, packed_query, NAME(ROW), scores + r * NAME(ROW), NAME(ROW),
+                       rows, columns, (int)block->p->width, SA_FROM_ZERO, NULL, peak, stretch->forecast);
     if (calls) NAME(call_bias)(block, stretch, r * QUERIES / keys, (r + rows) * QUERIES / keys);
   }
 }
@@ -318,9 +344,11 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
     value = room->finite;
     stride = padded;
   }
-  NAME(product)
-  (weights, 1, NAME(ROW), value, stride, o, padded, block->count, columns, stretch->count, start, factor, NULL,
-   stretch->forecast);
+  if (stretch->outline) NAME(product_within)
+  (stretch->outline->keys, true, weights, 1, NAME(ROW), value, stride, o, padded, block->count, columns, stretch->count,
+   start, factor, stretch->forecast);
+  else NAME(product)(weights, 1, NAME(ROW), value, stride, o, padded, block->count, columns, stretch->count, start,
+                     factor, NULL, stretch->forecast);
   return visible;
 }
 

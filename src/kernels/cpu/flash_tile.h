@@ -226,6 +226,7 @@ typedef struct NAME(stretch_room) {
   REAL *capped;       // [KEYS][ROW]: tanh(s / softcap), when the backward wants it
   uint64_t *visible;  // [KEYS]
   uint64_t *kept;     // [KEYS]: what dropout keeps
+  sa_outline *outline;
 } NAME(stretch_room);
 
 // Whether some element is -inf.
@@ -272,6 +273,14 @@ static inline uint64_t NAME(visible_word)(const NAME(block) * block, const uint6
   uint64_t all = 0;
   for (int i = 0; i < block->count; i += block->each) all |= own << i;
   return all;
+}
+
+// A masked stretch's outline, drawn in the room; NULL: nothing can be left out.
+static const sa_outline *NAME(outline)(const NAME(block) * block, const sa_stretch *stretch,
+                                       const NAME(stretch_room) * room) {
+  if (!stretch->pattern || block->few) return NULL;
+  for (int r = 0; r < stretch->count; r++) room->visible[r] = NAME(visible_word)(block, stretch->pattern[r]);
+  return sa_draw_outline(room->visible, stretch->count, block->count, room->outline) ? room->outline : NULL;
 }
 
 // The stretch's rows of a bias that can be added as it lies: whole squares of the work's own dtype, and nothing else to
@@ -400,5 +409,6 @@ static NAME(stretch_room) NAME(take_stretch)(sa_room *room, const sa_problem *p,
   if (backward && p->softcap > 0) stretch.capped = NAME(take)(room, KEYS * NAME(ROW));
   stretch.visible = sa_room_take(room, KEYS * sizeof(uint64_t));
   stretch.kept = sa_room_take(room, KEYS * sizeof(uint64_t));
+  stretch.outline = sa_room_take(room, sizeof *stretch.outline);
   return stretch;
 }

@@ -40,6 +40,16 @@ static inline __attribute__((always_inline)) void sa_forecast_call(sa_forecast *
   }
 }
 
+// Which pairs of a masked stretch products can leave out: those outside of what every ROWS rows of a register tile see
+// some of.
+enum { ROWS = 6 };
+typedef struct sa_extent {
+  int first, end;
+} sa_extent;
+typedef struct sa_outline {
+  sa_extent queries[KEYS / ROWS + 1], keys[QUERIES / ROWS + 1];  // that so many keys see, and so many queries
+} sa_outline;
+
 // `count` keys from `first` on; visible to the block as `pattern` says, or, when that is NULL, to all its queries.
 typedef struct sa_stretch {
   int64_t first;
@@ -47,7 +57,43 @@ typedef struct sa_stretch {
   const uint64_t (*pattern)[SA_TILE / 64];  // word of key r: pattern[r][half]
   bool again;                               // the same keys as the stretch that the worker had before
   sa_forecast *forecast;                    // what to call for meanwhile; may be NULL
+  const sa_outline *outline;                // what products can leave out; may be NULL
 } sa_stretch;
+
+// Draws the outline of so many words of so many queries; false when that would leave out little.
+static inline bool sa_draw_outline(const uint64_t *words, int keys, int queries, sa_outline *outline) {
+  const int groups = (queries + ROWS - 1) / ROWS;
+  const uint64_t group = (UINT64_C(1) << ROWS) - 1, all = queries < 64 ? (UINT64_C(1) << queries) - 1 : ~UINT64_C(0);
+  int left = 0;
+  for (int r = 0; r < keys; r += ROWS) {
+    uint64_t either = 0;
+    for (int i = r; i < r + ROWS && i < keys; i++) either |= words[i];
+    either &= all;
+    sa_extent *extent = &outline->queries[r / ROWS];
+    *extent = (sa_extent){0, 0};
+    if (either) *extent = (sa_extent){__builtin_ctzll(either), 64 - __builtin_clzll(either)};
+    left += extent->end - extent->first;
+  }
+  if (left * ROWS * 8 > keys * queries * 7) return false;
+  for (int n = 0; n < groups; n++) outline->keys[n] = (sa_extent){0, 0};
+  uint64_t seen = ~all;
+  for (int r = keys - 1; r >= 0 && ~seen; r--) {
+    for (uint64_t seers = words[r] & ~seen; seers; seers &= ~seen) {
+      const int n = __builtin_ctzll(seers) / ROWS;
+      outline->keys[n].end = r + 1;
+      seen |= group << n * ROWS;
+    }
+  }
+  seen = ~all;
+  for (int r = 0; r < keys && ~seen; r++) {
+    for (uint64_t seers = words[r] & ~seen; seers; seers &= ~seen) {
+      const int n = __builtin_ctzll(seers) / ROWS;
+      outline->keys[n].first = r;
+      seen |= group << n * ROWS;
+    }
+  }
+  return true;
+}
 
 typedef struct sa_walk {
   const sa_plan *plan;
