@@ -34,13 +34,13 @@ typedef struct wide_entry {
 
 #define WIDE(w, v)                                                    \
   {                                                                   \
-    w, v, hopper_wide_passes<hopper_wide_shape<__nv_bfloat16, w, v>>, \
-        hopper_wide_passes<hopper_wide_shape<__half, w, v>>           \
+    w, v, hopper_wide_launch<hopper_wide_shape<__nv_bfloat16, w, v>>, \
+        hopper_wide_launch<hopper_wide_shape<__half, w, v>>           \
   }
 #define DECLARE_WIDE(w, v)                                                                                            \
-  extern template int hopper_wide_passes<hopper_wide_shape<__nv_bfloat16, w, v>>(                                     \
+  extern template int hopper_wide_launch<hopper_wide_shape<__nv_bfloat16, w, v>>(                                     \
       const char *, const hopper_backward_call &, int, cudaStream_t);                                                 \
-  extern template int hopper_wide_passes<hopper_wide_shape<__half, w, v>>(const char *, const hopper_backward_call &, \
+  extern template int hopper_wide_launch<hopper_wide_shape<__half, w, v>>(const char *, const hopper_backward_call &, \
                                                                           int, cudaStream_t);
 DECLARE_WIDE(192, 128)
 DECLARE_WIDE(192, 192)
@@ -194,7 +194,12 @@ static bool columns_alike(const sa_plan *plan) {
 }
 
 static int32_t mixed_heads(const sa_problem *p) {
-  if (!p->deterministic) return 1;
+  if (!p->deterministic || !bucket(p)) {
+    // Nobody waits. A job that takes a whole group of heads is long beside all the rest: then enough heads that the
+    // multiprocessors begin with the longest of each.
+    const int64_t columns = key_columns(p) * (bucket(p) ? 1 : 2);
+    return p->heads == p->key_heads ? 1 : 1 + (int32_t)(sa_cuda_properties_of(p->device)->processors / columns);
+  }
   const int64_t bytes = p->queries * (2 * p->width + 2 * p->value_width + 4 * bucket(p));
   const int64_t heads = (columns_alike(p->plan) ? MIXED_BYTES_ALIKE : MIXED_BYTES) / bytes;
   return (int32_t)(heads < 1 ? 1 : heads);

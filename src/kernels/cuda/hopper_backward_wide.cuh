@@ -3,16 +3,16 @@
 // dK and dV of 64 keys fill the registers of two warpgroups, and the sums of dQ in f32 would be 1 KiB of traffic a
 // query and step of 64 keys, 64 KB against 2560 cycles of products. So there are two passes, each of which makes its
 // own S and dP: seven products instead of five, but no sums in memory, no turns, nothing to convert, and the bits of a
-// result are the same every time. Before them hopper_backward_rows makes the row statistics. In both passes a block per
-// multiprocessor stays for the whole launch and takes jobs, the longest of a head first, from one counter; warp 0 loads
-// for warpgroups 1 and 2 in one stream across the jobs, and products of one warpgroup run under the arithmetic of the
-// other.
+// result are the same every time. Before them hopper_backward_rows makes the row statistics. A block per multiprocessor
+// stays for the whole launch and takes jobs, the longest of a head first, from one counter, of the first pass and then
+// of the second; warp 0 loads for warpgroups 1 and 2 in one stream across the jobs, and products of one warpgroup run
+// under the arithmetic of the other.
 //
-//   hopper_wide_keys     A job is 64 keys of a key head with all queries that see them, 64 a step. Warpgroup 1 makes
+//   keys                 A job is 64 keys of a key head with all queries that see them, 64 a step. Warpgroup 1 makes
 //                        S^T = K Q^T, P^T and dV += P^T dO, warpgroup 2 dP^T = V dO^T, dS^T and dK += dS^T Q: a key per
 //                        row, so that P^T and dS^T are multiplied from registers. What they exchange is P^T, in halves,
 //                        each thread's to the same thread of the other.
-//   hopper_wide_queries  A job is 128 queries of a head, 64 a warpgroup, with all keys that they see, 64 a step:
+//   queries              A job is 128 queries of a head, 64 a warpgroup, with all keys that they see, 64 a step:
 //                        S = Q K^T, dP = dO V^T, dQ += dS K with dS in registers. The next S and dQ run under the
 //                        arithmetic of P.
 //
@@ -34,30 +34,53 @@
 #include "kernels/cuda/hopper_backward_wide_keys.cuh"
 #include "kernels/cuda/hopper_backward_wide_queries.cuh"
 
-// Both passes and their careful ones, after the row statistics.
+// A block goes on to the second pass when the first has no more jobs for it. Careful ones are launched one by one, as
+// together they spill.
+template <class SHAPE, bool CAREFUL, bool KEYS, bool QUERIES>
+__global__ void __launch_bounds__(HOPPER_WIDE_THREADS, 1)
+    hopper_wide_passes(const __grid_constant__ hopper_backward_call c) {
+  if (CAREFUL && !*c.flagged) return;
+  const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
+  const bool keys = KEYS && (c.dk_out.data || c.dv_out.data), queries = QUERIES && c.dq_out.data;
+  const uint32_t base = hopper_block_memory();
+  if (threadIdx.x == 0) {
+    hopper_wide_keys_memory<SHAPE, CAREFUL>::init(base);
+    hopper_wide_queries_memory<SHAPE, CAREFUL>::init(base);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  // Shared memory is another's from here on.
+  const auto between = []() {
+    async_proxy_fence();
+    named_barrier_sync(HOPPER_WIDE_BETWEEN, 32 + 256);
+  };
+  if (warp < 4) {
+    registers_give_back<HOPPER_WIDE_PRODUCER_REGISTERS>();
+    if (warp > 0) return;
+    if (keys) hopper_wide_keys_producer<SHAPE, CAREFUL>(c, base).run();
+    between();
+    if (queries) hopper_wide_queries_producer<SHAPE, CAREFUL>(c, base).run();
+  } else {
+    registers_take<HOPPER_WIDE_CONSUMER_REGISTERS>();
+    if (keys && warp < 8) hopper_wide_dv<SHAPE, CAREFUL>(c, base).run();
+    if (keys && warp >= 8) hopper_wide_dk<SHAPE, CAREFUL>(c, base).run();
+    between();
+    if (queries) hopper_wide_dq<SHAPE, CAREFUL>(c, base).run();
+  }
+}
+
+// The gradients, after the row statistics.
 template <class SHAPE>
-int hopper_wide_passes(const char *function, const hopper_backward_call &c, int processors, cudaStream_t stream) {
-  const int row_tiles = c.batch * c.heads * c.plan.row_tiles;
-  const unsigned key_blocks = (unsigned)(c.jobs < processors ? c.jobs : processors);
-  const unsigned query_blocks = (unsigned)(row_tiles < processors ? row_tiles : processors);
+int hopper_wide_launch(const char *function, const hopper_backward_call &c, int processors, cudaStream_t stream) {
+  const int row_tiles = c.batch * c.heads * c.plan.row_tiles, jobs = c.jobs > row_tiles ? c.jobs : row_tiles;
+  const unsigned blocks = (unsigned)(jobs < processors ? jobs : processors);
+  const auto launch = [&](void (*kernel)(hopper_backward_call)) {
+    return sa_cuda_launch(function, kernel, blocks, HOPPER_WIDE_THREADS, HOPPER_WIDE_BYTES, stream, c);
+  };
   const bool keys = c.dk_out.data || c.dv_out.data, queries = c.dq_out.data;
-  int status = SA_OK;
-  if (keys) {
-    status = sa_cuda_launch(function, hopper_wide_keys<SHAPE, false>, key_blocks, HOPPER_WIDE_THREADS,
-                            hopper_wide_keys_memory<SHAPE, false>::bytes, stream, c);
-  }
-  if (!status && queries) {
-    status = sa_cuda_launch(function, hopper_wide_queries<SHAPE, false>, query_blocks, HOPPER_WIDE_THREADS,
-                            hopper_wide_queries_memory<SHAPE, false>::bytes, stream, c);
-  }
-  if (!status && keys) {
-    status = sa_cuda_launch(function, hopper_wide_keys<SHAPE, true>, key_blocks, HOPPER_WIDE_THREADS,
-                            hopper_wide_keys_memory<SHAPE, true>::bytes, stream, c);
-  }
-  if (!status && queries) {
-    status = sa_cuda_launch(function, hopper_wide_queries<SHAPE, true>, query_blocks, HOPPER_WIDE_THREADS,
-                            hopper_wide_queries_memory<SHAPE, true>::bytes, stream, c);
-  }
+  int status = keys || queries ? launch(hopper_wide_passes<SHAPE, false, true, true>) : SA_OK;
+  if (!status && keys) status = launch(hopper_wide_passes<SHAPE, true, true, false>);
+  if (!status && queries) status = launch(hopper_wide_passes<SHAPE, true, false, true>);
   return status;
 }
 

@@ -12,9 +12,14 @@ enum {
   HOPPER_WIDE_ROWS = 64,  // of an operand that are loaded together
   HOPPER_WIDE_PANEL_BYTES = HOPPER_WIDE_ROWS * 128,
   HOPPER_WIDE_BITS = SA_TILE * SA_TILE / 8,  // bytes of a pattern
-  // Named barriers; the last is two, one a warpgroup.
+  // Shared memory: its end has the mbarriers of both passes, each its own, as one must not lie on another's data.
+  HOPPER_WIDE_BYTES = 227 << 10,
+  HOPPER_WIDE_QUERIES_MBARRIERS = HOPPER_WIDE_BYTES - 256,
+  HOPPER_WIDE_KEYS_MBARRIERS = HOPPER_WIDE_QUERIES_MBARRIERS - 256,
+  // Named barriers; that of a warpgroup is two.
   HOPPER_WIDE_BOTH = 1,
-  HOPPER_WIDE_WARPGROUP = 2
+  HOPPER_WIDE_WARPGROUP = 2,
+  HOPPER_WIDE_BETWEEN = 4
 };
 
 template <class T, int WIDTH, int VALUE_WIDTH>
@@ -177,24 +182,5 @@ struct hopper_wide_consumer {
     return seen != 0;
   }
 };
-
-// The rest of a kernel once its mbarriers are there: warp 0 loads, warpgroups 1 and 2 multiply.
-template <class PRODUCER, class FIRST, class SECOND>
-static __device__ __forceinline__ void hopper_wide_run(const hopper_backward_call &c, uint32_t base) {
-  const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
-  if (threadIdx.x == 0) mbarrier_init_fence();
-  __syncthreads();
-  if (warp < 4) {
-    registers_give_back<HOPPER_WIDE_PRODUCER_REGISTERS>();
-    if (warp == 0) PRODUCER(c, base).run();
-    return;
-  }
-  registers_take<HOPPER_WIDE_CONSUMER_REGISTERS>();
-  if (std::is_same<FIRST, SECOND>::value || warp < 8) {
-    FIRST(c, base).run();
-  } else {
-    SECOND(c, base).run();
-  }
-}
 
 #endif

@@ -14,12 +14,22 @@ struct hopper_wide_keys_memory : SHAPE {
                             lse = ds + (CAREFUL ? pairs_bytes : 0), delta = lse + slots * 256,
                             bits = delta + slots * 256, step = bits + slots * bits_bytes, job = step + slots * 16,
                             bad_q = job + 2 * 16, bad_dout = bad_q + (CAREFUL ? 256 : 0),
-                            job_full = bad_dout + (CAREFUL ? 256 : 0), job_empty = job_full + 16,
-                            k_full = job_empty + 16, k_empty = k_full + 8, v_full = k_empty + 8, v_empty = v_full + 8,
-                            p_full = v_empty + 8, p_empty = p_full + 16, q_full = p_empty + 16,
-                            q_empty = q_full + 8 * slots, dout_full = q_empty + 8 * slots,
-                            dout_empty = dout_full + 8 * slots, bytes = dout_empty + 8 * slots;
-  static_assert(bytes <= 227 << 10, "shared memory of a block");
+                            end = bad_dout + (CAREFUL ? 256 : 0);
+  static constexpr uint32_t job_full = HOPPER_WIDE_KEYS_MBARRIERS, job_empty = job_full + 16, k_full = job_empty + 16,
+                            k_empty = k_full + 8, v_full = k_empty + 8, v_empty = v_full + 8, p_full = v_empty + 8,
+                            p_empty = p_full + 16, q_full = p_empty + 16, q_empty = q_full + 8 * slots,
+                            dout_full = q_empty + 8 * slots, dout_empty = dout_full + 8 * slots;
+  static_assert(end <= HOPPER_WIDE_KEYS_MBARRIERS && dout_empty + 8 * slots <= HOPPER_WIDE_QUERIES_MBARRIERS, "");
+
+  static __device__ __forceinline__ void init(uint32_t base) {
+    hopper_block_slots(base + job_full, base + job_empty, 2, 8);
+    hopper_block_slots(base + k_full, base + k_empty, 1, 1);
+    hopper_block_slots(base + v_full, base + v_empty, 1, 1);
+    hopper_block_mbarriers(base + p_full, 2, 4);
+    hopper_block_mbarriers(base + p_empty, 2, 4);
+    hopper_block_slots(base + q_full, base + q_empty, slots, 8);
+    hopper_block_slots(base + dout_full, base + dout_empty, slots, 8);
+  }
 };
 
 // Its two sides: `held`, of the job, and `walked`, in slots, of its steps. The product of the rows of a side is S or
@@ -60,7 +70,9 @@ struct hopper_wide_keys_producer : hopper_wide_producer<hopper_wide_keys_memory<
     for (;;) {
       const int id = this->take(CAREFUL);
       if (id >= c.jobs) return {0, -1, 0, 0};
-      const int flat = c.sorted ? c.head_order[id / blocks] : id / blocks, rank = id % blocks;
+      const int span = c.mixed * blocks, first = id / span * c.mixed;
+      const int heads = min(c.mixed, c.batch * c.key_heads - first), place = first + id % span % heads;
+      const int flat = c.sorted ? c.head_order[place] : place, rank = id % span / heads;
       hopper_wide_job job;
       job.batch = flat / c.key_heads;
       job.head = flat % c.key_heads;
@@ -403,24 +415,5 @@ struct hopper_wide_dk : hopper_wide_keys_consumer<hopper_wide_dk<SHAPE, CAREFUL>
     B::run(c.dk_out, &c.dk, c.width, c.scale);
   }
 };
-
-template <class SHAPE, bool CAREFUL>
-__global__ void __launch_bounds__(HOPPER_WIDE_THREADS, 1)
-    hopper_wide_keys(const __grid_constant__ hopper_backward_call c) {
-  using M = hopper_wide_keys_memory<SHAPE, CAREFUL>;
-  if (CAREFUL && !*c.flagged) return;
-  const uint32_t base = hopper_block_memory();
-  if (threadIdx.x == 0) {
-    hopper_block_slots(base + M::job_full, base + M::job_empty, 2, 8);
-    hopper_block_slots(base + M::k_full, base + M::k_empty, 1, 1);
-    hopper_block_slots(base + M::v_full, base + M::v_empty, 1, 1);
-    hopper_block_mbarriers(base + M::p_full, 2, 4);
-    hopper_block_mbarriers(base + M::p_empty, 2, 4);
-    hopper_block_slots(base + M::q_full, base + M::q_empty, M::slots, 8);
-    hopper_block_slots(base + M::dout_full, base + M::dout_empty, M::slots, 8);
-  }
-  hopper_wide_run<hopper_wide_keys_producer<SHAPE, CAREFUL>, hopper_wide_dv<SHAPE, CAREFUL>,
-                  hopper_wide_dk<SHAPE, CAREFUL>>(c, base);
-}
 
 #endif

@@ -10,12 +10,20 @@ struct hopper_wide_queries_memory : SHAPE {
   static constexpr int k_slots = S::width > 192 ? 2 : 3, v_slots = S::width > 192 ? 1 : 2;
   static constexpr uint32_t q = 0, dout = q + 2 * S::k_bytes, k = dout + 2 * S::v_bytes, v = k + k_slots * S::k_bytes,
                             bits = v + v_slots * S::v_bytes, step = bits + v_slots * HOPPER_WIDE_BITS,
-                            job = step + v_slots * 16, bad_k = job + 2 * 16, job_full = bad_k + (CAREFUL ? 256 : 0),
-                            job_empty = job_full + 16, q_full = job_empty + 16, q_empty = q_full + 16,
-                            dout_full = q_empty + 16, dout_empty = dout_full + 16, k_full = dout_empty + 16,
-                            k_empty = k_full + 8 * k_slots, v_full = k_empty + 8 * k_slots,
-                            v_empty = v_full + 8 * v_slots, bytes = v_empty + 8 * v_slots;
-  static_assert(bytes <= 227 << 10, "shared memory of a block");
+                            job = step + v_slots * 16, bad_k = job + 2 * 16, end = bad_k + (CAREFUL ? 256 : 0);
+  static constexpr uint32_t job_full = HOPPER_WIDE_QUERIES_MBARRIERS, job_empty = job_full + 16,
+                            q_full = job_empty + 16, q_empty = q_full + 16, dout_full = q_empty + 16,
+                            dout_empty = dout_full + 16, k_full = dout_empty + 16, k_empty = k_full + 8 * k_slots,
+                            v_full = k_empty + 8 * k_slots, v_empty = v_full + 8 * v_slots;
+  static_assert(end <= HOPPER_WIDE_KEYS_MBARRIERS && v_empty + 8 * v_slots <= HOPPER_WIDE_BYTES, "");
+
+  static __device__ __forceinline__ void init(uint32_t base) {
+    hopper_block_slots(base + job_full, base + job_empty, 2, 8);
+    hopper_block_slots(base + q_full, base + q_empty, 2, 1);
+    hopper_block_slots(base + dout_full, base + dout_empty, 2, 4);
+    hopper_block_slots(base + k_full, base + k_empty, k_slots, 8);
+    hopper_block_slots(base + v_full, base + v_empty, v_slots, 8);
+  }
 };
 
 template <class SHAPE, bool CAREFUL>
@@ -290,22 +298,5 @@ struct hopper_wide_dq : hopper_wide_consumer<hopper_wide_queries_memory<SHAPE, C
     async_proxy_fence();
   }
 };
-
-template <class SHAPE, bool CAREFUL>
-__global__ void __launch_bounds__(HOPPER_WIDE_THREADS, 1)
-    hopper_wide_queries(const __grid_constant__ hopper_backward_call c) {
-  using M = hopper_wide_queries_memory<SHAPE, CAREFUL>;
-  using DQ = hopper_wide_dq<SHAPE, CAREFUL>;
-  if (CAREFUL && !*c.flagged) return;
-  const uint32_t base = hopper_block_memory();
-  if (threadIdx.x == 0) {
-    hopper_block_slots(base + M::job_full, base + M::job_empty, 2, 8);
-    hopper_block_slots(base + M::q_full, base + M::q_empty, 2, 1);
-    hopper_block_slots(base + M::dout_full, base + M::dout_empty, 2, 4);
-    hopper_block_slots(base + M::k_full, base + M::k_empty, M::k_slots, 8);
-    hopper_block_slots(base + M::v_full, base + M::v_empty, M::v_slots, 8);
-  }
-  hopper_wide_run<hopper_wide_queries_producer<SHAPE, CAREFUL>, DQ, DQ>(c, base);
-}
 
 #endif
