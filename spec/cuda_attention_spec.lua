@@ -90,6 +90,34 @@ helper.describe_cuda("attention on a CUDA device", function()
     end)
   end
 
+  -- Their columns of keys are shared out, a job for each head, on Hopper.
+  it("of heads that are grouped and long", function()
+    for _, shape in ipairs {{64, 4, 1}, {128, 6, 2}} do
+      local c = {dtype = "bf16", width = shape[1], heads = shape[2], key_heads = shape[3], seed = 5, queries = 1050,
+        keys = 200}
+      for _, causal in ipairs {false, "bottom-right"} do
+        c.causal = causal or nil
+        cases.check(c, engines)
+      end
+    end
+  end)
+
+  it("of such heads, with NaN behind the mask, gives the bits of a clean run", function()
+    local mask = sa.mask.padding({150}, {1000})
+    local function attend(dirt)
+      local function operand(heads, length, visible, seed)
+        local t = sa.randn({1, heads, length, 64}, {seed = seed, dtype = "bf16", device = "cuda"})
+        t:narrow(3, visible + 1, length - visible):fill(dirt)
+        return t
+      end
+      local q, k, v = operand(4, 1050, 1000, 1), operand(1, 200, 150, 2), operand(1, 200, 150, 3)
+      local gradients = sa.forward(q, k, v, {mask = mask}):backward(operand(4, 1050, 1000, 4))
+      return {dq = gradients.dq, dk = gradients.dk, dv = gradients.dv}
+    end
+    local clean = attend(1)
+    for name, t in pairs(attend(0 / 0)) do assert.tensor.bitwise(clean[name], t) end
+  end)
+
   it("says which kernels served a call", function()
     local function kernel(options, width)
       local q = sa.randn({1, 2, 160, width or 64}, {seed = 1, dtype = "bf16", device = "cuda"})

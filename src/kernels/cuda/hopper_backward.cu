@@ -17,6 +17,9 @@ static const char function[] = "sa_backward";
 // 819.
 enum { MIXED_BYTES = 17 << 20, MIXED_BYTES_ALIKE = 34 << 20 };
 
+// As few queries as a column must have to be shared out.
+enum { SHARED_QUERIES = 8 * SA_TILE };
+
 // Widths that hopper_backward.cuh is made for: to which those of a problem are padded with zeros, which TMA adds. 0 for
 // wider ones.
 static int bucket(const sa_problem *p) {
@@ -154,6 +157,9 @@ static int64_t lay_out(const sa_problem *p, hopper_backward_call *c, char *memor
     c->dout_values.stride[3] = 1;
     at += (p->queries * p->value_width * 2 + 255) / 256 * 256;
   }
+  const int64_t shared = c->jobs - c->whole;
+  c->part_sums = (float *)at;
+  at += shared * SA_TILE * bucket(p) * 8;
   c->zeroed = c->next_job = (int32_t *)at;
   c->flagged = c->next_job + 4;
   c->bad_key = c->flagged + 1;
@@ -161,7 +167,8 @@ static int64_t lay_out(const sa_problem *p, hopper_backward_call *c, char *memor
   c->turn = c->bad_query + (bucket(p) ? chunks : rows / SA_TILE);
   const int64_t slopes = p->dalibi.data ? p->batch * p->heads * key_columns(p) * 8 : 0;
   c->slope_part = slopes ? (float *)(c->turn + chunks) : NULL;
-  c->zeroed_count = c->turn + chunks + slopes - c->zeroed;
+  c->part_turn = c->turn + chunks + slopes;
+  c->zeroed_count = c->part_turn + 2 * shared - c->zeroed;
   return (char *)(c->zeroed + c->zeroed_count) - memory;
 }
 
@@ -203,6 +210,17 @@ static int32_t mixed_heads(const sa_problem *p) {
   const int64_t bytes = p->queries * (2 * p->width + 2 * p->value_width + 4 * bucket(p));
   const int64_t heads = (columns_alike(p->plan) ? MIXED_BYTES_ALIKE : MIXED_BYTES) / bytes;
   return (int32_t)(heads < 1 ? 1 : heads);
+}
+
+// Jobs of whole groups of heads are long, and in the order of turns the longest come last: of the columns that are
+// taken last, one a multiprocessor, each head is a job. Where heads are short, a job's beginning costs as much as that
+// gains.
+static void share_out(const sa_problem *p, hopper_backward_call *c) {
+  const int processors = sa_cuda_properties_of(p->device)->processors;
+  const bool share =
+      c->deterministic && bucket(p) && c->group > 1 && p->plan->heads == 1 && p->queries >= SHARED_QUERIES;
+  c->whole = !share ? c->jobs : c->jobs > processors ? c->jobs - processors : 0;
+  c->parts = c->group;
 }
 
 // Heads with most to do first, so that the blocks end at the same time.
@@ -267,7 +285,8 @@ template <class T, int WIDTH>
 static int launch(const sa_problem *p, const hopper_backward_call &c, cudaStream_t stream) {
   const unsigned row_blocks = (unsigned)(c.batch * (int64_t)c.heads * (c.padded / 64)), heads = (unsigned)c.heads;
   const int processors = sa_cuda_properties_of(p->device)->processors, extras = extras_of(p);
-  const unsigned blocks = (unsigned)(c.jobs < processors ? c.jobs : processors);
+  const int64_t jobs = c.whole + (int64_t)(c.jobs - c.whole) * c.parts;
+  const unsigned blocks = (unsigned)(jobs < processors ? jobs : processors);
   int status = launch_rows<T, WIDTH>(c, stream);
   if (!c.dq_out.data && !c.dk_out.data && !c.dv_out.data && !c.slope_part) return status;
   if (!status && c.coarse) {
@@ -346,6 +365,7 @@ int sa_cuda_hopper_backward(const sa_problem *p) {
   c.deterministic = p->deterministic || !bucket(p);
   c.jobs = (int32_t)(p->batch * p->key_heads * key_columns(p)) * (bucket(p) ? 1 : 2);
   c.mixed = mixed_heads(p);
+  share_out(p, &c);
   order_heads(p, &c);
   void *scratch = sa_cuda_scratch(function, p->device, lay_out(p, &c, NULL));
   if (!scratch) return SA_NO_MEMORY;

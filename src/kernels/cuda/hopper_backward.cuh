@@ -286,9 +286,50 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
     }
   }
 
+  // Of a column that is shared out, a job adds its dV and dK to those of the ones before it, which were taken before.
+  // Returns whether they are whole.
+  __device__ __forceinline__ bool add_parts(int shared, int part) {
+    int *turn = c.part_turn + shared * 2 + w;
+    float4 *at = (float4 *)c.part_sums + (int64_t)(shared * 2 + w) * (2 * sums / 4 * 128) + t;
+    const int before = CAREFUL ? c.parts - 1 : 0;  // it counts on from where the first launch ended
+    if (part > 0) {
+      if (t == 0) {
+        while (load_acquire(turn) != before + part) {
+        }
+      }
+      named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
+      add_part(dv, at);
+      add_part(dk, at + sums / 4 * 128);
+    }
+    if (part + 1 == c.parts) return true;
+    store_part(dv, at);
+    store_part(dk, at + sums / 4 * 128);
+    named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
+    if (t == 0) store_release(turn, before + part + 1);
+    return false;
+  }
+
+  static __device__ __forceinline__ void add_part(float (&x)[sums], const float4 *from) {
+#pragma unroll
+    for (int i = 0; i < sums / 4; i++) {
+      const float4 y = __ldcg(from + i * 128);
+      x[4 * i] += y.x;
+      x[4 * i + 1] += y.y;
+      x[4 * i + 2] += y.z;
+      x[4 * i + 3] += y.w;
+    }
+  }
+
+  static __device__ __forceinline__ void store_part(const float (&x)[sums], float4 *to) {
+#pragma unroll
+    for (int i = 0; i < sums / 4; i++) to[i * 128] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+  }
+
   // dV and then dK leave through this warpgroup's rows of the buffers of dS. That of dQ would only be free once its
   // last sums are on their way, 4000 cycles later where jobs are short.
-  __device__ __forceinline__ void finish() {
+  __device__ __forceinline__ void finish(int n) {
+    const int shared = shared_load(base + SHAPE::job + 32 * (n & 1) + 28);
+    if (shared >= 0 && !add_parts(shared, shared_load(base + SHAPE::job + 32 * (n & 1) + 24))) return;
     named_barrier_sync(HOPPER_BACKWARD_BOTH, 256);  // the other warpgroup has read dS for its last dQ
     uint32_t seen = hopper_store_halves<type>(dv, 1.f, base + SHAPE::ds + store_row, store_piece, SHAPE::panel_bytes);
     send_gradient(&c.dv, c.dv_out.data);
@@ -317,7 +358,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
 #pragma unroll 1
     for (int n = 0;; n++) {
       mbarrier_wait(base + SHAPE::job_full + 8 * (n & 1), n >> 1 & 1);
-      job = shared_load_4i(base + SHAPE::job + 16 * (n & 1));
+      job = shared_load_4i(base + SHAPE::job + 32 * (n & 1));
       if (job.y < 0) break;
       if (job.y == 0) {
         write_zeros();
@@ -356,7 +397,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
         if constexpr (SHAPE::extras & HOPPER_BACKWARD_ALIBI && !CAREFUL) {
           if (c.slope_part) write_slope(-1);
         }
-        finish();
+        finish(n);
       }
       __syncwarp();
       arrive(SHAPE::job_empty + 8 * (n & 1));

@@ -31,11 +31,15 @@ typedef struct hopper_backward_call {
   // Jobs: `jobs` columns of key heads; those of `mixed` neighbouring key heads take turns, so that neighbours in the
   // order add to different sums. When `sorted`, neighbours are so by head_order.
   int32_t jobs, mixed, sorted;
+  // Columns from number `whole` on, the last ones taken, are shared out in `parts` jobs, each of some heads of the
+  // group, so that the blocks end at the same time.
+  int32_t whole, parts;
   uint16_t head_order[HOPPER_BACKWARD_HEADS];
   float *dq;         // sums: chunks of [batch, head, padded / 64, width / 64], each [8][128][4] as wgmma leaves them
   float *lse_log2;   // [batch, head, padded], in the order of hopper_backward_slot: -lse, times lse_unit
   float *delta;      // likewise: rowsum(dO * O) - dLSE
   float *sink_part;  // [batch, head, padded / 64], or NULL
+  float *part_sums;  // [shared column, warpgroup, dV or dK]: the sums of its first jobs, as the threads have them
   float lse_unit;    // log2(e), or 1 where scores are natural
   // Of extras (hopper_backward_extras.cuh). A weight is 2^((score + lse_log2) unit - log2_sum), where log2_sum is 0 but
   // for rows whose LSE is too large to tell the sum from the peak.
@@ -52,6 +56,7 @@ typedef struct hopper_backward_call {
   int32_t *bad_key;    // [batch, key head, column]; two a column where heads are wider than 128
   int32_t *bad_query;  // as chunks of dq; [batch, head, row of tiles] where heads are wider than 128
   int32_t *turn;       // likewise: how many have added
+  int32_t *part_turn;  // as part_sums: how many of its jobs have added
 } hopper_backward_call;
 
 // Row statistics lie so that the four rows of which a thread has accumulators in two neighbouring groups of eight are

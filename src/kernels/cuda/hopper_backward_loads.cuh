@@ -42,9 +42,11 @@ typedef struct hopper_backward_walk {
   }
 } hopper_backward_walk;
 
-// A job as the producer finds it.
+// A job as the producer finds it, and as shared memory has it: two times 16 bytes.
 typedef struct hopper_backward_job {
   int column, steps, batch, key_head;  // steps: 0 when no query sees these keys, -1 when there is no job
+  int head, end;                       // heads: from `head` on, before `end`
+  int part, shared;                    // of a shared column, which of its jobs, and its number; else -1
 } hopper_backward_job;
 
 // What every warp of warpgroup 0 knows of jobs.
@@ -72,7 +74,7 @@ struct hopper_backward_jobs {
   __device__ __forceinline__ int tiles_of(const hopper_backward_job &job) const {
     int tiles = 0;
 #pragma unroll 1
-    for (int head = job.key_head * c.group; head < (job.key_head + 1) * c.group; head++) {
+    for (int head = job.head; head < job.end; head++) {
       const int64_t *start = runs_of(job.batch, head, job.column);
       const sa_run *run = c.plan.col_runs + start[0] + lane;
 #pragma unroll 1
@@ -104,18 +106,25 @@ struct hopper_backward_jobs {
       int id = 0;
       if (lane == 0) id = atomicAdd(c.next_job + CAREFUL, 1);
       id = __shfl_sync(~0u, id, 0);
-      if (id >= c.jobs) return {0, -1, 0, 0};
+      hopper_backward_job job = {};
+      job.shared = id < c.whole ? -1 : (id - c.whole) / c.parts;
+      job.part = id < c.whole ? 0 : (id - c.whole) % c.parts;
+      if (job.shared >= 0) id = c.whole + job.shared;
+      job.steps = -1;
+      if (id >= c.jobs) return job;
       const int columns = c.plan.col_tiles, span = c.mixed * columns, first = id / span * c.mixed;
       const int heads = min(c.mixed, c.batch * c.key_heads - first), in_span = id % span;
       const int place = first + in_span % heads, rank = in_span / heads;
       const int flat = c.sorted ? c.head_order[place] : place;
-      hopper_backward_job job;
       job.batch = flat / c.key_heads;
       job.key_head = flat % c.key_heads;
       job.column = CAREFUL || c.deterministic
                        ? columns - 1 - rank
                        : c.plan.col_order[plane(job.batch, job.key_head * c.group) * columns + rank];
       if (CAREFUL && !flagged(job)) continue;
+      const int parts = job.shared < 0 ? 1 : c.parts;
+      job.head = job.key_head * c.group + c.group * job.part / parts;
+      job.end = job.key_head * c.group + c.group * (job.part + 1) / parts;
       job.steps = tiles_of(job) * SHAPE::steps;
       return job;
     }
@@ -123,13 +132,20 @@ struct hopper_backward_jobs {
 
   // Of job n, which is at hand: looked up again where it is needed, as registers are few.
   __device__ __forceinline__ int job_column(int n) const {
-    return shared_load(base + SHAPE::job + 16 * (n & 1));
+    return shared_load(base + SHAPE::job + 32 * (n & 1));
   }
   __device__ __forceinline__ int job_batch(int n) const {
-    return shared_load(base + SHAPE::job + 16 * (n & 1) + 8);
+    return shared_load(base + SHAPE::job + 32 * (n & 1) + 8);
   }
   __device__ __forceinline__ int job_key_head(int n) const {
-    return shared_load(base + SHAPE::job + 16 * (n & 1) + 12);
+    return shared_load(base + SHAPE::job + 32 * (n & 1) + 12);
+  }
+
+  __device__ __forceinline__ int job_head(int n) const {
+    return shared_load(base + SHAPE::job + 32 * (n & 1) + 16);
+  }
+  __device__ __forceinline__ int job_end(int n) const {
+    return shared_load(base + SHAPE::job + 32 * (n & 1) + 20);
   }
 
   __device__ __forceinline__ int64_t statistics(int batch, int head, int query) const {
@@ -138,7 +154,7 @@ struct hopper_backward_jobs {
 
   __device__ __forceinline__ int4 wait_job(int n) {
     mbarrier_wait(base + SHAPE::job_full + 8 * (n & 1), n >> 1 & 1);
-    return shared_load_4i(base + SHAPE::job + 16 * (n & 1));
+    return shared_load_4i(base + SHAPE::job + 32 * (n & 1));
   }
 
   __device__ __forceinline__ void release_job(int n) {
@@ -155,6 +171,8 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
   using base_type::c;
   using base_type::job_batch;
   using base_type::job_column;
+  using base_type::job_end;
+  using base_type::job_head;
   using base_type::job_key_head;
   using base_type::lane;
   using base_type::next_job;
@@ -227,17 +245,17 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
   __device__ __forceinline__ void load_job(int n) {
     bool first = true;
 #pragma unroll 1
-    for (int in_group = 0; in_group < c.group; in_group++) {
+    for (int head = job_head(n); head < job_end(n); head++) {
       hopper_backward_walk walk;
-      const int64_t *start = runs_of(job_batch(n), job_key_head(n) * c.group + in_group, job_column(n));
+      const int64_t *start = runs_of(job_batch(n), head, job_column(n));
       walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]));
       while (walk.next()) {
         const int end = (walk.row + walk.rows) * SA_TILE;
 #pragma unroll 1
         for (int query = walk.row * SA_TILE; query < end; query += SHAPE::queries) {
-          load_queries(job_batch(n), job_key_head(n) * c.group + in_group, query, walk.pattern);
+          load_queries(job_batch(n), head, query, walk.pattern);
           if (first) load_values(n);
-          load_dout(job_batch(n), job_key_head(n) * c.group + in_group, query);
+          load_dout(job_batch(n), head, query);
           if (first) load_keys(n);
           first = false;
           loaded++;
@@ -253,7 +271,9 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
       const hopper_backward_job job = next_job();
       if (lane == 0) {
         mbarrier_wait(base + SHAPE::job_empty + 8 * (n & 1), (n >> 1 & 1) ^ 1);
-        shared_store_4i(base + SHAPE::job + 16 * (n & 1), job.column, job.steps, job.batch, job.key_head);
+        const uint32_t to = base + SHAPE::job + 32 * (n & 1);
+        shared_store_4i(to, job.column, job.steps, job.batch, job.key_head);
+        shared_store_4i(to + 16, job.head, job.end, job.part, job.shared);
         mbarrier_arrive(base + SHAPE::job_full + 8 * (n & 1));
       }
       if (job.steps < 0) return;

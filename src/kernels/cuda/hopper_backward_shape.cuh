@@ -44,7 +44,7 @@ struct hopper_backward_shape {
                             ds = dout + dout_slots * query_bytes, dq = ds + 2 * ds_bytes, clean_k = dq + 2 * dq_bytes,
                             lse = clean_k + (CAREFUL ? key_bytes : 0), delta = lse + q_slots * queries * 4,
                             bits = delta + dout_slots * queries * 4, step = bits + q_slots * bits_bytes,
-                            job = step + q_slots * 16, turn = job + 2 * 16, last = turn + HOPPER_BACKWARD_TURNS * 16,
+                            job = step + q_slots * 16, turn = job + 2 * 32, last = turn + HOPPER_BACKWARD_TURNS * 16,
                             log2_sum = last + 2 * 16, bad_q = log2_sum + (biased ? 4 * q_slots * queries : 0),
                             bad_dout = bad_q + (CAREFUL ? 4 * queries : 0),
                             bad_k = bad_dout + (CAREFUL ? 4 * queries : 0),

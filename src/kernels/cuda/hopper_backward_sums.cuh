@@ -28,7 +28,8 @@ struct hopper_backward_sums : hopper_backward_jobs<SHAPE, CAREFUL> {
   using base_type::chunk;
   using base_type::job_batch;
   using base_type::job_column;
-  using base_type::job_key_head;
+  using base_type::job_end;
+  using base_type::job_head;
   using base_type::lane;
   using base_type::plane;
   using base_type::release_job;
@@ -59,14 +60,13 @@ struct hopper_backward_sums : hopper_backward_jobs<SHAPE, CAREFUL> {
     for (int n = 0;; n++) {
       if (wait_job(n).y < 0) return;
 #pragma unroll 1
-      for (int in_group = 0; in_group < c.group; in_group++) {
+      for (int head = job_head(n); head < job_end(n); head++) {
         hopper_backward_walk walk;
-        const int64_t *start = runs_of(job_batch(n), job_key_head(n) * c.group + in_group, job_column(n));
+        const int64_t *start = runs_of(job_batch(n), head, job_column(n));
         walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]));
         while (walk.next()) {
 #pragma unroll 1
           for (; walk.rows > 0; walk.rows--, walk.row++) {
-            const int head = job_key_head(n) * c.group + in_group;
             const int2 turn = count_turns(job_batch(n), head, walk.row, job_column(n));
             const int slot = told % HOPPER_BACKWARD_TURNS;
             if (lane == 0) {
