@@ -8,6 +8,7 @@
 #include "kernels/cuda/hopper_backward.cuh"
 #include "kernels/cuda/hopper_backward_extras.cuh"
 #include "kernels/cuda/hopper_backward_wide.cuh"
+#include "kernels/cuda/hopper_operands.cuh"
 
 static const char function[] = "sa_backward";
 
@@ -66,19 +67,6 @@ static int64_t key_columns(const sa_problem *p) {
   return (p->keys + SA_TILE - 1) / SA_TILE;
 }
 
-static void shape_of(int64_t shape[4], const sa_problem *p, int64_t heads, int64_t rows, int64_t width) {
-  shape[0] = p->batch;
-  shape[1] = heads;
-  shape[2] = rows;
-  shape[3] = width;
-}
-
-static bool fits(const sa_problem *p, const sa_operand *x, int64_t heads, int64_t rows, int64_t width) {
-  int64_t shape[4];
-  shape_of(shape, p, heads, rows, width);
-  return !x->data || sa_cuda_tensor_map_fits(x, shape);
-}
-
 bool sa_cuda_hopper_backward_covers(const sa_problem *p) {
   const int64_t heads = p->batch * p->heads, padded = padded_queries(p);
   if (p->dtype != SA_BF16 && p->dtype != SA_F16) return false;
@@ -92,41 +80,32 @@ bool sa_cuda_hopper_backward_covers(const sa_problem *p) {
   if (p->batch * p->key_heads * key_columns(p) > INT32_MAX / 2) return false;
   // Sums of many short heads are mostly padding.
   if (p->queries < 64 && heads * padded * bucket(p) * 4 > (int64_t)1 << 30) return false;
-  return fits(p, &p->q, p->heads, p->queries, p->width) && fits(p, &p->k, p->key_heads, p->keys, p->width) &&
-         fits(p, &p->v, p->key_heads, p->keys, p->value_width) &&
-         fits(p, &p->out, p->heads, p->queries, p->value_width) &&
-         fits(p, &p->dout, p->heads, p->queries, p->value_width) && fits(p, &p->dq, p->heads, p->queries, p->width) &&
-         fits(p, &p->dk, p->key_heads, p->keys, p->width) && fits(p, &p->dv, p->key_heads, p->keys, p->value_width);
-}
-
-// Tells TMA of an operand, in boxes of `rows` rows.
-static int map_operand(const sa_problem *p, CUtensorMap *map, const sa_operand *x, int64_t heads, int64_t length,
-                       int64_t width, int rows, int32_t *batch_step, int32_t *head_step) {
-  int64_t shape[4];
-  if (!x->data) return SA_OK;
-  shape_of(shape, p, heads, length, width);
-  if (batch_step) *batch_step = sa_cuda_tensor_map_step(x, shape, 0);
-  if (head_step) *head_step = sa_cuda_tensor_map_step(x, shape, 1);
-  return sa_cuda_tensor_map(function, map, x, shape, rows);
+  return hopper_inputs_fit(p) && hopper_fits(p, &p->out, p->heads, p->queries, p->value_width) &&
+         hopper_fits(p, &p->dout, p->heads, p->queries, p->value_width) &&
+         hopper_fits(p, &p->dq, p->heads, p->queries, p->width) &&
+         hopper_fits(p, &p->dk, p->key_heads, p->keys, p->width) &&
+         hopper_fits(p, &p->dv, p->key_heads, p->keys, p->value_width);
 }
 
 static int map_operands(const sa_problem *p, hopper_backward_call *c) {
   const int rows = bucket(p) == 64 ? 128 : 64, key_rows = bucket(p) ? (int)SA_TILE : (int)HOPPER_WIDE_ROWS;
   const int64_t queries = p->queries, keys = p->keys, width = p->width, value_width = p->value_width;
-  int status = map_operand(p, &c->q, &p->q, p->heads, queries, width, rows, &c->q_batch_step, &c->q_head_step);
+  int status = hopper_map(function, p, &c->q, &p->q, p->heads, queries, width, rows, &c->q_batch_step, &c->q_head_step);
   if (!status) {
-    status = map_operand(p, &c->k, &p->k, p->key_heads, keys, width, key_rows, &c->k_batch_step, &c->k_head_step);
+    status =
+        hopper_map(function, p, &c->k, &p->k, p->key_heads, keys, width, key_rows, &c->k_batch_step, &c->k_head_step);
   }
   if (!status) {
-    status = map_operand(p, &c->v, &p->v, p->key_heads, keys, value_width, key_rows, &c->v_batch_step, &c->v_head_step);
+    status = hopper_map(function, p, &c->v, &p->v, p->key_heads, keys, value_width, key_rows, &c->v_batch_step,
+                        &c->v_head_step);
   }
   if (!status) {
-    status = map_operand(p, &c->dout, &c->dout_values, p->heads, queries, value_width, rows, &c->dout_batch_step,
-                         &c->dout_head_step);
+    status = hopper_map(function, p, &c->dout, &c->dout_values, p->heads, queries, value_width, rows,
+                        &c->dout_batch_step, &c->dout_head_step);
   }
-  if (!status) status = map_operand(p, &c->dq_map, &p->dq, p->heads, queries, width, 64, NULL, NULL);
-  if (!status) status = map_operand(p, &c->dk, &p->dk, p->key_heads, keys, width, 64, NULL, NULL);
-  if (!status) status = map_operand(p, &c->dv, &p->dv, p->key_heads, keys, value_width, 64, NULL, NULL);
+  if (!status) status = hopper_map(function, p, &c->dq_map, &p->dq, p->heads, queries, width, 64, NULL, NULL);
+  if (!status) status = hopper_map(function, p, &c->dk, &p->dk, p->key_heads, keys, width, 64, NULL, NULL);
+  if (!status) status = hopper_map(function, p, &c->dv, &p->dv, p->key_heads, keys, value_width, 64, NULL, NULL);
   return status;
 }
 

@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/hopper_operands.cuh"
 
 enum { COUNTERS = 256 };
 
@@ -124,11 +125,7 @@ bool sa_cuda_hopper_forward_covers(const sa_problem *p) {
   if (hopper_has_extras(p) ? !hopper_scores_fit(p) : !(scale_log2 >= FLT_MIN && scale_log2 <= FLT_MAX)) return false;
   if (p->queries > INT32_MAX - SA_TILE || p->keys > INT32_MAX - SA_TILE) return false;
   if (p->batch * p->heads > INT32_MAX / 2 / row_tiles(p)) return false;
-  const int64_t q[4] = {p->batch, p->heads, p->queries, p->width}, k[4] = {p->batch, p->key_heads, p->keys, p->width};
-  const int64_t v[4] = {p->batch, p->key_heads, p->keys, p->value_width};
-  if (!sa_cuda_tensor_map_fits(&p->q, q) || !sa_cuda_tensor_map_fits(&p->k, k) || !sa_cuda_tensor_map_fits(&p->v, v)) {
-    return false;
-  }
+  if (!hopper_inputs_fit(p)) return false;
   // Where the output is not there yet, it will be new memory.
   if (p->out.data && !writes_pieces(&p->out)) return false;
   // Few queries: the portable kernels read K and V once for all heads that share them. On an H100, 16 x 8192 keys of
@@ -168,24 +165,21 @@ static void group_heads(const sa_problem *p, forward_call *c) {
 }
 
 static int tensor_maps(const char *function, const sa_problem *p, const shape_entry *shape, forward_call *c) {
-  const int64_t q[4] = {p->batch, p->heads, p->queries, p->width}, k[4] = {p->batch, p->key_heads, p->keys, p->width};
-  const int64_t v[4] = {p->batch, p->key_heads, p->keys, p->value_width};
-  int status = sa_cuda_tensor_map(function, &c->q, &p->q, q, SA_TILE);
-  if (!status) status = sa_cuda_tensor_map(function, &c->k, &p->k, k, shape->keys);
-  if (!status) status = sa_cuda_tensor_map(function, &c->v, &p->v, v, shape->keys);
-  if (!status && shape->extras == FORWARD_HALF_BIAS) {
-    status = sa_cuda_tensor_map(function, &c->bias, &p->bias, p->bias_shape, SA_TILE);
-    c->bias_batch_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 0);
-    c->bias_head_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 1);
-    c->bias_row_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 2);
+  int status =
+      hopper_map(function, p, &c->q, &p->q, p->heads, p->queries, p->width, SA_TILE, &c->q_batch_step, &c->q_head_step);
+  if (!status) {
+    status = hopper_map(function, p, &c->k, &p->k, p->key_heads, p->keys, p->width, shape->keys, &c->k_batch_step,
+                        &c->k_head_step);
   }
-  c->q_batch_step = sa_cuda_tensor_map_step(&p->q, q, 0);
-  c->q_head_step = sa_cuda_tensor_map_step(&p->q, q, 1);
-  c->k_batch_step = sa_cuda_tensor_map_step(&p->k, k, 0);
-  c->k_head_step = sa_cuda_tensor_map_step(&p->k, k, 1);
-  c->v_batch_step = sa_cuda_tensor_map_step(&p->v, v, 0);
-  c->v_head_step = sa_cuda_tensor_map_step(&p->v, v, 1);
-  return status;
+  if (!status) {
+    status = hopper_map(function, p, &c->v, &p->v, p->key_heads, p->keys, p->value_width, shape->keys, &c->v_batch_step,
+                        &c->v_head_step);
+  }
+  if (status || shape->extras != FORWARD_HALF_BIAS) return status;
+  c->bias_batch_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 0);
+  c->bias_head_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 1);
+  c->bias_row_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 2);
+  return sa_cuda_tensor_map(function, &c->bias, &p->bias, p->bias_shape, SA_TILE);
 }
 
 int sa_cuda_hopper_forward(const sa_problem *p) {
