@@ -83,14 +83,17 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(cons
       forward_finder<SHAPE>(c, shared).run();
     } else {
       forward_fill_dead(c, threadIdx.x / 32 - 2, 2);
+      named_barrier_sync(FORWARD_ALL_DONE, FORWARD_THREADS);
     }
   } else {
     registers_take<FORWARD_CONSUMER_REGISTERS>();
     forward_consumer<SHAPE> consumer(c, shared);
     consumer.run();
-    named_barrier_sync(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
+    named_barrier_sync(FORWARD_ALL_DONE, FORWARD_THREADS);
     if (shared.flagged >= 0) consumer.run_careful();
   }
+  // No warp ends while others meet at barriers, which compute-sanitizer takes for a divergence.
+  if (shared.flagged >= 0) named_barrier_sync(FORWARD_ALL_DONE, FORWARD_THREADS);
 }
 
 // One of these is instantiated in each of the hopper_forward_*.cu, which take a minute to compile.

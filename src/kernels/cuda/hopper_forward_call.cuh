@@ -12,7 +12,6 @@ enum {
   FORWARD_WARPGROUP = 128,
   FORWARD_CONSUMERS = 2,  // warpgroups of 64 queries
   FORWARD_THREADS = FORWARD_WARPGROUP * (1 + FORWARD_CONSUMERS),
-  FORWARD_DONE_THREADS = FORWARD_CONSUMERS * FORWARD_WARPGROUP + 64,  // that agree on the end of the stream
   FORWARD_STAGES = 2,
   // 128 * 40 + 256 * 232 are the 384 * 168 registers that a block is launched with.
   FORWARD_PRODUCER_REGISTERS = 40,
