@@ -55,6 +55,33 @@ end
 cases.dtypes = {os.getenv "SAFEATTN_TEST_DTYPE"}
 if not cases.dtypes[1] then cases.dtypes = {"f32", "f64", "f16", "bf16"} end
 
+--- How many times fewer cases are wanted: SAFEATTN_QUICK, for what makes everything slower (3 for sanitizers, more
+-- for the emulator of GPUs); 1 means all.
+cases.fewer = tonumber(os.getenv "SAFEATTN_QUICK") or 1
+
+--- What takes every `fewer`-th case of lists of any length, so that all kinds come: a function that says whether to.
+function cases.every(fewer)
+  local n = 0
+  return function()
+    n = n % fewer + 1
+    return n == 1
+  end
+end
+
+--- A function that gives the next `count` of a list at every call where fewer cases are wanted, else all of it.
+function cases.turns(list, count)
+  local n = 0
+  return function()
+    if cases.fewer == 1 then return list end
+    local some = {}
+    for k = 1, count do
+      n = n % #list + 1
+      some[k] = list[n]
+    end
+    return some
+  end
+end
+
 -- Places
 
 -- A tensor of the same contents and strides where an engine wants it.

@@ -64,6 +64,8 @@ helper.describe_cuda("attention on a CUDA device", function()
     end
   end)
 
+  local shapes = cases.turns({{"bf16", 128}, {"f16", 64}, {"bf16", 40}}, 1)
+
   -- Whole tiles, their edges and their tails; biases that are read two keys at once and one by one.
   for n, options in ipairs {
     {bias = "ls"}, {bias = "1hls", extras_dtype = "f32", causal = "bottom-right"}, {bias = "bhls", bias_values = "inf"},
@@ -82,7 +84,7 @@ helper.describe_cuda("attention on a CUDA device", function()
     for name, value in pairs(options) do names[#names + 1] = name .. " " .. tostring(value) end
     table.sort(names)
     it("with " .. table.concat(names, ", "), function()
-      for _, shape in ipairs {{"bf16", 128}, {"f16", 64}, {"bf16", 40}} do
+      for _, shape in ipairs(shapes()) do
         local c = {dtype = shape[1], width = shape[2], seed = n, heads = 2, queries = 200, keys = 256}
         for name, value in pairs(options) do c[name] = value end
         cases.check(c, engines)

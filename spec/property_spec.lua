@@ -3,6 +3,8 @@
 local sa = require "safeattn"
 local cases = require "spec.attention_cases"
 
+local device = require("spec.helper").device
+
 local m = sa.mask
 local dtypes = cases.dtypes
 
@@ -90,6 +92,7 @@ describe("attention:", function()
   end)
 
   it("two runs, and any number of threads, agree to the bit", function()
+    local threads_of_runs = device == "cpu" and {1, 1, 2, 3, 7} or {1, 1} -- a GPU has none of them
     each_engine(function(dtype, engine)
       for _, given in ipairs {
         {queries = 300, keys = 260, batch = 1, mask = "causal", bias = "1s", sinks = true, alibi = true},
@@ -101,7 +104,7 @@ describe("attention:", function()
         c = cases.complete(c)
         local o = cases.place(cases.operands(c), engine)
         local first
-        for _, threads in ipairs {1, 1, 2, 3, 7} do
+        for _, threads in ipairs(threads_of_runs) do
           local results = cases.run(c, o, {backend = engine.backend, isa = engine.isa, device = engine.device,
           threads = threads})
           first = first or results
