@@ -36,3 +36,31 @@ static inline __m512 exp2_f32(__m512 x) {
   for (int k = 1; k < (int)(sizeof terms / sizeof *terms); k++) power = fma_f32(power, part, _mm512_set1_ps(terms[k]));
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(LOWEST_EXPONENT), _CMP_NLT_UQ), power, x);
 }
+// The columns of a square: quarters of four rows are one load's vector, so that two rounds of interleaving in quarters
+// are left of four across vectors. A third less than those.
+#define OWN_COLUMNS
+static inline __attribute__((always_inline)) void columns_of_f32(const float *from, int64_t from_row,
+                                                                 __m512 column[LANES]) {
+#pragma GCC unroll 4
+  for (int d = 0; d < LANES; d += 4) {
+    __m512 quarter[4], pair[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const float *row = from + i * from_row + d;
+      const __m512 low = _mm512_castps128_ps512(_mm_loadu_ps(row));
+      const __m512 half = _mm512_insertf32x4(low, _mm_loadu_ps(row + 4 * from_row), 1);
+      const __m512 most = _mm512_insertf32x4(half, _mm_loadu_ps(row + 8 * from_row), 2);
+      quarter[i] = _mm512_insertf32x4(most, _mm_loadu_ps(row + 12 * from_row), 3);
+    }
+    pair[0] = _mm512_unpacklo_ps(quarter[0], quarter[1]);
+    pair[1] = _mm512_unpackhi_ps(quarter[0], quarter[1]);
+    pair[2] = _mm512_unpacklo_ps(quarter[2], quarter[3]);
+    pair[3] = _mm512_unpackhi_ps(quarter[2], quarter[3]);
+#pragma GCC unroll 2
+    for (int n = 0; n < 2; n++) {
+      const __m512d low = _mm512_castps_pd(pair[n]), high = _mm512_castps_pd(pair[n + 2]);
+      column[d + 2 * n] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      column[d + 2 * n + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+}

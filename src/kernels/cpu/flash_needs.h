@@ -9,6 +9,7 @@
 #include "backend.h"
 #include "kernels/cpu/dropout.h"
 #include "kernels/cpu/exponential.h"
+#include "kernels/cpu/functions.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/operand.h"
 #include "kernels/cpu/flash_rows.h"

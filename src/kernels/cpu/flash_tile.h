@@ -94,6 +94,7 @@ typedef BITS NAME(order) __attribute__((vector_size(LANES * sizeof(REAL))));
 #define SA_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define SA_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #endif
+#if !defined(OWN_COLUMNS)
 // The columns of a square of LANES x LANES. Interleaving every row with the one half the square below it, log2(LANES)
 // times over, is a transposition.
 static inline __attribute__((always_inline)) void NAME(columns_of)(const REAL *from, int64_t from_row,
@@ -113,6 +114,7 @@ static inline __attribute__((always_inline)) void NAME(columns_of)(const REAL *f
     for (int i = 0; i < LANES; i++) column[i] = next[i];
   }
 }
+#endif
 
 // to = from, a square of LANES x LANES, transposed, times factor.
 static inline void NAME(transpose)(const REAL *from, int64_t from_row, REAL factor, REAL *to, int64_t to_row) {

@@ -13,3 +13,5 @@
 #undef OWN_MAX
 #undef OWN_EXP2
 #undef OWN_BITS_OF
+#undef OWN_COLUMNS
+#undef LOG

@@ -6,3 +6,4 @@
 #define MANTISSA_BITS 52
 #define EXPONENT_BIAS 1023
 #define LOWEST_EXPONENT -969
+#define LOG log
