@@ -292,32 +292,55 @@ static const REAL *NAME(plain_bias)(const NAME(block) * block, const sa_stretch 
   const sa_operand *bias = &p->bias;
   if (!bias->data || bias->dtype != DTYPE || !bias->stride[3] || stretch->pattern) return NULL;
   if (p->softcap > 0 || p->alibi.data || block->count % LANES || stretch->count % LANES) return NULL;
-  const REAL *rows = sa_at(bias, block->batch, block->head, block->query, stretch->first);
-  for (int i = 0; i < block->count; i++) {
-    if (NAME(has_lowest)(rows + i * bias->stride[2], stretch->count)) return NULL;
-  }
-  return rows;
+  return sa_at(bias, block->batch, block->head, block->query, stretch->first);
 }
 
-// S^T += bias^T, square by square; `peak` (may be NULL) is raised to the largest of each query.
-static void NAME(add_bias)(const NAME(block) * block, int keys, const REAL *rows, int64_t row, REAL *scores,
-                           REAL *peak) {
+// Makes what the bias hides of a square -inf, and unsets its bits in the keys' words.
+static __attribute__((noinline)) void NAME(hide)(const REAL *rows, int64_t row, int shift, REAL *scores,
+                                                 uint64_t *visible) {
+  const NAME(vector) nothing = NAME(set)(-(REAL)INFINITY);
+  NAME(vector) column[LANES];
+  NAME(columns_of)(rows, row, column);
+  for (int i = 0; i < LANES; i++) {
+    REAL *at = scores + i * NAME(ROW);
+    const uint64_t hidden = NAME(below_or_equal)(column[i], nothing);
+    NAME(store)(at, NAME(select)(hidden, nothing, NAME(load)(at)));
+    visible[i] &= ~(hidden << shift);
+  }
+}
+
+// S^T += bias^T, square by square, what it hides -inf; `peak` (may be NULL) is raised to the largest of each query.
+// Returns whether it hides something: `visible` then has the words of what it does not.
+static bool NAME(add_bias)(const NAME(block) * block, int keys, const REAL *rows, int64_t row, REAL *scores,
+                           uint64_t *visible, REAL *peak) {
+  const NAME(vector) nothing = NAME(set)(-(REAL)INFINITY);
+  bool hides = false;
   for (int first = 0; first < block->count; first += LANES, rows += LANES * row) {
-    NAME(vector) top = NAME(set)(-(REAL)INFINITY);
+    NAME(vector) top = nothing;
     if (peak) top = NAME(load)(peak + first);
     for (int r = 0; r < keys; r += LANES) {
       NAME(vector) column[LANES];
+      REAL *square = scores + r * NAME(ROW) + first;
+      uint64_t hidden = 0;
       NAME(columns_of)(rows + r, row, column);
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; i++) {
-        REAL *at = scores + (r + i) * NAME(ROW) + first;
-        const NAME(vector) s = NAME(load)(at) + column[i];
-        NAME(store)(at, s);
-        top = NAME(max)(s, top);
+        hidden |= NAME(below_or_equal)(column[i], nothing);
+        column[i] = NAME(load)(square + i * NAME(ROW)) + column[i];
+        NAME(store)(square + i * NAME(ROW), column[i]);
       }
+      if (hidden) {
+        for (int i = 0; !hides && i < keys; i++) visible[i] = ~UINT64_C(0);
+        hides = true;
+        NAME(hide)(rows + r, row, first, square, visible + r);
+        for (int i = 0; i < LANES; i++) column[i] = NAME(load)(square + i * NAME(ROW));
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) top = NAME(max)(column[i], top);
     }
     if (peak) NAME(store)(peak + first, top);
   }
+  return hides;
 }
 
 // S^T of a stretch into room->scores, masked pairs -inf, in the block's unit. `peak` (may be NULL) is raised to the
@@ -332,8 +355,9 @@ static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *
   NAME(score_product)(block, stretch, key, key_stride, packed_query, room->scores, final ? peak : NULL);
   if (final) return NULL;
   if (plain_bias) {
-    NAME(add_bias)(block, stretch->count, plain_bias, p->bias.stride[2], room->scores, peak);
-    return NULL;
+    const bool some =
+        NAME(add_bias)(block, stretch->count, plain_bias, p->bias.stride[2], room->scores, room->visible, peak);
+    return some ? room->visible : NULL;
   }
   if (masked) {
     for (int r = 0; r < stretch->count; r++) {
