@@ -1,14 +1,16 @@
 """The fused CPU kernels beside PyTorch's SDPA and ONNX Runtime's MultiHeadAttention: one run, the same cores
 
-    make && python3 bench/peers/cpu.py [--quick]
+    make && python3 bench/peers/cpu.py [--quick] [--only=REGEX]
 
-Needs PyTorch 2.6 or newer; ONNX Runtime is left out where it is missing. The library is called through ctypes on the
+Needs PyTorch 2.6 or newer; ONNX Runtime is left out where it is missing. --only: the cases whose name the expression
+finds. The library is called through ctypes on the
 very memory of PyTorch's tensors. Results are compared before anything is timed; contestants take turns, times are
 medians of wall time. Prints a table and writes build/bench-peers.json.
 """
 import ctypes
 import json
 import os
+import re
 import sys
 import time
 
@@ -25,6 +27,7 @@ except ImportError:
     print("peers: without ONNX Runtime, which Python does not have here")
 
 QUICK = "--quick" in sys.argv
+ONLY = re.compile(next((word[7:] for word in sys.argv if word.startswith("--only=")), ""))
 HERE = os.path.dirname(os.path.abspath(__file__))
 sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -241,7 +244,8 @@ def cases():
     ids = (i * 8 // n).to(torch.int32)
     documents = Mask("sa_mask_documents", None, ctypes.byref(view(ids)))
     long = 2 * n
-    real = [long // 8, long * 5 // 12, long * 17 // 24, long]
+    half = torch.arange(long).expand(long, long) < n
+    real = [long // 8, long * 3 // 8, long * 5 // 8, long * 7 // 8]
     lengths = (ctypes.c_int64 * 4)(*real)
     ends = torch.tensor(real).view(4, 1, 1, 1) > torch.arange(long)
     padding = (ends & ends.transpose(2, 3)).contiguous()
@@ -253,7 +257,10 @@ def cases():
     masks = {"random 50 %, a tenth of the rows dead": (Mask("sa_mask_dense", ctypes.byref(view(random))), random, n),
              "window 512": (window, below & (i[:, None] - i[None] <= 512), n),
              "8 documents, causal": (documents.both(causal), below & (ids[:, None] == ids[None]), n),
-             "padding, 4 sequences": (Mask("sa_mask_padding", lengths, lengths, ctypes.c_int64(4)), padding, long)}
+             f"keys of {long} padded to half": (Mask("sa_mask_padding", (ctypes.c_int64 * 1)(n), None, ctypes.c_int64(1)),
+                                             half.contiguous(), long),
+             "padding of a batch, keys and queries": (Mask("sa_mask_padding", lengths, lengths, ctypes.c_int64(4)),
+                                                      padding, long)}
     for name, (mask, dense, length) in masks.items():
         batch = dense.shape[0] if dense.dim() == 4 else 1
         yield {"name": "f32 D64 " + name, "shape": (batch, heads // batch, length, 64), "mask": mask, "dense": dense}
@@ -270,7 +277,7 @@ def main():
     print(f"PyTorch {torch.__version__}, ONNX Runtime {onnxruntime.__version__ if onnxruntime else '-'}; ms, medians")
     print(f"{'':58} {'safeattn':>9} {'torch':>9} {'faster':>7} {'ort':>9} {'faster':>7}")
     results = []
-    for case in cases():
+    for case in filter(lambda case: ONLY.search(case["name"]), cases()):
         for threads in case.get("threads", (1,)):
             try:
                 rows = results_of(case, threads)
