@@ -53,9 +53,12 @@ static inline int64_t sa_plan_plane(const sa_plan *plan, int64_t batch, int64_t 
   return (plan->batch == 1 ? 0 : batch) * plan->heads + (plan->heads == 1 ? 0 : head);
 }
 
+// Bits of the 64 rows from `query`, a multiple of 64, on that see no key.
+static inline uint64_t sa_plan_dead_rows_at(const sa_plan *plan, int64_t plane, int64_t query) {
+  return plan->dead_rows[plane * ((plan->queries + 63) / 64) + query / 64];
+}
 static inline bool sa_plan_row_dead(const sa_plan *plan, int64_t plane, int64_t query) {
-  const uint64_t *bits = plan->dead_rows + plane * ((plan->queries + 63) / 64);
-  return bits[query / 64] >> (query % 64) & 1;
+  return sa_plan_dead_rows_at(plan, plane, query) >> (query % 64) & 1;
 }
 
 // Of sa_host (backend.h).

@@ -476,14 +476,6 @@ static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const
   };
 }
 
-// Q stays what it is, a bf16; the scale comes last.
-static REAL NAME(query_factor)(const sa_problem *p) {
-  return 1;
-}
-static REAL NAME(key_factor)(const sa_problem *p) {
-  return (REAL)p->scale;
-}
-
 static bool NAME(open_keys)(const NAME(block) * keys, int64_t first, int count,
                             const NAME(backward_products) * products) {
   return amx_rows_nonfinite(&keys->p->k, keys, first, count, (int)keys->p->width);
@@ -530,22 +522,23 @@ static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *s
 
 // dK or dV += dS^T or P^T by rows of queries.
 static void amx_add_to_keys(const NAME(block) * block, int keys, const REAL *split, const uint16_t *query_pairs,
-                            int width, REAL *to) {
+                            int width, REAL *to, int64_t to_row) {
   amx_product(amx_split_a(split), amx_tiles(keys), amx_turned(query_pairs, AMX_QUERY_STEPS, 0), amx_tiles(width),
-              amx_steps(block->count), to, NAME(padded)(width), false);
+              amx_steps(block->count), to, to_row, false);
 }
 
-static void NAME(add_dvalues)(const NAME(block) * block, int keys, REAL *weights, const REAL *dout,
-                              const NAME(backward_products) * products, REAL *to) {
-  amx_split_queries(block, keys, weights, true, weights);
-  amx_add_to_keys(block, keys, weights, products->dout_pairs, (int)block->p->value_width, to);
+static void NAME(add_dvalues)(const NAME(block) * block, const sa_stretch *stretch, REAL *weights, const REAL *dout,
+                              int64_t stride, const NAME(backward_products) * products, REAL *to, int64_t to_row) {
+  amx_split_queries(block, stretch->count, weights, true, weights);
+  amx_add_to_keys(block, stretch->count, weights, products->dout_pairs, (int)block->p->value_width, to, to_row);
 }
 
-static void NAME(add_dkeys)(const NAME(block) * block, int keys, const REAL *dscores, const REAL *query,
-                            const NAME(backward_products) * products, REAL *to) {
-  amx_note(block, AMX_DSCORES, dscores, NAME(ROW), keys, block->count);
-  amx_split_queries(block, keys, dscores, true, products->split);
-  amx_add_to_keys(block, keys, products->split, products->query_pairs, (int)block->p->width, to);
+static void NAME(add_dkeys)(const NAME(block) * block, const sa_stretch *stretch, const REAL *dscores,
+                            const REAL *query, int64_t stride, const NAME(backward_products) * products, REAL *to,
+                            int64_t to_row) {
+  amx_note(block, AMX_DSCORES, dscores, NAME(ROW), stretch->count, block->count);
+  amx_split_queries(block, stretch->count, dscores, true, products->split);
+  amx_add_to_keys(block, stretch->count, products->split, products->query_pairs, (int)block->p->width, to, to_row);
 }
 
 // `to` gathers what is not finite, until the block is closed.

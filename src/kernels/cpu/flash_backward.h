@@ -35,19 +35,45 @@ typedef struct NAME(backward_job) {
 typedef struct NAME(backward_room) {
   NAME(element) * packed_query;  // as pack_query does, for S
   NAME(backward_products) products;
-  REAL *query;                   // [QUERIES][width, padded], times query_factor, for dK
-  REAL *dout;                    // [QUERIES][value width, padded], for dV
-  REAL *base, *factor, *delta;   // [QUERIES]
-  NAME(gathered) again;          // peaks and sums of rows whose LSE is too coarse
-  REAL *dscores;                 // [KEYS][ROW]: dP^T, then dS^T
-  REAL *wild_query, *wild_dout;  // query and dout with their non-finite elements
-  REAL *dquery;                  // [QUERIES][width, padded]
-  REAL *dkey;                    // [chunk][width, padded]
-  REAL *dvalue;                  // [chunk][value width, padded]
+  REAL *query;                  // [QUERIES][width, padded]: Q for dK, where it cannot be read in place
+  REAL *dout;                   // [QUERIES][value width, padded]: dO for dV, likewise
+  REAL *base, *factor, *delta;  // [QUERIES]
+  NAME(gathered) again;         // peaks and sums of rows whose LSE is too coarse
+  REAL *dscores;                // [KEYS][ROW]: dP^T, then dS^T
+  REAL *dquery;                 // [QUERIES][width, padded]
+  REAL *dkey;                   // [chunk][width, padded]: where dK is not gathered in place
+  REAL *dvalue;                 // [chunk][value width, padded]: likewise
   NAME(stretch_room) stretch;
 } NAME(backward_room);
 
+// A chunk of the keys of one head, and where its gradients are gathered: in place, when they can be.
+typedef struct NAME(chunk) {
+  int64_t index, first;
+  int count;
+  bool wild;  // something in K is not finite
+  REAL *dkey, *dvalue;
+  int64_t dkey_row, dvalue_row;
+} NAME(chunk);
+
+// The rows of a block's Q or dO, for the products that sum over queries.
+typedef struct NAME(query_rows) {
+  const sa_operand *operand;
+  int width;
+  const REAL *rows;  // finite, dead rows 0, whole vectors
+  int64_t stride;
+  bool wild;  // something in the operand is not finite
+} NAME(query_rows);
+
 enum { NAME(UNSEEN) = -1 };
+
+// Whether a gradient of the keys is gathered where it is wanted.
+static bool NAME(in_place)(const sa_operand *x, int64_t width) {
+  return x->dtype == DTYPE && NAME(columns)(width) == width;
+}
+
+static REAL *NAME(take_gradient)(sa_room *room, const sa_operand *x, int64_t chunk, int64_t width) {
+  return NAME(take)(room, x->data && !NAME(in_place)(x, width) ? chunk * NAME(padded)(width) : 0);
+}
 
 static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backward_job) * job) {
   const sa_problem *p = job->p;
@@ -62,11 +88,9 @@ static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backwar
       .again = {.peak = NAME(take)(room, QUERIES), .sum = NAME(take)(room, QUERIES)},
       .delta = NAME(take)(room, QUERIES),
       .dscores = NAME(take)(room, KEYS * NAME(ROW)),
-      .wild_query = NAME(take)(room, QUERIES * width),
-      .wild_dout = NAME(take)(room, QUERIES * value_width),
       .dquery = NAME(take)(room, QUERIES * width),
-      .dkey = NAME(take)(room, job->chunk * width),
-      .dvalue = NAME(take)(room, job->chunk * value_width),
+      .dkey = NAME(take_gradient)(room, &p->dk, job->chunk, p->width),
+      .dvalue = NAME(take_gradient)(room, &p->dv, job->chunk, p->value_width),
       .stretch = NAME(take_stretch)(room, p, true),
   };
 }
@@ -76,14 +100,17 @@ static const int32_t *NAME(turns_of)(const NAME(backward_job) * job, const NAME(
   return job->turn_of + row * (job->chunks + 1);
 }
 
-static bool NAME(row_dead)(const NAME(block) * block, int i) {
+// Bits of the rows that see no key, and of those that the block does not have.
+static uint64_t NAME(dead_rows)(const NAME(block) * block) {
   const sa_problem *p = block->p;
-  if (!p->bias.data) return sa_plan_row_dead(p->plan, block->plane, block->query + i);
-  return *(const bool *)sa_at(&p->dead, block->batch, block->head, block->query + i, 0);
-}
-
-static double NAME(stored_lse)(const NAME(block) * block, int i) {
-  return *(const REAL *)sa_at(&block->p->lse, block->batch, block->head, block->query + i, 0);
+  const uint64_t absent = block->count < QUERIES ? ~UINT64_C(0) << block->count : 0;
+  if (!p->bias.data) return absent | sa_plan_dead_rows_at(p->plan, block->plane, block->query);
+  uint64_t dead = absent;
+  for (int i = 0; i < block->count; i++) {
+    const bool *row = sa_at(&p->dead, block->batch, block->head, block->query + i, 0);
+    dead |= (uint64_t)*row << i;
+  }
+  return dead;
 }
 
 // Peaks and sums of a block's rows, as the forward found them.
@@ -105,19 +132,72 @@ static void NAME(gather_again)(const NAME(block) * block, const NAME(backward_ro
   }
 }
 
-// In double; eight sums, which the processor adds side by side.
-static double NAME(dot)(const REAL *a, const REAL *b, int count) {
-  double sum[8] = {0};
-  int d = 0;
-  for (; d + 8 <= count; d += 8) {
-    for (int i = 0; i < 8; i++) sum[i] += (double)a[d + i] * (double)b[d + i];
+// dO . o of a block's rows. What a row without a key gives is nobody's.
+static void NAME(output_dots)(const NAME(block) * block, REAL *to) {
+  const sa_problem *p = block->p;
+  const int width = (int)p->value_width;
+  REAL out_room[SA_FUSED_WIDTH], dout_room[SA_FUSED_WIDTH];
+  for (int first = 0; first < block->count; first += LANES) {
+    NAME(vector) sum[LANES];
+    REAL rest[LANES] = {0}, lanes[LANES];
+    const int rows = block->count - first < LANES ? block->count - first : LANES;
+    for (int i = 0; i < LANES; i++) sum[i] = NAME(set)(0);
+    for (int i = 0; i < rows; i++) {
+      const REAL *x = NAME(row_of)(NAME(row_at)(&p->out, block, first + i), p->out.dtype, width, out_room);
+      const REAL *y = NAME(row_of)(NAME(row_at)(&p->dout, block, first + i), p->dout.dtype, width, dout_room);
+      int d = 0;
+      for (; d + LANES <= width; d += LANES) sum[i] = NAME(fma)(NAME(load)(x + d), NAME(load)(y + d), sum[i]);
+      for (; d < width; d++) rest[i] += x[d] * y[d];
+    }
+    NAME(store)(lanes, NAME(sums_of)(sum));
+    for (int i = 0; i < rows; i++) to[first + i] = lanes[i] + rest[i];
   }
-  for (; d < count; d++) sum[d % 8] += (double)a[d] * (double)b[d];
-  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
-// First pass, per block: what scores are relative to, delta, and the sinks' share of the gradient, p_sink (dLSE - dO .
-// o).
+// What a block's scores are relative to, delta, and the sinks' share of the gradient, p_sink (dLSE - dO . o).
+static void NAME(prepare_block)(const NAME(backward_job) * job, const NAME(block) * block,
+                                const NAME(backward_room) * room) {
+  const sa_problem *p = job->p;
+  const int64_t head = block->batch * p->heads + block->head, first = head * p->queries + block->query;
+  const uint64_t dead_rows = NAME(dead_rows)(block);
+  const REAL *lse = sa_at(&p->lse, block->batch, block->head, block->query, 0);
+  const int64_t lse_row = p->lse.stride[2];
+  REAL dots[QUERIES], sink = 0;
+  if (p->sinks.data) NAME(read_row)(sa_at(&p->sinks, 0, block->head, 0, 0), p->sinks.dtype, 1, &sink);
+  // An LSE beyond 1024 has an error of 6e-5 in float, which the weights would inherit (and one of -3e38, the bias's
+  // doing, has no digit for the number of keys): those blocks get peaks and sums afresh.
+  bool coarse = false;
+  for (int i = 0; i < block->count; i++) coarse |= fabs(lse[i * lse_row]) > 1024 && !(dead_rows >> i & 1);
+  if (coarse) NAME(gather_again)(block, room);
+  if (p->dout.data) NAME(output_dots)(block, dots);
+  double dsink = 0;
+  for (int i = 0; i < block->count; i++) {
+    const bool dead = dead_rows >> i & 1;
+    // A row that sees only its sink gives it all its weight.
+    NAME(row_scale) scale = {INFINITY, 1, sink, 1};
+    if (!dead && coarse) {
+      scale = NAME(scale_row)(block, i, room->again.peak[i], room->again.sum[i]);
+    } else if (!dead) {
+      const double known = lse[i * lse_row];
+      scale.base = block->plain ? known * 1.4426950408889634 : known;
+      scale.lse = known;
+      scale.sink = p->sinks.data ? exp(sink - known) : 0;
+    }
+    job->base[first + i] = (REAL)scale.base;
+    job->factor[first + i] = (REAL)scale.factor;
+    double dlse = 0;
+    if (p->dlse.data) dlse = *(const REAL *)sa_at(&p->dlse, block->batch, block->head, block->query + i, 0);
+    const double delta = (!dead && p->dout.data ? (double)dots[i] : 0) - dlse;
+    job->delta[first + i] = dead ? 0 : (REAL)delta;
+    if (!p->dsinks.data || sink == -(REAL)INFINITY) continue;
+    // The dO of a row that sees only its sink meets o = 0, which does not depend on the sink.
+    dsink += dead ? dlse : -delta * scale.sink;
+  }
+  const int64_t index = (block->head * p->batch + block->batch) * job->blocks + block->query / QUERIES;
+  if (p->dsinks.data) job->dsinks[index] = dsink;
+}
+
+// First pass, where several chunks meet the same blocks.
 static void NAME(prepare)(void *argument, int64_t item, int worker) {
   const NAME(backward_job) *job = argument;
   const sa_problem *p = job->p;
@@ -125,83 +205,54 @@ static void NAME(prepare)(void *argument, int64_t item, int worker) {
   const NAME(block) block = NAME(block_at)(p, head / p->heads, head % p->heads, item % job->blocks, 1);
   const NAME(backward_room) room =
       NAME(take_backward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job);
-  const int width = (int)p->value_width;
-  REAL out_room[SA_FUSED_WIDTH], dout_room[SA_FUSED_WIDTH], sink = 0;
-  if (p->sinks.data) NAME(read_row)(sa_at(&p->sinks, 0, block.head, 0, 0), p->sinks.dtype, 1, &sink);
-  // An LSE beyond 1024 has an error of 6e-5 in float, which the weights would inherit (and one of -3e38, the bias's
-  // doing, has no digit for the number of keys): those blocks get peaks and sums afresh.
-  bool coarse = false;
-  for (int i = 0; i < block.count; i++)
-    coarse |= fabs(NAME(stored_lse)(&block, i)) > 1024 && !NAME(row_dead)(&block, i);
-  if (coarse) NAME(gather_again)(&block, &room);
-  double dsink = 0;
-  for (int i = 0; i < block.count; i++) {
-    const int64_t query = block.query + i, row = head * p->queries + query;
-    const bool dead = NAME(row_dead)(&block, i);
-    // A row that sees only its sink gives it all its weight.
-    NAME(row_scale) scale = {INFINITY, 1, sink, 1};
-    if (!dead && coarse) {
-      scale = NAME(scale_row)(&block, i, room.again.peak[i], room.again.sum[i]);
-    } else if (!dead) {
-      const double lse = NAME(stored_lse)(&block, i);
-      scale =
-          (NAME(row_scale)){block.plain ? lse * 1.4426950408889634 : lse, 1, lse, p->sinks.data ? exp(sink - lse) : 0};
-    }
-    job->base[row] = (REAL)scale.base;
-    job->factor[row] = (REAL)scale.factor;
-    double dlse = 0, delta = 0;
-    if (p->dlse.data) dlse = *(const REAL *)sa_at(&p->dlse, block.batch, block.head, query, 0);
-    if (!dead && p->dout.data) {
-      const void *out_row = sa_at(&p->out, block.batch, block.head, query, 0);
-      const void *dout_row = sa_at(&p->dout, block.batch, block.head, query, 0);
-      const REAL *out = NAME(row_of)(out_row, p->out.dtype, width, out_room);
-      const REAL *dout = NAME(row_of)(dout_row, p->dout.dtype, width, dout_room);
-      delta = NAME(dot)(out, dout, width);
-    }
-    delta -= dlse;
-    job->delta[row] = dead ? 0 : (REAL)delta;
-    if (!p->dsinks.data || sink == -(REAL)INFINITY) continue;
-    // The dO of a row that sees only its sink meets o = 0, which does not depend on the sink.
-    dsink += dead ? dlse : -delta * scale.sink;
-  }
-  if (p->dsinks.data) job->dsinks[(block.head * p->batch + block.batch) * job->blocks + item % job->blocks] = dsink;
+  NAME(prepare_block)(job, &block, &room);
 }
 
-// Rows of Q (times `factor`) or dO for the products that sum over queries: padded, dead rows 0. When something is not
-// finite, `wild` keeps the rows as they are and `rows` gets 0 in its place; returns whether that was so.
-static bool NAME(copy_rows)(const sa_operand *x, const NAME(block) * block, int width, REAL factor, uint64_t skip,
-                            REAL *rows, REAL *wild) {
+// Whether rows so far apart can be a product's right side as they lie: rows that are a power of two apart, but not next
+// to each other, would fall into few sets of the first cache.
+static bool NAME(apart)(int64_t stride) {
+  return stride % (4 * 64 / (int64_t)sizeof(REAL)) || stride <= TILE_VECTORS * LANES;
+}
+
+// Rows of Q or dO: as they lie, when nothing has to change, else copied to `room`, dead rows and what is not finite 0.
+static NAME(query_rows)
+    NAME(rows_of_queries)(const sa_operand *x, const NAME(block) * block, int width, uint64_t dead, REAL *room) {
   const int64_t padded = NAME(padded)(width);
-  int nonfinite = 0;
-  for (int i = 0; i < block->count; i++) {
-    REAL *row = rows + i * padded;
-    if (skip >> i & 1 || !x->data) {
-      memset(row, 0, sizeof *row * padded);
+  NAME(query_rows) result = {.operand = x, .width = width, .rows = room, .stride = padded};
+  const bool complete = !(dead << (QUERIES - block->count));
+  if (x->data && x->dtype == DTYPE && complete && NAME(columns)(width) == width && NAME(apart)(x->stride[2])) {
+    const REAL *rows = NAME(row_at)(x, block, 0);
+    if (!NAME(has_nonfinite)(rows, x->stride[2], block->count, width)) {
+      result.rows = rows;
+      result.stride = x->stride[2];
+      return result;
+    }
+  }
+  for (int i = 0; i < block->count; i++, room += padded) {
+    if (dead >> i & 1 || !x->data) {
+      memset(room, 0, sizeof *room * padded);
       continue;
     }
-    const REAL *from = NAME(row_of)(sa_at(x, block->batch, block->head, block->query + i, 0), x->dtype, width, row);
-    for (int d = 0; d < width; d++) {
-      const REAL value = from[d] * factor;
-      nonfinite |= value * 0 != 0;
-      row[d] = value;
-    }
-    for (int d = width; d < padded; d++) row[d] = 0;
+    NAME(read_row)(NAME(row_at)(x, block, i), x->dtype, width, room);
+    for (int d = width; d < padded; d++) room[d] = 0;
   }
-  if (!nonfinite) return false;
-  memcpy(wild, rows, sizeof *rows * block->count * padded);
-  NAME(finite_part)(wild, padded, block->count, width, rows);
-  return true;
+  REAL *own = room - block->count * padded;
+  result.wild = NAME(has_nonfinite)(own, padded, block->count, width);
+  if (result.wild) NAME(finite_part)(own, padded, block->count, width, own);
+  return result;
 }
 
-// The non-finite elements of `rows` (per query), given to the keys that see them: to[key] += pair[key][query] row.
-static void NAME(give_to_keys)(const NAME(block) * block, int keys, const uint64_t *visible, const REAL *pairs,
-                               const REAL *rows, int64_t padded, REAL *to) {
+// What is not finite in rows of queries, given to the keys that see them: to[key] += pair[key][query] row.
+static void NAME(give_to_keys)(const NAME(block) * block, int keys, const uint64_t *visible, uint64_t dead,
+                               const REAL *pairs, const NAME(query_rows) * from, REAL *to, int64_t to_row) {
+  REAL room[SA_FUSED_WIDTH];
   for (int i = 0; i < block->count; i++) {
-    for (int64_t d = 0; d < padded; d++) {
-      const REAL x = rows[i * padded + d];
-      if (x * 0 == 0) continue;
+    if (dead >> i & 1) continue;
+    const REAL *row = NAME(row_of)(NAME(row_at)(from->operand, block, i), from->operand->dtype, from->width, room);
+    for (int d = 0; d < from->width; d++) {
+      if (row[d] * 0 == 0) continue;
       for (int r = 0; r < keys; r++) {
-        if (!visible || visible[r] >> i & 1) to[r * padded + d] += pairs[r * NAME(ROW) + i] * x;
+        if (!visible || visible[r] >> i & 1) to[r * to_row + d] += pairs[r * NAME(ROW) + i] * row[d];
       }
     }
   }
@@ -264,6 +315,19 @@ static REAL *NAME(dbias_row)(const NAME(backward_job) * job, int64_t batch, int6
   return job->dbias + ((batch * shape[1] + head) * shape[2] + query) * shape[3];
 }
 
+// The rows of dBias that a stretch adds to, too far apart for the hardware to foresee.
+static sa_forecast NAME(foresee_dbias)(const NAME(backward_job) * job, const NAME(block) * block,
+                                       const sa_stretch *stretch) {
+  const int64_t *shape = job->p->bias_shape;
+  sa_forecast forecast = {0};
+  if (shape[2] == 1 || shape[3] == 1) return forecast;
+  const REAL *rows = NAME(dbias_row)(job, block->batch, block->head, block->query);
+  const int64_t stride = job->dbias ? shape[3] : job->p->dbias.stride[2];
+  sa_forecast_add(&forecast, rows + stretch->first, stride * (int64_t)sizeof *rows,
+                  stretch->count * (int64_t)sizeof *rows, block->count);
+  return forecast;
+}
+
 // dBias += dS, in the order in which the item meets it.
 static void NAME(add_dbias)(const NAME(backward_job) * job, const NAME(block) * block, const sa_stretch *stretch,
                             int64_t chunk, const REAL *dscores) {
@@ -320,28 +384,34 @@ static double NAME(slope_gradient)(const NAME(block) * block, const sa_stretch *
 
 // One block of queries against one stretch of a chunk's keys.
 static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(block) * block, const sa_stretch *stretch,
-                                   int64_t chunk, bool factor, bool wild_query, bool wild_dout, bool wild_key,
-                                   bool first, const NAME(backward_room) * room, double *dslope) {
+                                   const NAME(chunk) * chunk, uint64_t dead, bool factor,
+                                   const NAME(query_rows) * query, const NAME(query_rows) * dout, bool first,
+                                   const NAME(backward_room) * room, double *dslope) {
   const sa_problem *p = job->p;
-  const int width = (int)p->width, value_width = (int)p->value_width, keys = stretch->count;
-  const int64_t padded = NAME(padded)(width), value_padded = NAME(padded)(value_width);
+  const int width = (int)p->width, keys = stretch->count;
   int64_t key_stride;
   const NAME(element) *key =
       NAME(rows_of)(&p->k, block, stretch->first, keys, width, true, room->products.key_rows, &key_stride);
-  const uint64_t *visible = NAME(score)(block, stretch, key, key_stride, room->packed_query, &room->stretch, NULL);
+  sa_stretch scored = *stretch;
+  sa_forecast forecast;
+  if (p->dbias.data && stretch->forecast) {
+    forecast = NAME(foresee_dbias)(job, block, stretch);
+    scored.forecast = &forecast;
+  }
+  const uint64_t *visible = NAME(score)(block, &scored, key, key_stride, room->packed_query, &room->stretch, NULL);
   REAL *weights = room->stretch.scores, *dscores = room->dscores;
   NAME(dweight_product)(block, stretch, &room->products, dscores);
   const uint64_t *kept = NAME(keep)(block, stretch, &room->stretch);
   const NAME(pairing) by = {visible, kept, room->base, factor ? room->factor : NULL, room->delta};
   NAME(differentiate)(block, keys, &by, weights, dscores);
 
-  const int64_t offset = stretch->first - chunk * job->chunk;
+  const int64_t offset = stretch->first - chunk->first;
   if (p->dv.data) {
-    REAL *to = room->dvalue + offset * value_padded;
-    if (wild_dout) NAME(give_to_keys)(block, keys, visible, weights, room->wild_dout, value_padded, to);
-    NAME(add_dvalues)(block, keys, weights, room->dout, &room->products, to);
+    REAL *to = chunk->dvalue + offset * chunk->dvalue_row;
+    if (dout->wild) NAME(give_to_keys)(block, keys, visible, dead, weights, dout, to, chunk->dvalue_row);
+    NAME(add_dvalues)(block, stretch, weights, dout->rows, dout->stride, &room->products, to, chunk->dvalue_row);
   }
-  if (p->dbias.data) NAME(add_dbias)(job, block, stretch, chunk, dscores);
+  if (p->dbias.data) NAME(add_dbias)(job, block, stretch, chunk->index, dscores);
   if (job->dalibi) *dslope += NAME(slope_gradient)(block, stretch, dscores);
   if (p->softcap > 0) {
     // d/ds of cap tanh(s / cap) is 1 - tanh^2; a masked pair may hold NaN there.
@@ -355,13 +425,13 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
     }
   }
   if (p->dk.data) {
-    REAL *to = room->dkey + offset * padded;
-    NAME(add_dkeys)(block, keys, dscores, room->query, &room->products, to);
-    if (wild_query) NAME(give_to_keys)(block, keys, visible, dscores, room->wild_query, padded, to);
+    REAL *to = chunk->dkey + offset * chunk->dkey_row;
+    NAME(add_dkeys)(block, stretch, dscores, query->rows, query->stride, &room->products, to, chunk->dkey_row);
+    if (query->wild) NAME(give_to_keys)(block, keys, visible, dead, dscores, query, to, chunk->dkey_row);
   }
   if (p->dq.data) {
     NAME(add_dqueries)
-    (block, stretch, visible, key, key_stride, dscores, wild_key, first, &room->products, room->dquery);
+    (block, stretch, visible, key, key_stride, dscores, chunk->wild, first, &room->products, room->dquery);
   }
 }
 
@@ -399,61 +469,69 @@ static void NAME(add_dquery)(const NAME(backward_job) * job, const NAME(block) *
   atomic_store_explicit(turn, mine + 1, memory_order_release);
 }
 
-// What will be wanted while a block is at work and after it: the rows of dQ, the block `after` (may be NULL), and, when
-// that one has other keys, what the chunk leaves and what the next one, `chunk_after`, begins with.
-static void NAME(foresee_backward)(const NAME(backward_job) * job, const NAME(block) * block, int64_t chunk,
-                                   const NAME(block) * after, int64_t chunk_after, sa_forecast *forecast) {
+// What will be wanted while a block is at work and after it: the rows of dQ and the block `after` (may be NULL).
+static sa_forecast NAME(foresee_block)(const NAME(backward_job) * job, const NAME(block) * block,
+                                       const NAME(block) * after) {
   const sa_problem *p = job->p;
-  *forecast = (sa_forecast){0};
+  sa_forecast forecast = {0};
   if (after) {
-    NAME(foresee)(forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->count);
-    if (p->dout.data) {
-      NAME(foresee)(forecast, &p->dout, NAME(row_at)(&p->dout, after, 0), p->value_width, after->count);
-    }
+    const sa_operand *dout = &p->dout, *out = &p->out;
+    NAME(foresee)(&forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->count);
+    if (dout->data) NAME(foresee)(&forecast, dout, NAME(row_at)(dout, after, 0), p->value_width, after->count);
+    if (job->chunks == 1) NAME(foresee)(&forecast, out, NAME(row_at)(out, after, 0), p->value_width, after->count);
   }
-  if (p->dq.data) NAME(foresee)(forecast, &p->dq, NAME(row_at)(&p->dq, block, 0), p->width, block->count);
-  if (!after || job->chunk > 2 * SA_TILE) return;
-  if (after->batch == block->batch && after->key_head == block->key_head && chunk_after == chunk) return;
-  const int64_t first = chunk * job->chunk, count = p->keys - first < job->chunk ? p->keys - first : job->chunk;
-  NAME(foresee_keys)(forecast, after, chunk_after * job->chunk, job->chunk);
+  if (p->dq.data) NAME(foresee)(&forecast, &p->dq, NAME(row_at)(&p->dq, block, 0), p->width, block->count);
+  return forecast;
+}
+
+// What the next chunk begins with, and the gradients: its own where they are gathered in place, else this chunk's,
+// which are to be written. Long chunks have other things to call for.
+static sa_forecast NAME(foresee_chunk)(const NAME(backward_job) * job, const NAME(block) * keys, int64_t index,
+                                       const NAME(block) * next, int64_t next_index) {
+  const sa_problem *p = job->p;
+  sa_forecast forecast = {0};
+  if (!next || job->chunk > 2 * SA_TILE) return forecast;
+  NAME(foresee_keys)(&forecast, next, next_index * job->chunk, job->chunk);
   for (int i = 0; i < 2; i++) {
     const sa_operand *x = i ? &p->dv : &p->dk;
-    if (!x->data) continue;
-    const void *rows = sa_at(x, block->batch, block->key_head, first, 0);
-    NAME(foresee)(forecast, x, rows, i ? p->value_width : p->width, count);
+    const int64_t width = i ? p->value_width : p->width;
+    const bool in_place = NAME(in_place)(x, width);
+    const NAME(block) *of = in_place ? next : keys;
+    const int64_t first = (in_place ? next_index : index) * job->chunk;
+    const int64_t count = p->keys - first < job->chunk ? p->keys - first : job->chunk;
+    if (x->data) NAME(foresee)(&forecast, x, sa_at(x, of->batch, of->key_head, first, 0), width, count);
   }
+  return forecast;
 }
 
 // One block of queries of one head against a whole chunk.
-static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(block) * block, int64_t chunk,
-                                 bool wild_key, sa_forecast *forecast, const NAME(backward_room) * room,
-                                 double *dslope) {
+static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(block) * block, const NAME(chunk) * chunk,
+                                 sa_forecast *forecast, const NAME(backward_room) * room, double *dslope) {
   const sa_problem *p = job->p;
   const int64_t tiles = job->chunk / SA_TILE;
+  if (job->chunks == 1) NAME(prepare_block)(job, block, room);
   // Whether the row of tiles looks at this chunk is the plan's word, the same for both halves of a tile.
-  if (NAME(turns_of)(job, block)[chunk] == NAME(UNSEEN)) return;
-  uint64_t dead = 0;
+  if (NAME(turns_of)(job, block)[chunk->index] == NAME(UNSEEN)) return;
+  const uint64_t dead = NAME(dead_rows)(block);
   bool factor = false;
   const int64_t rows = (block->batch * p->heads + block->head) * p->queries + block->query;
   for (int i = 0; i < QUERIES; i++) {
-    const bool absent = i >= block->count || NAME(row_dead)(block, i);
-    dead |= (uint64_t)absent << i;
+    const bool absent = dead >> i & 1;
     room->base[i] = absent ? (REAL)INFINITY : job->base[rows + i];
     room->factor[i] = absent ? 1 : job->factor[rows + i];
     room->delta[i] = absent ? 0 : job->delta[rows + i];
     factor |= room->factor[i] != 1;
   }
   NAME(pack_query)(block, dead, room->packed_query);
-  const bool wild_query =
-      NAME(copy_rows)(&p->q, block, (int)p->width, NAME(query_factor)(p), dead, room->query, room->wild_query);
-  const bool wild_dout = NAME(copy_rows)(&p->dout, block, (int)p->value_width, 1, dead, room->dout, room->wild_dout);
-  NAME(open_queries)(block, dead, room->query, room->dout, &room->products);
+  const NAME(query_rows) query = NAME(rows_of_queries)(&p->q, block, (int)p->width, dead, room->query);
+  const NAME(query_rows) dout = NAME(rows_of_queries)(&p->dout, block, (int)p->value_width, dead, room->dout);
+  NAME(open_queries)(block, dead, query.rows, dout.rows, &room->products);
   bool first = true;
-  sa_walk walk =
-      sa_walk_start(p->plan, block->plane, block->query, block->count, chunk * tiles, (chunk + 1) * tiles, STRETCH);
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, chunk->index * tiles,
+                               (chunk->index + 1) * tiles, STRETCH);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch); first = false) {
     stretch.forecast = forecast;
-    NAME(backward_stretch)(job, block, &stretch, chunk, factor, wild_query, wild_dout, wild_key, first, room, dslope);
+    NAME(backward_stretch)(job, block, &stretch, chunk, dead, factor, &query, &dout, first, room, dslope);
   }
   if (!p->dq.data) return;
   const int64_t padded = NAME(padded)(p->width);
@@ -462,47 +540,65 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   else
     NAME(close_queries)(block, &room->products, room->dquery);
   if (job->chunks > 1) {
-    NAME(add_dquery)(job, block, chunk, room->dquery);
+    NAME(add_dquery)(job, block, chunk->index, room->dquery);
   } else {
     for (int i = 0; i < block->count; i++) NAME(write_dquery)(block, i, room->dquery + i * padded);
   }
 }
 
-static void NAME(write_keys)(const sa_operand *to, const NAME(block) * block, int64_t first, int count, int width,
-                             REAL factor, REAL *rows) {
-  for (int r = 0; r < count; r++, rows += NAME(padded)(width)) {
+// Where a gradient of the keys is gathered: rows of zeros.
+static REAL *NAME(open_gradient)(const sa_operand *x, const NAME(block) * keys, const NAME(chunk) * chunk, int width,
+                                 REAL *room, int64_t *row) {
+  const bool in_place = NAME(in_place)(x, width);
+  REAL *rows = in_place ? sa_at(x, keys->batch, keys->key_head, chunk->first, 0) : room;
+  *row = in_place ? x->stride[2] : NAME(padded)(width);
+  for (int r = 0; r < chunk->count; r++) memset(rows + r * *row, 0, sizeof(REAL) * NAME(columns)(width));
+  return rows;
+}
+
+static void NAME(close_gradient)(const sa_operand *x, const NAME(block) * keys, const NAME(chunk) * chunk, int width,
+                                 REAL factor, REAL *rows, int64_t row) {
+  for (int r = 0; r < chunk->count; r++, rows += row) {
     for (int d = 0; factor != 1 && d < width; d++) rows[d] *= factor;
-    NAME(write_row)(sa_at(to, block->batch, block->key_head, first + r, 0), to->dtype, width, rows);
+    if (NAME(in_place)(x, width)) continue;
+    NAME(write_row)(sa_at(x, keys->batch, keys->key_head, chunk->first + r, 0), x->dtype, width, rows);
   }
 }
 
 // A chunk of one key head: all query heads that read it, all blocks of queries.
-static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, int64_t key_head, int64_t chunk,
+static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, int64_t key_head, int64_t index,
                                  const NAME(block) * next, int64_t next_chunk, const NAME(backward_room) * room) {
   const sa_problem *p = job->p;
-  const int64_t group = p->heads / p->key_heads, first = chunk * job->chunk;
+  const int width = (int)p->width, value_width = (int)p->value_width;
+  const int64_t group = p->heads / p->key_heads, first = index * job->chunk;
   const int count = (int)(p->keys - first < job->chunk ? p->keys - first : job->chunk);
-  memset(room->dkey, 0, sizeof(REAL) * count * NAME(padded)(p->width));
-  memset(room->dvalue, 0, sizeof(REAL) * count * NAME(padded)(p->value_width));
-  // With no query heads at all, the gradients of the keys are still written: zeros.
   const NAME(block) keys = {.p = p, .batch = batch, .key_head = key_head};
-  const bool wild_key = NAME(open_keys)(&keys, first, count, &room->products);
+  NAME(chunk) chunk = {.index = index, .first = first, .count = count};
+  chunk.wild = NAME(open_keys)(&keys, first, count, &room->products);
+  // With no query heads at all, the gradients of the keys are still written: zeros.
+  if (p->dk.data) chunk.dkey = NAME(open_gradient)(&p->dk, &keys, &chunk, width, room->dkey, &chunk.dkey_row);
+  if (p->dv.data) {
+    chunk.dvalue = NAME(open_gradient)(&p->dv, &keys, &chunk, value_width, room->dvalue, &chunk.dvalue_row);
+  }
+  sa_forecast far = NAME(foresee_chunk)(job, &keys, index, next, next_chunk);
   for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
     double dslope = 0;
-    for (int64_t index = 0; index < job->blocks && !sa_interrupt_pending(); index++) {
-      const NAME(block) block = NAME(block_at)(p, batch, head, index, 1);
-      const bool last = index + 1 == job->blocks, last_of_all = last && head + 1 == (key_head + 1) * group;
+    for (int64_t at = 0; at < job->blocks && !sa_interrupt_pending(); at++) {
+      const NAME(block) block = NAME(block_at)(p, batch, head, at, 1);
+      const bool last = at + 1 == job->blocks, last_of_all = last && head + 1 == (key_head + 1) * group;
       NAME(block) after;
-      if (!last_of_all) after = NAME(block_at)(p, batch, head + last, last ? 0 : index + 1, 1);
-      sa_forecast forecast;
-      NAME(foresee_backward)
-      (job, &block, chunk, last_of_all ? next : &after, last_of_all ? next_chunk : chunk, &forecast);
-      NAME(backward_block)(job, &block, chunk, wild_key, block.few ? NULL : &forecast, room, &dslope);
+      if (!last_of_all) after = NAME(block_at)(p, batch, head + last, last ? 0 : at + 1, 1);
+      sa_forecast forecast = NAME(foresee_block)(job, &block, last_of_all ? next : &after);
+      const int near = forecast.parts;
+      sa_forecast_append(&forecast, &far, 0);
+      NAME(backward_block)(job, &block, &chunk, block.few ? NULL : &forecast, room, &dslope);
+      far.parts = 0;
+      sa_forecast_append(&far, &forecast, near);
     }
-    if (job->dalibi) job->dalibi[(head * p->batch + batch) * job->chunks + chunk] = dslope;
+    if (job->dalibi) job->dalibi[(head * p->batch + batch) * job->chunks + index] = dslope;
   }
-  if (p->dk.data) NAME(write_keys)(&p->dk, &keys, first, count, (int)p->width, NAME(key_factor)(p), room->dkey);
-  if (p->dv.data) NAME(write_keys)(&p->dv, &keys, first, count, (int)p->value_width, 1, room->dvalue);
+  if (p->dk.data) NAME(close_gradient)(&p->dk, &keys, &chunk, width, (REAL)p->scale, chunk.dkey, chunk.dkey_row);
+  if (p->dv.data) NAME(close_gradient)(&p->dv, &keys, &chunk, value_width, 1, chunk.dvalue, chunk.dvalue_row);
 }
 
 // The planes that are an item's: [batch, batch_end) and [head, head_end) of the key heads, and its chunk of keys.
@@ -678,7 +774,7 @@ static int NAME(backward)(const sa_problem *p) {
   if (complete) {
     NAME(count_turns)(&job);
     if (p->dbias.data) NAME(write_dbias)(&job, true);
-    sa_parallel(workers, planes * job.blocks, NAME(prepare), &job);
+    if (job.chunks != 1) sa_parallel(workers, planes * job.blocks, NAME(prepare), &job);
     sa_parallel(workers, groups * job.chunks, NAME(backward_item), &job);
     if (p->dq.data) NAME(clear_unseen)(&job);
     if (p->dbias.data) NAME(write_dbias)(&job, false);

@@ -375,14 +375,6 @@ static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const
                                    .finite_key = NAME(take)(room, KEYS * width)};
 }
 
-// Rows of Q meet dS times this, and what that gives for K times the other.
-static REAL NAME(query_factor)(const sa_problem *p) {
-  return (REAL)p->scale;
-}
-static REAL NAME(key_factor)(const sa_problem *p) {
-  return 1;
-}
-
 // Before a chunk of keys: whether some element of K is not finite.
 static bool NAME(open_keys)(const NAME(block) * keys, int64_t first, int count,
                             const NAME(backward_products) * products) {
@@ -398,7 +390,7 @@ static bool NAME(open_keys)(const NAME(block) * keys, int64_t first, int count,
   return wild;
 }
 
-// Before a block of queries: what dO is to be packed to. `query` and `dout` are its rows, finite and padded.
+// Before a block of queries: what dO is to be packed to. `query` and `dout` are its rows, finite.
 static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
                                const NAME(backward_products) * products) {
   const sa_problem *p = block->p;
@@ -418,21 +410,21 @@ static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *s
 }
 
 // dV += P^T dO.
-static void NAME(add_dvalues)(const NAME(block) * block, int keys, const REAL *weights, const REAL *dout,
-                              const NAME(backward_products) * products, REAL *to) {
-  const int width = (int)block->p->value_width;
+static void NAME(add_dvalues)(const NAME(block) * block, const sa_stretch *stretch, const REAL *weights,
+                              const REAL *dout, int64_t stride, const NAME(backward_products) * products, REAL *to,
+                              int64_t to_row) {
   NAME(product)
-  (weights, NAME(ROW), 1, dout, NAME(padded)(width), to, NAME(padded)(width), keys, NAME(columns)(width), block->count,
-   SA_FROM_SELF, NULL, NULL, NULL);
+  (weights, NAME(ROW), 1, dout, stride, to, to_row, stretch->count, NAME(columns)(block->p->value_width), block->count,
+   SA_FROM_SELF, NULL, NULL, stretch->forecast);
 }
 
 // dK += dS^T Q.
-static void NAME(add_dkeys)(const NAME(block) * block, int keys, const REAL *dscores, const REAL *query,
-                            const NAME(backward_products) * products, REAL *to) {
-  const int width = (int)block->p->width;
+static void NAME(add_dkeys)(const NAME(block) * block, const sa_stretch *stretch, const REAL *dscores,
+                            const REAL *query, int64_t stride, const NAME(backward_products) * products, REAL *to,
+                            int64_t to_row) {
   NAME(product)
-  (dscores, NAME(ROW), 1, query, NAME(padded)(width), to, NAME(padded)(width), keys, NAME(columns)(width), block->count,
-   SA_FROM_SELF, NULL, NULL, NULL);
+  (dscores, NAME(ROW), 1, query, stride, to, to_row, stretch->count, NAME(columns)(block->p->width), block->count,
+   SA_FROM_SELF, NULL, NULL, stretch->forecast);
 }
 
 // dQ += dS K, or dS K alone when it is the `first`. What is not finite in K, when it is `wild`, reaches who sees it.

@@ -116,6 +116,19 @@ static inline __attribute__((always_inline)) void NAME(columns_of)(const REAL *f
 }
 #endif
 
+// The sum of each vector's lanes, vector i's in lane i. Interleaving the halves and adding, log2(LANES) times over.
+static inline __attribute__((always_inline)) NAME(vector) NAME(sums_of)(NAME(vector) sum[LANES]) {
+  const NAME(order) low = {SA_LOW}, high = {SA_HIGH};
+#pragma GCC unroll 4
+  for (int n = LANES / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) {
+      sum[i] = __builtin_shuffle(sum[i], sum[i + n], low) + __builtin_shuffle(sum[i], sum[i + n], high);
+    }
+  }
+  return sum[0];
+}
+
 // to = from, a square of LANES x LANES, transposed, times factor.
 static inline void NAME(transpose)(const REAL *from, int64_t from_row, REAL factor, REAL *to, int64_t to_row) {
   NAME(vector) column[LANES];
@@ -133,14 +146,22 @@ static void NAME(turn)(const REAL *rows, int64_t from_row, int width, REAL facto
   }
 }
 
-// Whether some element is NaN or Inf: x * 0 is then not 0. (An or over flags is a loop that the compiler turns into
-// vectors; a sum of x * 0 is not, and took 3 % of the forward.)
+// Whether some element is NaN or Inf: x * 0 is then not 0, and no sum with it is. (The compiler makes no vectors of
+// such a sum, and of flags it adds up those of each row by itself.)
 static bool NAME(has_nonfinite)(const REAL *rows, int64_t stride, int count, int width) {
-  int found = 0;
-  for (int r = 0; r < count; r++) {
-    for (int d = 0; d < width; d++) found |= rows[r * stride + d] * 0 != 0;
+  const NAME(vector) zero = NAME(set)(0);
+  NAME(vector) sum[2] = {zero, zero};
+  REAL rest = 0;
+  for (int r = 0; r < count; r++, rows += stride) {
+    int d = 0;
+    for (; d + 2 * LANES <= width; d += 2 * LANES) {
+      sum[0] = NAME(fma)(NAME(load)(rows + d), zero, sum[0]);
+      sum[1] = NAME(fma)(NAME(load)(rows + d + LANES), zero, sum[1]);
+    }
+    for (; d < width; d++) rest += rows[d] * 0;
   }
-  return found;
+  const uint64_t lanes = ((uint64_t)2 << (LANES - 1)) - 1;
+  return NAME(below_or_equal)(sum[0] + sum[1], zero) != lanes || rest != 0;
 }
 
 // Copies rows with every non-finite element replaced by 0.
@@ -343,8 +364,9 @@ static bool NAME(add_bias)(const NAME(block) * block, int keys, const REAL *rows
   return hides;
 }
 
-// S^T of a stretch into room->scores, masked pairs -inf, in the block's unit. `peak` (may be NULL) is raised to the
-// largest score of each query. Returns the words of visible pairs, or NULL when every pair is visible.
+// S^T of a stretch into room->scores, in the block's unit. `peak` (NULL: nobody asks, and what masked pairs have may be
+// anything) is raised to the largest score of each query, and masked pairs are -inf. Returns the words of visible
+// pairs, or NULL when every pair is visible.
 static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *stretch, const NAME(element) * key,
                                    int64_t key_stride, const NAME(element) * packed_query,
                                    const NAME(stretch_room) * room, REAL *peak) {
@@ -364,6 +386,7 @@ static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *
       room->visible[r] = stretch->pattern ? NAME(visible_word)(block, stretch->pattern[r]) : ~UINT64_C(0);
     }
   }
+  if (block->plain && !peak) return masked ? room->visible : NULL;
   const NAME(vector) nothing = NAME(set)(-(REAL)INFINITY);
   const NAME(vector) cap = NAME(set)((REAL)p->softcap), slope = NAME(set)(block->slope);
   REAL lanes[LANES];

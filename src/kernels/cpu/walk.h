@@ -28,6 +28,13 @@ static inline void sa_forecast_add(sa_forecast *forecast, const void *row, int64
   forecast->part[forecast->parts++].rows = rows;
 }
 
+// What is not called for yet of another's parts, from part `first` on.
+static inline void sa_forecast_append(sa_forecast *forecast, const sa_forecast *other, int first) {
+  for (int n = other->next > first ? other->next : first; n < other->parts && forecast->parts < 8; n++) {
+    forecast->part[forecast->parts++] = other->part[n];
+  }
+}
+
 static inline __attribute__((always_inline)) void sa_forecast_call(sa_forecast *forecast) {
   for (int line = 0; line < 6 && forecast->next < forecast->parts; line++) {
     __typeof__(&forecast->part[0]) part = &forecast->part[forecast->next];
