@@ -186,12 +186,13 @@ print "went on"
   end)
 end)
 
--- The n-th allocation of a call fails, and so does the first of the second try that follows a collection.
-local function refusing(n, f)
+-- The n-th allocation of a call fails, and so does the first (or the `again`-th) of the second try that follows a
+-- collection.
+local function refusing(n, f, again)
   local collectgarbage = collectgarbage
   _G.collectgarbage = function(...)
     local result = collectgarbage(...)
-    lib.sa_memory_fail(1)
+    lib.sa_memory_fail(again or 1)
     return result
   end
   lib.sa_memory_fail(n)
@@ -200,6 +201,58 @@ local function refusing(n, f)
   lib.sa_memory_fail(0)
   return ok, result
 end
+
+-- The bytes of all allocations of a call, as each says when it is refused.
+local function allocated(f)
+  local bytes, n = 0, 0
+  while true do
+    n = n + 1
+    local ok, message = refusing(n, f, n)
+    if ok then return bytes end
+    bytes = bytes + assert(tonumber(message:match "out of memory: (%d+) bytes"), message)
+  end
+end
+
+describe("scratch", function()
+  local threads = sa.threads()
+  after_each(function() sa.threads(threads) end)
+
+  -- What a thread more takes, and what is left of one thread's call beside that and the outputs.
+  local function measured(f, outputs)
+    sa.threads(1)
+    local one = allocated(f)
+    sa.threads(2)
+    local room = allocated(f) - one
+    for _, t in pairs(outputs()) do one = one - t:numel() * lib.sa_dtype_size(core.dtypes[t.dtype]) end
+    return room, tonumber(one) - room
+  end
+
+  for _, dtype in ipairs {"f32", "f64", "f16", "bf16"} do
+    it("of a thread is at most 1 MiB, forward and backward, whatever the width: " .. dtype, function()
+      local heads = 16
+      for _, width in ipairs {8, 64, 65, 128, 161, 200, 255, 256} do
+        local function random(seed, length) return sa.randn({1, heads, length, width}, {seed = seed, dtype = dtype}) end
+        local function at_most(what, room, rest, rows)
+          what = ("%s of width %d: %d and %d bytes"):format(what, width, room, rest)
+          assert.is_true(room > 0 and room <= 2 ^ 20, what)
+          -- f16 and bf16 gather dQ in f32, and AMX turns K or V
+          if dtype == "f32" or dtype == "f64" then assert.is_true(rest <= 64 * heads * rows + 8192, what) end
+        end
+        local q, k = random(1, 512), random(2, 128)
+        local function forward() return sa.forward(q, k, k) end
+        local room, rest = measured(forward, function()
+          local run = forward()
+          return {run.out, run.lse}
+        end)
+        at_most("forward", room, rest, 512)
+        q, k = random(3, 64), random(4, 1024)
+        local run = sa.forward(q, k, k)
+        room, rest = measured(function() run:backward(q) end, function() return run:backward(q) end)
+        at_most("backward", room, rest, 64)
+      end
+    end)
+  end
+end)
 
 describe("an allocation that fails", function()
   local m = sa.mask

@@ -454,30 +454,29 @@ static void NAME(close_values)(const NAME(block) * block, const NAME(forward_pro
 
 typedef struct NAME(backward_products) {
   uint16_t *packed_dout;               // as amx_pack does, for dP
-  uint16_t *key_rows, *value_rows;     // [KEYS][width, in steps]: where they cannot be read in place
+  uint16_t *key_rows, *value_rows;     // [keys][width, in steps]: where they cannot be read in place
   uint16_t *query_pairs, *dout_pairs;  // as B of products along the queries: [tile of columns][step][AMX_TILE]
-  REAL *split;                         // [KEYS][ROW]: dS^T
-  REAL *keys;                          // [KEYS][width, padded]: K in float, where it is not finite
+  REAL *split;                         // [keys][ROW]: dS^T
+  REAL *keys;                          // [keys][width, padded]: K in float, where it is not finite
   REAL *turned;                        // [width, in tiles][ROW]: dQ transposed
 } NAME(backward_products);
 
-static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int64_t chunk) {
+static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int keys) {
   const int64_t columns = amx_tiles(p->width) * AMX_SIDE, value_columns = amx_tiles(p->value_width) * AMX_SIDE;
   const int64_t depth = amx_steps(p->width) * AMX_DEPTH, value_depth = amx_steps(p->value_width) * AMX_DEPTH;
   return (NAME(backward_products)){
       .packed_dout = amx_take(room, QUERIES * value_depth),
-      .key_rows = amx_take(room, KEYS * depth),
-      .value_rows = amx_take(room, KEYS * value_depth),
+      .key_rows = amx_take(room, keys * depth),
+      .value_rows = amx_take(room, keys * value_depth),
       .query_pairs = amx_take(room, QUERIES * columns),
       .dout_pairs = amx_take(room, QUERIES * value_columns),
-      .split = NAME(take)(room, KEYS * NAME(ROW)),
-      .keys = NAME(take)(room, KEYS * NAME(padded)(p->width)),
+      .split = NAME(take)(room, keys * NAME(ROW)),
+      .keys = NAME(take)(room, keys * NAME(padded)(p->width)),
       .turned = NAME(take)(room, columns * NAME(ROW)),
   };
 }
 
-static bool NAME(open_keys)(const NAME(block) * keys, int64_t first, int count,
-                            const NAME(backward_products) * products) {
+static bool NAME(wild_keys)(const NAME(block) * keys, int64_t first, int count) {
   return amx_rows_nonfinite(&keys->p->k, keys, first, count, (int)keys->p->width);
 }
 
@@ -522,23 +521,24 @@ static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *s
 
 // dK or dV += dS^T or P^T by rows of queries.
 static void amx_add_to_keys(const NAME(block) * block, int keys, const REAL *split, const uint16_t *query_pairs,
-                            int width, REAL *to, int64_t to_row) {
+                            int width, const NAME(gradient) * to, int64_t first) {
   amx_product(amx_split_a(split), amx_tiles(keys), amx_turned(query_pairs, AMX_QUERY_STEPS, 0), amx_tiles(width),
-              amx_steps(block->count), to, to_row, false);
+              amx_steps(block->count), to->rows + first * to->row, to->row, false);
 }
 
 static void NAME(add_dvalues)(const NAME(block) * block, const sa_stretch *stretch, REAL *weights, const REAL *dout,
-                              int64_t stride, const NAME(backward_products) * products, REAL *to, int64_t to_row) {
+                              int64_t stride, const NAME(backward_products) * products, const NAME(gradient) * to,
+                              int64_t first) {
   amx_split_queries(block, stretch->count, weights, true, weights);
-  amx_add_to_keys(block, stretch->count, weights, products->dout_pairs, (int)block->p->value_width, to, to_row);
+  amx_add_to_keys(block, stretch->count, weights, products->dout_pairs, (int)block->p->value_width, to, first);
 }
 
 static void NAME(add_dkeys)(const NAME(block) * block, const sa_stretch *stretch, const REAL *dscores,
-                            const REAL *query, int64_t stride, const NAME(backward_products) * products, REAL *to,
-                            int64_t to_row) {
+                            const REAL *query, int64_t stride, const NAME(backward_products) * products,
+                            const NAME(gradient) * to, int64_t first) {
   amx_note(block, AMX_DSCORES, dscores, NAME(ROW), stretch->count, block->count);
   amx_split_queries(block, stretch->count, dscores, true, products->split);
-  amx_add_to_keys(block, stretch->count, products->split, products->query_pairs, (int)block->p->width, to, to_row);
+  amx_add_to_keys(block, stretch->count, products->split, products->query_pairs, (int)block->p->width, to, first);
 }
 
 // `to` gathers what is not finite, until the block is closed.

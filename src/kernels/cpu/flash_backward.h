@@ -16,6 +16,7 @@ typedef struct NAME(backward_job) {
   const sa_problem *p;
   int64_t blocks;                     // of queries
   int64_t chunks, chunk;              // of keys: how many, and keys in one
+  int stretch;                        // keys that a block looks at together, at most
   int64_t batch_groups, head_groups;  // items per chunk: planes that share a dBias are one item's, in order
   int workers;
   char *rooms;
@@ -39,20 +40,18 @@ typedef struct NAME(backward_room) {
   REAL *dout;                   // [QUERIES][value width, padded]: dO for dV, likewise
   REAL *base, *factor, *delta;  // [QUERIES]
   NAME(gathered) again;         // peaks and sums of rows whose LSE is too coarse
-  REAL *dscores;                // [KEYS][ROW]: dP^T, then dS^T
+  REAL *dscores;                // [stretch][ROW]: dP^T, then dS^T
   REAL *dquery;                 // [QUERIES][width, padded]
-  REAL *dkey;                   // [chunk][width, padded]: where dK is not gathered in place
-  REAL *dvalue;                 // [chunk][value width, padded]: likewise
+  REAL *dkey, *dvalue;          // [chunk]: rows, or tails, of dK and dV, where they are not gathered in place
   NAME(stretch_room) stretch;
 } NAME(backward_room);
 
-// A chunk of the keys of one head, and where its gradients are gathered: in place, when they can be.
+// A chunk of the keys of one head, and where its gradients are gathered.
 typedef struct NAME(chunk) {
   int64_t index, first;
   int count;
   bool wild;  // something in K is not finite
-  REAL *dkey, *dvalue;
-  int64_t dkey_row, dvalue_row;
+  NAME(gradient) dkey, dvalue;
 } NAME(chunk);
 
 // The rows of a block's Q or dO, for the products that sum over queries.
@@ -66,13 +65,10 @@ typedef struct NAME(query_rows) {
 
 enum { NAME(UNSEEN) = -1 };
 
-// Whether a gradient of the keys is gathered where it is wanted.
-static bool NAME(in_place)(const sa_operand *x, int64_t width) {
-  return x->dtype == DTYPE && NAME(columns)(width) == width;
-}
-
+// A gradient of keys is gathered in place, but for what is beyond its last whole vector, unless it has another dtype.
 static REAL *NAME(take_gradient)(sa_room *room, const sa_operand *x, int64_t chunk, int64_t width) {
-  return NAME(take)(room, x->data && !NAME(in_place)(x, width) ? chunk * NAME(padded)(width) : 0);
+  const int64_t row = x->dtype != DTYPE ? NAME(padded)(width) : width % LANES ? LANES : 0;
+  return NAME(take)(room, x->data ? chunk * row : 0);
 }
 
 static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backward_job) * job) {
@@ -80,18 +76,18 @@ static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backwar
   const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
   return (NAME(backward_room)){
       .packed_query = sa_room_take(room, NAME(query_room)(p) * (int64_t)sizeof(NAME(element))),
-      .products = NAME(take_backward_products)(room, p, job->chunk),
+      .products = NAME(take_backward_products)(room, p, job->stretch),
       .query = NAME(take)(room, QUERIES * width),
       .dout = NAME(take)(room, QUERIES * value_width),
       .base = NAME(take)(room, QUERIES),
       .factor = NAME(take)(room, QUERIES),
       .again = {.peak = NAME(take)(room, QUERIES), .sum = NAME(take)(room, QUERIES)},
       .delta = NAME(take)(room, QUERIES),
-      .dscores = NAME(take)(room, KEYS * NAME(ROW)),
+      .dscores = NAME(take)(room, job->stretch * NAME(ROW)),
       .dquery = NAME(take)(room, QUERIES * width),
       .dkey = NAME(take_gradient)(room, &p->dk, job->chunk, p->width),
       .dvalue = NAME(take_gradient)(room, &p->dv, job->chunk, p->value_width),
-      .stretch = NAME(take_stretch)(room, p, true),
+      .stretch = NAME(take_stretch)(room, p, job->stretch, true),
   };
 }
 
@@ -114,7 +110,8 @@ static uint64_t NAME(dead_rows)(const NAME(block) * block) {
 }
 
 // Peaks and sums of a block's rows, as the forward found them.
-static void NAME(gather_again)(const NAME(block) * block, const NAME(backward_room) * room) {
+static void NAME(gather_again)(const NAME(backward_job) * job, const NAME(block) * block,
+                               const NAME(backward_room) * room) {
   const sa_problem *p = block->p;
   NAME(pack_query)(block, 0, room->packed_query);
   NAME(gathered) again = room->again;
@@ -122,7 +119,7 @@ static void NAME(gather_again)(const NAME(block) * block, const NAME(backward_ro
     again.peak[i] = -(REAL)INFINITY;
     again.sum[i] = 0;
   }
-  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles, STRETCH);
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, 0, p->plan->col_tiles, job->stretch);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
     const NAME(element) *key = NAME(key_rows)(block, stretch.first, stretch.count, room->products.key_rows, &stride);
@@ -168,7 +165,7 @@ static void NAME(prepare_block)(const NAME(backward_job) * job, const NAME(block
   // doing, has no digit for the number of keys): those blocks get peaks and sums afresh.
   bool coarse = false;
   for (int i = 0; i < block->count; i++) coarse |= fabs(lse[i * lse_row]) > 1024 && !(dead_rows >> i & 1);
-  if (coarse) NAME(gather_again)(block, room);
+  if (coarse) NAME(gather_again)(job, block, room);
   if (p->dout.data) NAME(output_dots)(block, dots);
   double dsink = 0;
   for (int i = 0; i < block->count; i++) {
@@ -242,17 +239,21 @@ static NAME(query_rows)
   return result;
 }
 
-// What is not finite in rows of queries, given to the keys that see them: to[key] += pair[key][query] row.
+// What is not finite in rows of queries, given to the keys that see them, rows of `to` from `at` on: to[key] +=
+// pair[key][query] row.
 static void NAME(give_to_keys)(const NAME(block) * block, int keys, const uint64_t *visible, uint64_t dead,
-                               const REAL *pairs, const NAME(query_rows) * from, REAL *to, int64_t to_row) {
+                               const REAL *pairs, const NAME(query_rows) * from, const NAME(gradient) * to,
+                               int64_t at) {
   REAL room[SA_FUSED_WIDTH];
   for (int i = 0; i < block->count; i++) {
     if (dead >> i & 1) continue;
     const REAL *row = NAME(row_of)(NAME(row_at)(from->operand, block, i), from->operand->dtype, from->width, room);
     for (int d = 0; d < from->width; d++) {
       if (row[d] * 0 == 0) continue;
-      for (int r = 0; r < keys; r++) {
-        if (!visible || visible[r] >> i & 1) to[r * to_row + d] += pairs[r * NAME(ROW) + i] * row[d];
+      const bool whole = d < to->columns;
+      REAL *sum = whole ? to->rows + at * to->row + d : to->tail + at * LANES + d - to->columns;
+      for (int r = 0; r < keys; r++, sum += whole ? to->row : LANES) {
+        if (!visible || visible[r] >> i & 1) *sum += pairs[r * NAME(ROW) + i] * row[d];
       }
     }
   }
@@ -407,9 +408,9 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
 
   const int64_t offset = stretch->first - chunk->first;
   if (p->dv.data) {
-    REAL *to = chunk->dvalue + offset * chunk->dvalue_row;
-    if (dout->wild) NAME(give_to_keys)(block, keys, visible, dead, weights, dout, to, chunk->dvalue_row);
-    NAME(add_dvalues)(block, stretch, weights, dout->rows, dout->stride, &room->products, to, chunk->dvalue_row);
+    if (dout->wild) NAME(give_to_keys)(block, keys, visible, dead, weights, dout, &chunk->dvalue, offset);
+    NAME(add_dvalues)
+    (block, stretch, weights, dout->rows, dout->stride, &room->products, &chunk->dvalue, offset);
   }
   if (p->dbias.data) NAME(add_dbias)(job, block, stretch, chunk->index, dscores);
   if (job->dalibi) *dslope += NAME(slope_gradient)(block, stretch, dscores);
@@ -425,9 +426,8 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
     }
   }
   if (p->dk.data) {
-    REAL *to = chunk->dkey + offset * chunk->dkey_row;
-    NAME(add_dkeys)(block, stretch, dscores, query->rows, query->stride, &room->products, to, chunk->dkey_row);
-    if (query->wild) NAME(give_to_keys)(block, keys, visible, dead, dscores, query, to, chunk->dkey_row);
+    NAME(add_dkeys)(block, stretch, dscores, query->rows, query->stride, &room->products, &chunk->dkey, offset);
+    if (query->wild) NAME(give_to_keys)(block, keys, visible, dead, dscores, query, &chunk->dkey, offset);
   }
   if (p->dq.data) {
     NAME(add_dqueries)
@@ -495,7 +495,7 @@ static sa_forecast NAME(foresee_chunk)(const NAME(backward_job) * job, const NAM
   for (int i = 0; i < 2; i++) {
     const sa_operand *x = i ? &p->dv : &p->dk;
     const int64_t width = i ? p->value_width : p->width;
-    const bool in_place = NAME(in_place)(x, width);
+    const bool in_place = x->dtype == DTYPE;
     const NAME(block) *of = in_place ? next : keys;
     const int64_t first = (in_place ? next_index : index) * job->chunk;
     const int64_t count = p->keys - first < job->chunk ? p->keys - first : job->chunk;
@@ -528,7 +528,7 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   NAME(open_queries)(block, dead, query.rows, dout.rows, &room->products);
   bool first = true;
   sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, chunk->index * tiles,
-                               (chunk->index + 1) * tiles, STRETCH);
+                               (chunk->index + 1) * tiles, job->stretch);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch); first = false) {
     stretch.forecast = forecast;
     NAME(backward_stretch)(job, block, &stretch, chunk, dead, factor, &query, &dout, first, room, dslope);
@@ -546,21 +546,34 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   }
 }
 
-// Where a gradient of the keys is gathered: rows of zeros.
-static REAL *NAME(open_gradient)(const sa_operand *x, const NAME(block) * keys, const NAME(chunk) * chunk, int width,
-                                 REAL *room, int64_t *row) {
-  const bool in_place = NAME(in_place)(x, width);
-  REAL *rows = in_place ? sa_at(x, keys->batch, keys->key_head, chunk->first, 0) : room;
-  *row = in_place ? x->stride[2] : NAME(padded)(width);
-  for (int r = 0; r < chunk->count; r++) memset(rows + r * *row, 0, sizeof(REAL) * NAME(columns)(width));
-  return rows;
+// Where a gradient of the keys is gathered: zeros.
+static NAME(gradient) NAME(open_gradient)(const sa_operand *x, const NAME(block) * keys, const NAME(chunk) * chunk,
+                                          int width, REAL *room) {
+  const bool in_place = x->dtype == DTYPE;
+  NAME(gradient)
+  gradient = {.rows = room, .row = NAME(padded)(width), .columns = NAME(columns)(width)};
+  if (in_place) {
+    gradient.rows = sa_at(x, keys->batch, keys->key_head, chunk->first, 0);
+    gradient.row = x->stride[2];
+    gradient.columns = width / LANES * LANES;
+    if (gradient.columns < width) gradient.tail = room;
+  }
+  for (int r = 0; r < chunk->count; r++) {
+    memset(gradient.rows + r * gradient.row, 0, sizeof *room * gradient.columns);
+    if (gradient.tail) memset(gradient.tail + r * LANES, 0, sizeof *room * LANES);
+  }
+  return gradient;
 }
 
 static void NAME(close_gradient)(const sa_operand *x, const NAME(block) * keys, const NAME(chunk) * chunk, int width,
-                                 REAL factor, REAL *rows, int64_t row) {
-  for (int r = 0; r < chunk->count; r++, rows += row) {
+                                 REAL factor, const NAME(gradient) * gradient) {
+  REAL *rows = gradient->rows;
+  for (int r = 0; r < chunk->count; r++, rows += gradient->row) {
+    for (int d = gradient->columns; gradient->tail && d < width; d++) {
+      rows[d] = gradient->tail[r * LANES + d - gradient->columns];
+    }
     for (int d = 0; factor != 1 && d < width; d++) rows[d] *= factor;
-    if (NAME(in_place)(x, width)) continue;
+    if (x->dtype == DTYPE) continue;
     NAME(write_row)(sa_at(x, keys->batch, keys->key_head, chunk->first + r, 0), x->dtype, width, rows);
   }
 }
@@ -574,12 +587,10 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
   const int count = (int)(p->keys - first < job->chunk ? p->keys - first : job->chunk);
   const NAME(block) keys = {.p = p, .batch = batch, .key_head = key_head};
   NAME(chunk) chunk = {.index = index, .first = first, .count = count};
-  chunk.wild = NAME(open_keys)(&keys, first, count, &room->products);
+  chunk.wild = NAME(wild_keys)(&keys, first, count);
   // With no query heads at all, the gradients of the keys are still written: zeros.
-  if (p->dk.data) chunk.dkey = NAME(open_gradient)(&p->dk, &keys, &chunk, width, room->dkey, &chunk.dkey_row);
-  if (p->dv.data) {
-    chunk.dvalue = NAME(open_gradient)(&p->dv, &keys, &chunk, value_width, room->dvalue, &chunk.dvalue_row);
-  }
+  if (p->dk.data) chunk.dkey = NAME(open_gradient)(&p->dk, &keys, &chunk, width, room->dkey);
+  if (p->dv.data) chunk.dvalue = NAME(open_gradient)(&p->dv, &keys, &chunk, value_width, room->dvalue);
   sa_forecast far = NAME(foresee_chunk)(job, &keys, index, next, next_chunk);
   for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
     double dslope = 0;
@@ -597,8 +608,8 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
     }
     if (job->dalibi) job->dalibi[(head * p->batch + batch) * job->chunks + index] = dslope;
   }
-  if (p->dk.data) NAME(close_gradient)(&p->dk, &keys, &chunk, width, (REAL)p->scale, chunk.dkey, chunk.dkey_row);
-  if (p->dv.data) NAME(close_gradient)(&p->dv, &keys, &chunk, value_width, 1, chunk.dvalue, chunk.dvalue_row);
+  if (p->dk.data) NAME(close_gradient)(&p->dk, &keys, &chunk, width, (REAL)p->scale, &chunk.dkey);
+  if (p->dv.data) NAME(close_gradient)(&p->dv, &keys, &chunk, value_width, 1, &chunk.dvalue);
 }
 
 // The planes that are an item's: [batch, batch_end) and [head, head_end) of the key heads, and its chunk of keys.
@@ -700,7 +711,7 @@ static void NAME(write_heads)(const sa_problem *p, const sa_operand *to, const d
 
 // Chunks are chosen by the shape alone. dK and dV of a chunk stay in the second cache (1 MiB of its usual 2), and there
 // are 16 items or more for the threads unless that takes chunks of under 256 keys, whose blocks would be packed too
-// often (a block's packing costs as much as 20 keys).
+// often (a block's packing costs as much as 10 keys).
 static int64_t NAME(choose_chunk)(const sa_problem *p, int64_t items) {
   const int64_t row = (NAME(padded)(p->width) + NAME(padded)(p->value_width)) * (int64_t)sizeof(REAL);
   int64_t chunk = 8 * SA_TILE;
@@ -711,6 +722,18 @@ static int64_t NAME(choose_chunk)(const sa_problem *p, int64_t items) {
     chunk = (chunk / SA_TILE + 1) / 2 * SA_TILE;
   }
   return chunk;
+}
+
+// What a worker needs. It is to be no more than 1 MiB, and gradients that are gathered in it are most of it: then
+// chunks are shorter.
+static int64_t NAME(measure_room)(NAME(backward_job) * job) {
+  enum { ENOUGH = 1 << 20 };
+  for (;;) {
+    sa_room measure = {0};
+    NAME(take_backward)(&measure, job);
+    if (measure.used <= ENOUGH || job->chunk <= SA_TILE) return measure.used;
+    job->chunk = (job->chunk / SA_TILE + 1) / 2 * SA_TILE;
+  }
 }
 
 static void NAME(free_backward)(NAME(backward_job) * job) {
@@ -727,6 +750,7 @@ static void NAME(free_backward)(NAME(backward_job) * job) {
 }
 
 static int NAME(backward)(const sa_problem *p) {
+  enum { WIDE = 320 };
   const int64_t planes = p->batch * p->heads;
   const bool share_batches = p->dbias.data && p->bias_shape[0] == 1,
              share_heads = p->dbias.data && p->bias_shape[1] == 1;
@@ -738,13 +762,13 @@ static int NAME(backward)(const sa_problem *p) {
       .head_groups = share_heads && p->key_heads ? 1 : p->key_heads,
   };
   const int64_t groups = job.batch_groups * job.head_groups;
+  // Rows of 128 keys that are wider than this do not fit beside a block's.
+  job.stretch = NAME(padded)(p->width) + NAME(padded)(p->value_width) > WIDE ? SEGMENT : STRETCH;
   job.chunk = NAME(choose_chunk)(p, groups);
+  job.room_bytes = NAME(measure_room)(&job);
   job.chunks = (p->keys + job.chunk - 1) / job.chunk;
   const double flops = 2 * sa_visible_pairs(p) * (3.0 * p->width + 2.0 * p->value_width);
   const int workers = job.workers = sa_workers(flops);
-  sa_room measure = {0};
-  NAME(take_backward)(&measure, &job);
-  job.room_bytes = measure.used;
   const int64_t rows = p->plan->batch * p->plan->heads * p->plan->row_tiles;
   const int64_t *shape = p->bias_shape;
   job.dbias_count = shape[0] * shape[1] * shape[2] * shape[3];

@@ -382,7 +382,7 @@ static NAME(forward_room) NAME(take_forward)(sa_room *room, const sa_problem *p,
       .leaked = NAME(take)(room, QUERIES * NAME(padded)(p->value_width)),
       .factor = NAME(take)(room, QUERIES),
       .peak = NAME(take)(room, QUERIES),
-      .stretch = NAME(take_stretch)(room, p, false),
+      .stretch = NAME(take_stretch)(room, p, STRETCH, false),
   };
   for (int i = 0; i < group; i++) {
     taken.query[i] = sa_room_take(room, NAME(query_room)(p) * (int64_t)sizeof(NAME(element)));

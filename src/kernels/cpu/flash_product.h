@@ -227,12 +227,17 @@ static int64_t NAME(query_room)(const sa_problem *p) {
   return packed > rows ? packed : rows;
 }
 
+// Whether rows of K or V can be read in place.
+static bool NAME(reads_in_place)(const sa_operand *x, int width, bool whole_vectors) {
+  return x->dtype == DTYPE && (!whole_vectors || width == NAME(columns)(width));
+}
+
 // `count` rows of K or V from `first` on: in place where the kernels can read them so, else converted into `room`.
 static const REAL *NAME(rows_of)(const sa_operand *x, const NAME(block) * block, int64_t first, int count, int width,
                                  bool whole_vectors, REAL *room, int64_t *stride) {
   const int columns = NAME(columns)(width);
   const int64_t padded = NAME(padded)(width);
-  if (x->dtype == DTYPE && (!whole_vectors || width == columns)) {
+  if (NAME(reads_in_place)(x, width, whole_vectors)) {
     *stride = x->stride[2];
     return sa_at(x, block->batch, block->key_head, first, 0);
   }
@@ -278,16 +283,16 @@ static void NAME(score_product)(const NAME(block) * block, const sa_stretch *str
 
 // What the products of the forward need in a worker's room.
 typedef struct NAME(forward_products) {
-  REAL *rows;    // [KEYS][width, padded]: K, converted
-  REAL *values;  // [KEYS][value width, padded]: V, converted
-  REAL *finite;  // [KEYS][value width, padded]: V for the careful path
+  REAL *rows;    // [STRETCH][width, padded]: K, converted
+  REAL *values;  // [STRETCH][value width, padded]: V, converted
+  REAL *finite;  // [STRETCH][value width, padded]: V for the careful path
 } NAME(forward_products);
 
 static NAME(forward_products) NAME(take_forward_products)(sa_room *room, const sa_problem *p) {
   const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
-  return (NAME(forward_products)){.rows = NAME(take)(room, KEYS * width),
-                                  .values = NAME(take)(room, KEYS * value_width),
-                                  .finite = NAME(take)(room, KEYS * value_width)};
+  return (NAME(forward_products)){.rows = NAME(take)(room, STRETCH * width),
+                                  .values = NAME(take)(room, STRETCH * value_width),
+                                  .finite = NAME(take)(room, STRETCH * value_width)};
 }
 
 // What o takes of a block, in REAL.
@@ -359,33 +364,35 @@ static void NAME(close_values)(const NAME(block) * block, const NAME(forward_pro
   for (int i = 0; i < block->count; i++) NAME(join_row)(o + i * NAME(padded)(width), width);
 }
 
-// What the products of the backward need in a worker's room.
+// What the products of the backward need in a worker's room. V is done with before K's finite part is wanted.
 typedef struct NAME(backward_products) {
   REAL *packed_dout;  // [value width][ROW], for dP
-  REAL *key_rows;     // [KEYS][width, padded]
-  REAL *value_rows;   // [KEYS][value width, padded]
-  REAL *finite_key;   // [KEYS][width, padded]
+  REAL *key_rows;     // [keys][width, padded]: K, where it cannot be read in place
+  REAL *other_rows;   // [keys][either width, padded]: V, likewise; or the finite part of a K that is read in place
 } NAME(backward_products);
 
-static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int64_t chunk) {
+static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int keys) {
   const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
+  const bool in_place = NAME(reads_in_place)(&p->k, (int)p->width, true);
+  const bool values_in_place = NAME(reads_in_place)(&p->v, (int)p->value_width, false);
+  const int64_t finite = in_place ? width : 0, values = values_in_place ? 0 : value_width;
   return (NAME(backward_products)){.packed_dout = NAME(take)(room, p->value_width * NAME(ROW)),
-                                   .key_rows = NAME(take)(room, KEYS * width),
-                                   .value_rows = NAME(take)(room, KEYS * value_width),
-                                   .finite_key = NAME(take)(room, KEYS * width)};
+                                   .key_rows = NAME(take)(room, in_place ? 0 : keys * width),
+                                   .other_rows = NAME(take)(room, keys * (finite > values ? finite : values))};
 }
 
-// Before a chunk of keys: whether some element of K is not finite.
-static bool NAME(open_keys)(const NAME(block) * keys, int64_t first, int count,
-                            const NAME(backward_products) * products) {
+// Whether some element of a chunk of keys is not finite.
+static bool NAME(wild_keys)(const NAME(block) * keys, int64_t first, int count) {
   const sa_operand *k = &keys->p->k;
   const int width = (int)keys->p->width;
+  REAL room[SA_FUSED_WIDTH];
+  if (k->dtype == DTYPE) {
+    return NAME(has_nonfinite)(sa_at(k, keys->batch, keys->key_head, first, 0), k->stride[2], count, width);
+  }
   bool wild = false;
-  for (int r = 0; r < count && !wild; r += KEYS) {
-    int64_t stride;
-    const int some = count - r < KEYS ? count - r : KEYS;
-    const REAL *key = NAME(rows_of)(k, keys, first + r, some, width, false, products->key_rows, &stride);
-    wild = NAME(has_nonfinite)(key, stride, some, width);
+  for (int r = 0; r < count && !wild; r++) {
+    NAME(read_row)(sa_at(k, keys->batch, keys->key_head, first + r, 0), k->dtype, width, room);
+    wild = NAME(has_nonfinite)(room, 0, 1, width);
   }
   return wild;
 }
@@ -403,28 +410,34 @@ static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *s
   const int width = (int)block->p->value_width;
   int64_t stride;
   const REAL *value =
-      NAME(rows_of)(&block->p->v, block, stretch->first, stretch->count, width, false, products->value_rows, &stride);
+      NAME(rows_of)(&block->p->v, block, stretch->first, stretch->count, width, false, products->other_rows, &stride);
   NAME(product)
   (value, stride, 1, products->packed_dout, NAME(ROW), dweights, NAME(ROW), stretch->count, block->vectors * LANES,
    width, SA_FROM_ZERO, NULL, NULL, stretch->forecast);
 }
 
-// dV += P^T dO.
-static void NAME(add_dvalues)(const NAME(block) * block, const sa_stretch *stretch, const REAL *weights,
-                              const REAL *dout, int64_t stride, const NAME(backward_products) * products, REAL *to,
-                              int64_t to_row) {
+// dV += P^T dO, or dK += dS^T Q, from row `first` of the gradient on.
+static void NAME(add_to_keys)(const NAME(block) * block, const sa_stretch *stretch, const REAL *pairs, const REAL *rows,
+                              int64_t stride, const NAME(gradient) * to, int64_t first) {
   NAME(product)
-  (weights, NAME(ROW), 1, dout, stride, to, to_row, stretch->count, NAME(columns)(block->p->value_width), block->count,
+  (pairs, NAME(ROW), 1, rows, stride, to->rows + first * to->row, to->row, stretch->count, to->columns, block->count,
    SA_FROM_SELF, NULL, NULL, stretch->forecast);
+  if (!to->tail) return;
+  NAME(product)
+  (pairs, NAME(ROW), 1, rows + to->columns, stride, to->tail + first * LANES, LANES, stretch->count, LANES,
+   block->count, SA_FROM_SELF, NULL, NULL, NULL);
 }
 
-// dK += dS^T Q.
+static void NAME(add_dvalues)(const NAME(block) * block, const sa_stretch *stretch, const REAL *weights,
+                              const REAL *dout, int64_t stride, const NAME(backward_products) * products,
+                              const NAME(gradient) * to, int64_t first) {
+  NAME(add_to_keys)(block, stretch, weights, dout, stride, to, first);
+}
+
 static void NAME(add_dkeys)(const NAME(block) * block, const sa_stretch *stretch, const REAL *dscores,
-                            const REAL *query, int64_t stride, const NAME(backward_products) * products, REAL *to,
-                            int64_t to_row) {
-  NAME(product)
-  (dscores, NAME(ROW), 1, query, stride, to, to_row, stretch->count, NAME(columns)(block->p->width), block->count,
-   SA_FROM_SELF, NULL, NULL, stretch->forecast);
+                            const REAL *query, int64_t stride, const NAME(backward_products) * products,
+                            const NAME(gradient) * to, int64_t first) {
+  NAME(add_to_keys)(block, stretch, dscores, query, stride, to, first);
 }
 
 // dQ += dS K, or dS K alone when it is the `first`. What is not finite in K, when it is `wild`, reaches who sees it.
@@ -434,11 +447,15 @@ static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stre
   const int width = (int)block->p->width, keys = stretch->count;
   const int64_t padded = NAME(padded)(width);
   const bool apart = wild && visible && NAME(has_nonfinite)(key, stride, keys, width);
-  if (apart) NAME(finite_part)(key, stride, keys, width, products->finite_key);
+  REAL *finite = NAME(reads_in_place)(&block->p->k, width, true) ? products->other_rows : products->key_rows;
+  if (first && apart) memset(to, 0, sizeof *to * block->count * padded);
+  if (apart) {
+    NAME(add_nonfinite)(block, keys, visible, dscores, key, stride, width, padded, to);
+    NAME(finite_part)(key, stride, keys, width, finite);
+  }
   NAME(product)
-  (dscores, 1, NAME(ROW), apart ? products->finite_key : key, apart ? padded : stride, to, padded, block->count,
-   NAME(columns)(width), keys, first ? SA_FROM_ZERO : SA_FROM_SELF, NULL, NULL, stretch->forecast);
-  if (apart) NAME(add_nonfinite)(block, keys, visible, dscores, key, stride, width, padded, to);
+  (dscores, 1, NAME(ROW), apart ? finite : key, apart ? padded : stride, to, padded, block->count, NAME(columns)(width),
+   keys, first && !apart ? SA_FROM_ZERO : SA_FROM_SELF, NULL, NULL, stretch->forecast);
 }
 
 // After the last stretch of a block: dQ as rows of queries, likewise.

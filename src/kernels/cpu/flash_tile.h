@@ -220,6 +220,15 @@ static void NAME(call_bias)(const NAME(block) * block, const sa_stretch *stretch
   }
 }
 
+// Where the rows of a gradient of keys are gathered: all of their whole vectors, and, where rows that are wanted end
+// within a vector and are gathered in place, what is beyond the last whole one.
+typedef struct NAME(gradient) {
+  REAL *rows;
+  int64_t row;  // from one to the next
+  int columns;  // of `rows`
+  REAL *tail;   // [LANES] a row; may be NULL
+} NAME(gradient);
+
 #if defined(OWN_PRODUCTS)
 #include "kernels/cpu/amx_product.h"
 #else
@@ -244,11 +253,11 @@ static inline NAME(vector) NAME(tanh)(NAME(vector) x) {
 
 // Room for one stretch of keys against one block.
 typedef struct NAME(stretch_room) {
-  REAL *scores;       // [KEYS][ROW]: S^T, then P^T
-  REAL *bias;         // [KEYS][ROW]
-  REAL *capped;       // [KEYS][ROW]: tanh(s / softcap), when the backward wants it
-  uint64_t *visible;  // [KEYS]
-  uint64_t *kept;     // [KEYS]: what dropout keeps
+  REAL *scores;       // [keys][ROW]: S^T, then P^T
+  REAL *bias;         // [keys][ROW]
+  REAL *capped;       // [keys][ROW]: tanh(s / softcap), when the backward wants it
+  uint64_t *visible;  // [keys]
+  uint64_t *kept;     // [keys]: what dropout keeps
   sa_outline *outline;
 } NAME(stretch_room);
 
@@ -452,12 +461,12 @@ static void NAME(weigh)(const NAME(block) * block, int keys, const uint64_t *vis
   }
 }
 
-static NAME(stretch_room) NAME(take_stretch)(sa_room *room, const sa_problem *p, bool backward) {
-  NAME(stretch_room) stretch = {.scores = NAME(take)(room, KEYS * NAME(ROW))};
-  if (p->bias.data) stretch.bias = NAME(take)(room, KEYS * NAME(ROW));
-  if (backward && p->softcap > 0) stretch.capped = NAME(take)(room, KEYS * NAME(ROW));
-  stretch.visible = sa_room_take(room, KEYS * sizeof(uint64_t));
-  stretch.kept = sa_room_take(room, KEYS * sizeof(uint64_t));
+static NAME(stretch_room) NAME(take_stretch)(sa_room *room, const sa_problem *p, int keys, bool backward) {
+  NAME(stretch_room) stretch = {.scores = NAME(take)(room, keys * NAME(ROW))};
+  if (p->bias.data) stretch.bias = NAME(take)(room, keys * NAME(ROW));
+  if (backward && p->softcap > 0) stretch.capped = NAME(take)(room, keys * NAME(ROW));
+  stretch.visible = sa_room_take(room, keys * (int64_t)sizeof(uint64_t));
+  stretch.kept = sa_room_take(room, keys * (int64_t)sizeof(uint64_t));
   stretch.outline = sa_room_take(room, sizeof *stretch.outline);
   return stretch;
 }
