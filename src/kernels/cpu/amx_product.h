@@ -112,12 +112,13 @@ static inline __attribute__((always_inline)) void amx_square(int rows, int colum
 // c = a b, or c += a b, of so many tiles of c. An element's sum runs over the depth in rising order, and then again
 // with the lower halves of what is split, whichever square it is in.
 static __attribute__((noinline)) void amx_product(amx_operand a, int rows, amx_operand b, int columns, int steps,
-                                                  float *c, int64_t c_row, bool from_zero) {
+                                                  float *c, int64_t c_row, bool from_zero, sa_forecast *forecast) {
   const int halves = a.half || b.half ? 2 : 1;
   for (int i = 0; i < rows; i += 2) {
     amx_operand right = b;
     float *to = c + i * AMX_SIDE * c_row;
     for (int j = 0; j < columns; j += 2) {
+      if (forecast) sa_forecast_call(forecast);
       if (rows - i > 1 && columns - j > 1)
         amx_square(2, 2, &a, &right, steps, halves, to, c_row, from_zero);
       else if (rows - i > 1)
@@ -380,7 +381,7 @@ static void NAME(score_product)(const NAME(block) * block, const sa_stretch *str
   const bool calls = block->p->bias.data && block->p->bias.stride[3];
   for (int r = 0; r < keys; r += AMX_DEPTH) {
     amx_product(amx_rows(key + r * stride, stride), 2, amx_packed(packed_query), amx_query_tiles(block), steps,
-                scores + r * NAME(ROW), NAME(ROW), true);
+                scores + r * NAME(ROW), NAME(ROW), true, NULL);
     if (r) amx_scale(block, AMX_DEPTH, scores + (r - AMX_DEPTH) * NAME(ROW), peak);
     if (calls) NAME(call_bias)(block, stretch, r * QUERIES / keys, (r + AMX_DEPTH) * QUERIES / keys);
   }
@@ -438,7 +439,7 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
   }
   amx_split_keys(block, keys, weights, false, weights);
   amx_product(amx_turned(value, AMX_STEPS, stretch->first), tiles, amx_split_b(weights), amx_query_tiles(block),
-              amx_steps(keys), o, NAME(ROW), !factor);
+              amx_steps(keys), o, NAME(ROW), !factor, NULL);
 
   return true;
 }
@@ -516,29 +517,30 @@ static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *s
   const uint16_t *value =
       NAME(rows_of)(&block->p->v, block, stretch->first, keys, width, true, products->value_rows, &stride);
   amx_product(amx_rows(value, stride), 2 * amx_steps(keys), amx_packed(products->packed_dout), amx_query_tiles(block),
-              amx_steps(width), dweights, NAME(ROW), true);
+              amx_steps(width), dweights, NAME(ROW), true, stretch->forecast);
 }
 
 // dK or dV += dS^T or P^T by rows of queries.
-static void amx_add_to_keys(const NAME(block) * block, int keys, const REAL *split, const uint16_t *query_pairs,
-                            int width, const NAME(gradient) * to, int64_t first) {
-  amx_product(amx_split_a(split), amx_tiles(keys), amx_turned(query_pairs, AMX_QUERY_STEPS, 0), amx_tiles(width),
-              amx_steps(block->count), to->rows + first * to->row, to->row, false);
+static void amx_add_to_keys(const NAME(block) * block, const sa_stretch *stretch, const REAL *split,
+                            const uint16_t *query_pairs, int width, bool fresh, const NAME(gradient) * to,
+                            int64_t first) {
+  amx_product(amx_split_a(split), amx_tiles(stretch->count), amx_turned(query_pairs, AMX_QUERY_STEPS, 0),
+              amx_tiles(width), amx_steps(block->count), to->rows + first * to->row, to->row, fresh, stretch->forecast);
 }
 
 static void NAME(add_dvalues)(const NAME(block) * block, const sa_stretch *stretch, REAL *weights, const REAL *dout,
-                              int64_t stride, const NAME(backward_products) * products, const NAME(gradient) * to,
-                              int64_t first) {
+                              int64_t stride, bool fresh, const NAME(backward_products) * products,
+                              const NAME(gradient) * to, int64_t first) {
   amx_split_queries(block, stretch->count, weights, true, weights);
-  amx_add_to_keys(block, stretch->count, weights, products->dout_pairs, (int)block->p->value_width, to, first);
+  amx_add_to_keys(block, stretch, weights, products->dout_pairs, (int)block->p->value_width, fresh, to, first);
 }
 
 static void NAME(add_dkeys)(const NAME(block) * block, const sa_stretch *stretch, const REAL *dscores,
-                            const REAL *query, int64_t stride, const NAME(backward_products) * products,
+                            const REAL *query, int64_t stride, bool fresh, const NAME(backward_products) * products,
                             const NAME(gradient) * to, int64_t first) {
   amx_note(block, AMX_DSCORES, dscores, NAME(ROW), stretch->count, block->count);
   amx_split_queries(block, stretch->count, dscores, true, products->split);
-  amx_add_to_keys(block, stretch->count, products->split, products->query_pairs, (int)block->p->width, to, first);
+  amx_add_to_keys(block, stretch, products->split, products->query_pairs, (int)block->p->width, fresh, to, first);
 }
 
 // `to` gathers what is not finite, until the block is closed.
@@ -555,7 +557,7 @@ static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stre
   amx_note(block, AMX_DSCORES, dscores, NAME(ROW), keys, block->count);
   amx_split_keys(block, keys, dscores, true, dscores);
   amx_product(amx_turned(amx_turned_at(block, stretch->first), AMX_STEPS, stretch->first), tiles, amx_split_b(dscores),
-              amx_query_tiles(block), amx_steps(keys), products->turned, NAME(ROW), first);
+              amx_query_tiles(block), amx_steps(keys), products->turned, NAME(ROW), first, stretch->forecast);
 }
 
 static void NAME(close_queries)(const NAME(block) * block, const NAME(backward_products) * products, REAL *dquery) {

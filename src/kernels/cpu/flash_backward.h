@@ -1,16 +1,18 @@
 // the backward pass, for one REAL; part of flash.h
 //
-// Reaches 83 to 89 % of the fused multiply-add peak in f32 and 76 to 81 % in f64 (D64 and D128, one core, AVX-512 and
-// AVX2; bench/attention.lua bars): five products to one pass of exponentials. Short sequences pay for packing and for
-// the rows' constants.
+// Reaches 84 to 88 % of the fused multiply-add peak in f32 and 76 to 81 % in f64 (D64 and D128, one core, AVX-512 and
+// AVX2; bench/attention.lua bars): five products to one pass of exponentials, which takes 4 %. Heads of 128 tokens come
+// to 71 %: packing, the rows' constants and memory that is touched for the first time are an eighth of them.
 //
-// Work is shared out by chunks of keys: an item owns dK and dV of its chunk and walks the blocks of queries past it,
-// with a block's dQ at rest in the first cache. Blocks of dQ that several chunks add to are added to in the order of
-// the chunks, each waiting for its turn, so that the bits depend on the shape alone and no second copy of dQ is needed.
+// Work is shared out by chunks of keys: an item owns dK and dV of its chunk, which are gathered where they are wanted,
+// and walks the blocks of queries past it, with a block's dQ at rest in the first cache. Blocks of dQ that several
+// chunks add to are added to in the order of the chunks, each waiting for its turn, so that the bits depend on the
+// shape alone and no second copy of dQ is needed.
 //
 // 0 * NaN could leak through the products that sum over pairs: dS K into dQ, P^T dO into dV, dS^T Q into dK. What is
-// not finite in K, Q or dO is known before (a look at every row, once a chunk or once a block); tiles that it touches
-// use copies with 0 in its place and then give it to the pairs that see it. Rows without a key are packed as zeros.
+// not finite in K, Q or dO is known before (a look at a row of K when the chunk first meets it, at others once a
+// block); tiles that it touches use copies with 0 in its place and then give it to the pairs that see it. Rows without
+// a key are packed as zeros.
 
 typedef struct NAME(backward_job) {
   const sa_problem *p;
@@ -46,11 +48,13 @@ typedef struct NAME(backward_room) {
   NAME(stretch_room) stretch;
 } NAME(backward_room);
 
-// A chunk of the keys of one head, and where its gradients are gathered.
+// A chunk of the keys of one head, and where its gradients are gathered. Whoever comes first to some keys looks at them
+// and writes their gradients instead of adding: to do so before for all of them would be to wait for memory.
 typedef struct NAME(chunk) {
   int64_t index, first;
   int count;
-  bool wild;  // something in K is not finite
+  uint64_t met;  // bits of the segments that some block has looked at
+  bool wild;     // something in K is not finite there
   NAME(gradient) dkey, dvalue;
 } NAME(chunk);
 
@@ -383,16 +387,42 @@ static double NAME(slope_gradient)(const NAME(block) * block, const sa_stretch *
   return sum;
 }
 
+static void NAME(clear_gradients)(const NAME(chunk) * chunk, int64_t first, int count) {
+  for (int i = 0; i < 2; i++) {
+    const NAME(gradient) *gradient = i ? &chunk->dvalue : &chunk->dkey;
+    for (int64_t r = first; gradient->rows && r < first + count; r++) {
+      memset(gradient->rows + r * gradient->row, 0, sizeof(REAL) * gradient->columns);
+      if (gradient->tail) memset(gradient->tail + r * LANES, 0, sizeof(REAL) * LANES);
+    }
+  }
+}
+
+// Looks at the keys of a stretch when nobody has before. Returns whether all of them are new, so that their gradients
+// are still to be written; those of a half that is new are cleared.
+static bool NAME(meet_keys)(const NAME(block) * block, const sa_stretch *stretch, NAME(chunk) * chunk) {
+  const int64_t offset = stretch->first - chunk->first;
+  const uint64_t all = (stretch->count > SEGMENT ? 3 : 1) << (offset / SEGMENT), fresh = all & ~chunk->met;
+  if (!fresh) return false;
+  chunk->met |= all;
+  chunk->wild |= NAME(wild_keys)(block, stretch->first, stretch->count);
+  if (fresh == all) return true;
+  const bool second = fresh >> (offset / SEGMENT) == 2;
+  const int half = second ? stretch->count - SEGMENT : SEGMENT;
+  NAME(clear_gradients)(chunk, offset + (second ? SEGMENT : 0), half);
+  return false;
+}
+
 // One block of queries against one stretch of a chunk's keys.
-static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(block) * block, const sa_stretch *stretch,
-                                   const NAME(chunk) * chunk, uint64_t dead, bool factor,
-                                   const NAME(query_rows) * query, const NAME(query_rows) * dout, bool first,
-                                   const NAME(backward_room) * room, double *dslope) {
+static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(block) * block, sa_stretch *stretch,
+                                   NAME(chunk) * chunk, uint64_t dead, bool factor, const NAME(query_rows) * query,
+                                   const NAME(query_rows) * dout, bool first, const NAME(backward_room) * room,
+                                   double *dslope) {
   const sa_problem *p = job->p;
   const int width = (int)p->width, keys = stretch->count;
   int64_t key_stride;
   const NAME(element) *key =
       NAME(rows_of)(&p->k, block, stretch->first, keys, width, true, room->products.key_rows, &key_stride);
+  stretch->outline = NAME(outline)(block, stretch, &room->stretch);
   sa_stretch scored = *stretch;
   sa_forecast forecast;
   if (p->dbias.data && stretch->forecast) {
@@ -401,16 +431,21 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   }
   const uint64_t *visible = NAME(score)(block, &scored, key, key_stride, room->packed_query, &room->stretch, NULL);
   REAL *weights = room->stretch.scores, *dscores = room->dscores;
+  const int64_t offset = stretch->first - chunk->first;
+  bool fresh = NAME(meet_keys)(block, stretch, chunk);
+  // What is not finite is given before a product, which may take the pairs apart (amx_product.h), adds to it.
+  if (fresh && (query->wild || dout->wild)) {
+    NAME(clear_gradients)(chunk, offset, keys);
+    fresh = false;
+  }
   NAME(dweight_product)(block, stretch, &room->products, dscores);
   const uint64_t *kept = NAME(keep)(block, stretch, &room->stretch);
   const NAME(pairing) by = {visible, kept, room->base, factor ? room->factor : NULL, room->delta};
   NAME(differentiate)(block, keys, &by, weights, dscores);
-
-  const int64_t offset = stretch->first - chunk->first;
   if (p->dv.data) {
     if (dout->wild) NAME(give_to_keys)(block, keys, visible, dead, weights, dout, &chunk->dvalue, offset);
     NAME(add_dvalues)
-    (block, stretch, weights, dout->rows, dout->stride, &room->products, &chunk->dvalue, offset);
+    (block, stretch, weights, dout->rows, dout->stride, fresh, &room->products, &chunk->dvalue, offset);
   }
   if (p->dbias.data) NAME(add_dbias)(job, block, stretch, chunk->index, dscores);
   if (job->dalibi) *dslope += NAME(slope_gradient)(block, stretch, dscores);
@@ -426,8 +461,9 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
     }
   }
   if (p->dk.data) {
-    NAME(add_dkeys)(block, stretch, dscores, query->rows, query->stride, &room->products, &chunk->dkey, offset);
     if (query->wild) NAME(give_to_keys)(block, keys, visible, dead, dscores, query, &chunk->dkey, offset);
+    NAME(add_dkeys)
+    (block, stretch, dscores, query->rows, query->stride, fresh, &room->products, &chunk->dkey, offset);
   }
   if (p->dq.data) {
     NAME(add_dqueries)
@@ -480,7 +516,12 @@ static sa_forecast NAME(foresee_block)(const NAME(backward_job) * job, const NAM
     if (dout->data) NAME(foresee)(&forecast, dout, NAME(row_at)(dout, after, 0), p->value_width, after->count);
     if (job->chunks == 1) NAME(foresee)(&forecast, out, NAME(row_at)(out, after, 0), p->value_width, after->count);
   }
-  if (p->dq.data) NAME(foresee)(&forecast, &p->dq, NAME(row_at)(&p->dq, block, 0), p->width, block->count);
+  if (job->dq) {
+    const int64_t row = p->width * (int64_t)sizeof(REAL), head = block->batch * p->heads + block->head;
+    sa_forecast_add(&forecast, job->dq + (head * p->queries + block->query) * p->width, row, row, block->count);
+  } else if (p->dq.data) {
+    NAME(foresee)(&forecast, &p->dq, NAME(row_at)(&p->dq, block, 0), p->width, block->count);
+  }
   return forecast;
 }
 
@@ -505,7 +546,7 @@ static sa_forecast NAME(foresee_chunk)(const NAME(backward_job) * job, const NAM
 }
 
 // One block of queries of one head against a whole chunk.
-static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(block) * block, const NAME(chunk) * chunk,
+static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(block) * block, NAME(chunk) * chunk,
                                  sa_forecast *forecast, const NAME(backward_room) * room, double *dslope) {
   const sa_problem *p = job->p;
   const int64_t tiles = job->chunk / SA_TILE;
@@ -546,23 +587,18 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   }
 }
 
-// Where a gradient of the keys is gathered: zeros.
-static NAME(gradient) NAME(open_gradient)(const sa_operand *x, const NAME(block) * keys, const NAME(chunk) * chunk,
-                                          int width, REAL *room) {
-  const bool in_place = x->dtype == DTYPE;
-  NAME(gradient)
-  gradient = {.rows = room, .row = NAME(padded)(width), .columns = NAME(columns)(width)};
-  if (in_place) {
-    gradient.rows = sa_at(x, keys->batch, keys->key_head, chunk->first, 0);
-    gradient.row = x->stride[2];
-    gradient.columns = width / LANES * LANES;
-    if (gradient.columns < width) gradient.tail = room;
+// Where a gradient of the keys is gathered.
+static NAME(gradient)
+    NAME(open_gradient)(const sa_operand *x, const NAME(block) * keys, int64_t first, int width, REAL *room) {
+  if (!x->data) return (NAME(gradient)){0};
+  if (x->dtype != DTYPE) {
+    return (NAME(gradient)){.rows = room, .row = NAME(padded)(width), .columns = NAME(columns)(width)};
   }
-  for (int r = 0; r < chunk->count; r++) {
-    memset(gradient.rows + r * gradient.row, 0, sizeof *room * gradient.columns);
-    if (gradient.tail) memset(gradient.tail + r * LANES, 0, sizeof *room * LANES);
-  }
-  return gradient;
+  const int columns = width / LANES * LANES;
+  return (NAME(gradient)){.rows = sa_at(x, keys->batch, keys->key_head, first, 0),
+                          .row = x->stride[2],
+                          .columns = columns,
+                          .tail = columns < width ? room : NULL};
 }
 
 static void NAME(close_gradient)(const sa_operand *x, const NAME(block) * keys, const NAME(chunk) * chunk, int width,
@@ -586,11 +622,12 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
   const int64_t group = p->heads / p->key_heads, first = index * job->chunk;
   const int count = (int)(p->keys - first < job->chunk ? p->keys - first : job->chunk);
   const NAME(block) keys = {.p = p, .batch = batch, .key_head = key_head};
-  NAME(chunk) chunk = {.index = index, .first = first, .count = count};
-  chunk.wild = NAME(wild_keys)(&keys, first, count);
-  // With no query heads at all, the gradients of the keys are still written: zeros.
-  if (p->dk.data) chunk.dkey = NAME(open_gradient)(&p->dk, &keys, &chunk, width, room->dkey);
-  if (p->dv.data) chunk.dvalue = NAME(open_gradient)(&p->dv, &keys, &chunk, value_width, room->dvalue);
+  NAME(chunk)
+  chunk = {.index = index,
+           .first = first,
+           .count = count,
+           .dkey = NAME(open_gradient)(&p->dk, &keys, first, width, room->dkey),
+           .dvalue = NAME(open_gradient)(&p->dv, &keys, first, value_width, room->dvalue)};
   sa_forecast far = NAME(foresee_chunk)(job, &keys, index, next, next_chunk);
   for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
     double dslope = 0;
@@ -607,6 +644,11 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
       sa_forecast_append(&far, &forecast, near);
     }
     if (job->dalibi) job->dalibi[(head * p->batch + batch) * job->chunks + index] = dslope;
+  }
+  // Keys that nobody sees, though there may be no query heads at all, have gradients of zeros.
+  for (int at = 0; at < count; at += SEGMENT) {
+    const int left = count - at < SEGMENT ? count - at : SEGMENT;
+    if (!(chunk.met >> (at / SEGMENT) & 1)) NAME(clear_gradients)(&chunk, at, left);
   }
   if (p->dk.data) NAME(close_gradient)(&p->dk, &keys, &chunk, width, (REAL)p->scale, &chunk.dkey);
   if (p->dv.data) NAME(close_gradient)(&p->dv, &keys, &chunk, value_width, 1, &chunk.dvalue);

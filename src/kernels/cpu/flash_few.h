@@ -76,7 +76,6 @@ static inline __attribute__((always_inline)) void NAME(store_lanes)(NAME(vector)
 static inline __attribute__((always_inline)) void NAME(dots_of)(int dtype, const NAME(raw_rows) * key, int keys,
                                                                 const REAL *query, int64_t query_stride, int queries,
                                                                 int columns, REAL *to, const NAME(raw_rows) * next) {
-  const NAME(order) low = {SA_LOW}, high = {SA_HIGH};
   const int halves = dtype == SA_BF16 ? 2 : 1;
   for (int first = 0; first < keys; first += NAME(DOT_KEYS)) {
     const char *row[NAME(DOT_KEYS)], *call[NAME(DOT_KEYS)];
@@ -109,17 +108,11 @@ static inline __attribute__((always_inline)) void NAME(dots_of)(int dtype, const
           }
         }
       } while (d < columns);
-#pragma GCC unroll 4
-      for (int n = LANES / 2; n > 0; n /= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < n; i++) {
-          sum[i] = __builtin_shuffle(sum[i], sum[i + n], low) + __builtin_shuffle(sum[i], sum[i + n], high);
-        }
-      }
+      const NAME(vector) sums = NAME(sums_of)(sum);
 #pragma GCC unroll 4
       for (int r = 0; r < NAME(DOT_KEYS); r++) {
         if (first + r == keys) break;
-        NAME(store_lanes)(sum[0], r * NAME(DOT_QUERIES), q == 0, to + (first + r) * NAME(ROW) + q);
+        NAME(store_lanes)(sums, r * NAME(DOT_QUERIES), q == 0, to + (first + r) * NAME(ROW) + q);
       }
     }
   }

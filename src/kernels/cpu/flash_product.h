@@ -15,8 +15,9 @@ typedef enum sa_product_start { SA_FROM_ZERO, SA_FROM_SELF, SA_FROM_SCALED } sa_
 // A strip of register tiles, one below the other: each is c[rows][vectors * LANES] = start + a b, where a's element
 // (i, k) is a[i * a_stride + k], or a[i + k * a_stride] when a is `turned`. Every accumulator is one chain of fused
 // multiply-adds over k in rising order, so an element's bits do not depend on the tile that computed it: backward gets
-// the very scores of the forward. `peak` (may be NULL) is raised to the largest of each column on the way out, while
-// the sums are still in registers.
+// the very scores of the forward. The chain begins at 0 and meets what c holds on the way out: waiting for that first
+// took 4 % of the backward, since multiply-adds in waiting leave the processor no room to look ahead. `peak` (may be
+// NULL) is raised to the largest of each column on the way out, while the sums are still in registers.
 static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int rows, int vectors, int tiles,
                                                               const REAL *restrict a, int64_t a_stride,
                                                               const REAL *restrict b, int64_t b_row, REAL *restrict c,
@@ -30,8 +31,6 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; j++) {
         sum[i][j] = NAME(set)(0);
-        if (start != SA_FROM_ZERO) sum[i][j] = NAME(load)(c + i * c_row + j * LANES);
-        if (turned && start == SA_FROM_SCALED) sum[i][j] = sum[i][j] * NAME(set)(factor[i]);
       }
     }
     const REAL *left = a, *right = b;
@@ -56,7 +55,14 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++) {
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; j++) NAME(store)(c + i * c_row + j * LANES, sum[i][j]);
+      for (int j = 0; j < vectors; j++) {
+        REAL *at = c + i * c_row + j * LANES;
+        if (turned && start == SA_FROM_SCALED)
+          sum[i][j] = NAME(fma)(NAME(load)(at), NAME(set)(factor[i]), sum[i][j]);
+        else if (start != SA_FROM_ZERO)
+          sum[i][j] = NAME(load)(at) + sum[i][j];
+        NAME(store)(at, sum[i][j]);
+      }
     }
     if (!turned && peak) {
 #pragma GCC unroll 4
@@ -381,7 +387,7 @@ static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const
                                    .other_rows = NAME(take)(room, keys * (finite > values ? finite : values))};
 }
 
-// Whether some element of a chunk of keys is not finite.
+// Whether some element of so many keys is not finite.
 static bool NAME(wild_keys)(const NAME(block) * keys, int64_t first, int count) {
   const sa_operand *k = &keys->p->k;
   const int width = (int)keys->p->width;
@@ -411,33 +417,45 @@ static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *s
   int64_t stride;
   const REAL *value =
       NAME(rows_of)(&block->p->v, block, stretch->first, stretch->count, width, false, products->other_rows, &stride);
-  NAME(product)
-  (value, stride, 1, products->packed_dout, NAME(ROW), dweights, NAME(ROW), stretch->count, block->vectors * LANES,
-   width, SA_FROM_ZERO, NULL, NULL, stretch->forecast);
+  const int columns = block->vectors * LANES;
+  if (stretch->outline) NAME(product_within)
+  (stretch->outline->queries, false, value, stride, 1, products->packed_dout, NAME(ROW), dweights, NAME(ROW),
+   stretch->count, columns, width, SA_FROM_ZERO, NULL, stretch->forecast);
+  else NAME(product)(value, stride, 1, products->packed_dout, NAME(ROW), dweights, NAME(ROW), stretch->count, columns,
+                     width, SA_FROM_ZERO, NULL, NULL, stretch->forecast);
 }
 
-// dV += P^T dO, or dK += dS^T Q, from row `first` of the gradient on.
+// What a stretch adds to `columns` of a gradient of its keys.
+static void NAME(add_columns)(const NAME(block) * block, const sa_stretch *stretch, const REAL *pairs, const REAL *rows,
+                              int64_t stride, bool fresh, REAL *to, int64_t to_row, int columns) {
+  const sa_product_start start = fresh ? SA_FROM_ZERO : SA_FROM_SELF;
+  if (stretch->outline) NAME(product_within)
+  (stretch->outline->queries, true, pairs, NAME(ROW), 1, rows, stride, to, to_row, stretch->count, columns,
+   block->count, start, NULL, stretch->forecast);
+  else NAME(product)(pairs, NAME(ROW), 1, rows, stride, to, to_row, stretch->count, columns, block->count, start, NULL,
+                     NULL, stretch->forecast);
+}
+
+// dV += P^T dO, or dK += dS^T Q, from row `first` of the gradient on; or without what was there, when it is `fresh`.
 static void NAME(add_to_keys)(const NAME(block) * block, const sa_stretch *stretch, const REAL *pairs, const REAL *rows,
-                              int64_t stride, const NAME(gradient) * to, int64_t first) {
-  NAME(product)
-  (pairs, NAME(ROW), 1, rows, stride, to->rows + first * to->row, to->row, stretch->count, to->columns, block->count,
-   SA_FROM_SELF, NULL, NULL, stretch->forecast);
+                              int64_t stride, bool fresh, const NAME(gradient) * to, int64_t first) {
+  NAME(add_columns)
+  (block, stretch, pairs, rows, stride, fresh, to->rows + first * to->row, to->row, to->columns);
   if (!to->tail) return;
-  NAME(product)
-  (pairs, NAME(ROW), 1, rows + to->columns, stride, to->tail + first * LANES, LANES, stretch->count, LANES,
-   block->count, SA_FROM_SELF, NULL, NULL, NULL);
+  NAME(add_columns)
+  (block, stretch, pairs, rows + to->columns, stride, fresh, to->tail + first * LANES, LANES, LANES);
 }
 
 static void NAME(add_dvalues)(const NAME(block) * block, const sa_stretch *stretch, const REAL *weights,
-                              const REAL *dout, int64_t stride, const NAME(backward_products) * products,
+                              const REAL *dout, int64_t stride, bool fresh, const NAME(backward_products) * products,
                               const NAME(gradient) * to, int64_t first) {
-  NAME(add_to_keys)(block, stretch, weights, dout, stride, to, first);
+  NAME(add_to_keys)(block, stretch, weights, dout, stride, fresh, to, first);
 }
 
 static void NAME(add_dkeys)(const NAME(block) * block, const sa_stretch *stretch, const REAL *dscores,
-                            const REAL *query, int64_t stride, const NAME(backward_products) * products,
+                            const REAL *query, int64_t stride, bool fresh, const NAME(backward_products) * products,
                             const NAME(gradient) * to, int64_t first) {
-  NAME(add_to_keys)(block, stretch, dscores, query, stride, to, first);
+  NAME(add_to_keys)(block, stretch, dscores, query, stride, fresh, to, first);
 }
 
 // dQ += dS K, or dS K alone when it is the `first`. What is not finite in K, when it is `wild`, reaches who sees it.
@@ -453,9 +471,16 @@ static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stre
     NAME(add_nonfinite)(block, keys, visible, dscores, key, stride, width, padded, to);
     NAME(finite_part)(key, stride, keys, width, finite);
   }
-  NAME(product)
-  (dscores, 1, NAME(ROW), apart ? finite : key, apart ? padded : stride, to, padded, block->count, NAME(columns)(width),
-   keys, first && !apart ? SA_FROM_ZERO : SA_FROM_SELF, NULL, NULL, stretch->forecast);
+  const sa_product_start start = first && !apart ? SA_FROM_ZERO : SA_FROM_SELF;
+  if (apart) {
+    key = finite;
+    stride = padded;
+  }
+  if (stretch->outline) NAME(product_within)
+  (stretch->outline->keys, true, dscores, 1, NAME(ROW), key, stride, to, padded, block->count, NAME(columns)(width),
+   keys, start, NULL, stretch->forecast);
+  else NAME(product)(dscores, 1, NAME(ROW), key, stride, to, padded, block->count, NAME(columns)(width), keys, start,
+                     NULL, NULL, stretch->forecast);
 }
 
 // After the last stretch of a block: dQ as rows of queries, likewise.
