@@ -13,6 +13,7 @@
 #pragma weak sa_cuda_reference_backward
 #pragma weak sa_cuda_portable_forward
 #pragma weak sa_cuda_portable_backward
+#pragma weak sa_cuda_portable_backward_small
 #pragma weak sa_cuda_hopper_forward_covers
 #pragma weak sa_cuda_hopper_backward_covers
 #pragma weak sa_cuda_hopper_forward
@@ -29,7 +30,9 @@ static bool hopper_allowed(int device) {
 static bool hopper_forward(const sa_problem *p) {
   return sa_cuda_hopper_forward && hopper_allowed(p->device) && sa_cuda_hopper_forward_covers(p);
 }
+// A small problem's launches take the host longer than the device takes for its products.
 static bool hopper_backward(const sa_problem *p) {
+  if (sa_cuda_portable_backward_small && sa_cuda_portable_backward_small(p)) return false;
   return sa_cuda_hopper_backward && hopper_allowed(p->device) && sa_cuda_hopper_backward_covers(p);
 }
 

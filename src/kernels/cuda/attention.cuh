@@ -10,6 +10,7 @@ int sa_cuda_reference_backward(const sa_problem *p);
 // mma.sync, for sm_80 and newer: every dtype and option, widths of q and v up to 256.
 int sa_cuda_portable_forward(const sa_problem *p);
 int sa_cuda_portable_backward(const sa_problem *p);
+bool sa_cuda_portable_backward_small(const sa_problem *p);  // whether it is one launch
 
 // TMA and wgmma, for sm_90a: what `covers` says, the fastest there.
 bool sa_cuda_hopper_forward_covers(const sa_problem *p);

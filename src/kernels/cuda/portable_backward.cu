@@ -1,65 +1,13 @@
 // the backward pass on mma.sync: what is known per query, the sums of the extras, and the choice of kernels
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/portable_backward.cuh"
+#include "kernels/cuda/portable_backward_rows.cuh"
 
-// An LSE beyond this has an error of 6e-5 in f32, which the weights would inherit (and one of -3e38, the bias's doing,
-// has no digit for the number of keys).
-static const double coarse_lse = 1024;
-
-// Sums over the lanes of a warp, in one order for all.
-template <class Real>
-static __device__ __forceinline__ Real over_warp(Real x) {
-  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
-  return x;
-}
-
-// A block has BACKWARD_BLOCK queries of a head, a warp one at a time.
 template <class Element, class Real>
 static __global__ void __launch_bounds__(256)
     prepare_rows(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
                  const __grid_constant__ backward_rows<Real> rows) {
-  const int lane = threadIdx.x & 31;
-  const int64_t blocks = rows.padded / BACKWARD_BLOCK, plane = blockIdx.x / blocks, batch = plane / p.heads,
-                head = plane % p.heads, first = blockIdx.x % blocks * BACKWARD_BLOCK;
-  const uint64_t *dead_bits = plan.dead_rows + sa_device_plane(plan, batch, head) * ((p.queries + 63) / 64);
-  const double natural = plain_scores(p) ? 1.4426950408889634 : 1;
-  const double sink = p.sinks.data ? (double)(Real)read_operand(p.sinks, head * p.sinks.stride[1]) : -INFINITY;
-  bool coarse = false;
-  for (int64_t query = first + threadIdx.x / 32; query < first + BACKWARD_BLOCK; query += blockDim.x / 32) {
-    const int64_t at = plane * rows.padded + query;
-    Real base = INFINITY, delta = 0, share = 0;
-    if (query < p.queries) {
-      const bool dead = p.bias.data ? ((const bool *)p.dead.data)[row_offset(p.dead, batch, head, query)]
-                                    : dead_bits[query / 64] >> (query % 64) & 1;
-      const double dlse = p.dlse.data ? read_operand(p.dlse, row_offset(p.dlse, batch, head, query)) : 0;
-      if (!dead) {
-        const double lse = read_operand(p.lse, row_offset(p.lse, batch, head, query));
-        // A row with scores that overflow is no dead row: it is NaN.
-        base = lse - lse == 0 ? (Real)(lse * natural) : (Real)NAN;
-        coarse |= fabs(lse) > coarse_lse && lse - lse == 0;
-        if (p.dout.data) {
-          const Element *out = (const Element *)p.out.data + row_offset(p.out, batch, head, query),
-                        *dout = (const Element *)p.dout.data + row_offset(p.dout, batch, head, query);
-          for (int64_t d = lane; d < p.value_width; d += 32) delta += real_of(out[d]) * real_of(dout[d]);
-          delta = over_warp(delta);
-        }
-        delta = (Real)(delta - dlse);
-        // The sink's weight times what it costs.
-        if (sink != -INFINITY) share = (Real)(-delta * exp(sink - lse));
-      } else if (sink != -INFINITY) {
-        // A row that sees only its sink gives it all its weight; the dO there meets o = 0, which no sink moves.
-        share = (Real)dlse;
-      }
-    }
-    if (lane) continue;
-    rows.base[at] = base;
-    rows.factor[at] = 1;
-    rows.delta[at] = delta;
-    if (rows.sink_share) rows.sink_share[at] = share;
-    if (rows.slope_share) rows.slope_share[at] = 0;
-  }
-  const int any = __syncthreads_or(coarse);
-  if (threadIdx.x == 0) rows.coarse[blockIdx.x] = any;
+  prepare_block<Element, Real, 32>(p, plan, rows, false, blockIdx.x);
 }
 
 // A gradient of shape [H]: the shares of all queries, summed in order.
@@ -71,7 +19,7 @@ static __global__ void __launch_bounds__(256)
   double sum = 0;
   for (int64_t k = threadIdx.x; k < p.batch * p.queries; k += 256)
     sum += shares[(k / p.queries * p.heads + head) * padded + k % p.queries];
-  sum = over_warp(sum);
+  sum = over_lanes<32>(sum);
   __shared__ double warps[8];
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
   __syncthreads();
@@ -181,6 +129,8 @@ int sa_cuda_portable_backward(const sa_problem *p) {
   job.aligned.k = rows_aligned(p->k, bytes);
   job.aligned.v = rows_aligned(p->v, bytes);
   job.aligned.dout = rows_aligned(p->dout, bytes);
+  job.aligned.out = rows_aligned(p->out, bytes);
+  if (sa_cuda_portable_backward_small(p)) return sa_cuda_backward_small(job);
   switch (p->dtype) {
     case SA_BF16:
       return run_backward<__nv_bfloat16, float>(job, of_bf16);

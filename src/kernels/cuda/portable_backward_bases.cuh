@@ -3,20 +3,20 @@
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_BASES_CUH
 #include "kernels/cuda/portable_backward_queries.cuh"
 
-// Bases of blocks in which some LSE is too coarse: peaks and sums of their rows, as the forward found them.
+// Bases of block `index` of queries, if some LSE there is too coarse: peaks and sums of its rows, as the forward found
+// them.
 template <class P, int ROW, int WARPS, int STEP>
-static __global__ void __launch_bounds__(32 * WARPS)
-    backward_bases(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
-                   const __grid_constant__ backward_rows<typename P::real> rows,
-                   const __grid_constant__ backward_aligned aligned) {
+static __device__ __forceinline__ void make_bases(const sa_problem &p, const sa_device_plan &plan,
+                                                  const backward_rows<typename P::real> &rows,
+                                                  const backward_aligned &aligned, int64_t index) {
   typedef typename P::real Real;
   typedef typename P::element Element;
   constexpr int THREADS = 32 * WARPS, OWN = 16 * WARPS, BLOCKS = STEP / 8, EACH = sizeof(Element);
   char *const shared = dynamic_shared<char>();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, g = lane >> 2, t = lane & 3;
-  const int64_t blocks = (int64_t)plan.row_tiles * (SA_TILE / OWN), head = blockIdx.x / blocks;
+  const int64_t blocks = (int64_t)plan.row_tiles * (SA_TILE / OWN), head = index / blocks;
   query_block<WARPS> block;
-  block.find(plan, head / p.heads, head % p.heads, blockIdx.x % blocks);
+  block.find(plan, head / p.heads, head % p.heads, index % blocks);
   if (block.first >= p.queries || !rows.coarse[(head * rows.padded + block.first) / BACKWARD_BLOCK]) return;
   const int64_t key_head = block.head / (p.heads / p.key_heads), query = block.first + warp * 16 + g;
   char *const queries = shared, *const keys = shared + OWN * ROW;
@@ -94,6 +94,14 @@ static __global__ void __launch_bounds__(32 * WARPS)
     rows.factor[at] = (Real)(1 / total);
     if (rows.sink_share) rows.sink_share[at] = sink == -INFINITY ? 0 : (Real)(own / total * -rows.delta[at]);
   }
+}
+
+template <class P, int ROW, int WARPS, int STEP>
+static __global__ void __launch_bounds__(32 * WARPS)
+    backward_bases(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
+                   const __grid_constant__ backward_rows<typename P::real> rows,
+                   const __grid_constant__ backward_aligned aligned) {
+  make_bases<P, ROW, WARPS, STEP>(p, plan, rows, aligned, blockIdx.x);
 }
 
 #endif

@@ -28,12 +28,11 @@ typedef struct key_step {
   int pattern, offset;
 } key_step;
 
-// dK and dV of 16 WARPS keys of a key head, SLICE columns of it; from STEP queries at a time.
+// dK and dV of block `index`: 16 WARPS keys of a key head, SLICE columns of it; from STEP queries at a time.
 template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
-static __global__ void __launch_bounds__(32 * WARPS)
-    backward_keys(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
-                  const __grid_constant__ backward_rows<typename P::real> rows,
-                  const __grid_constant__ backward_aligned aligned) {
+static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, const sa_device_plan &plan,
+                                                          const backward_rows<typename P::real> &rows,
+                                                          const backward_aligned &aligned, int64_t index) {
   typedef typename P::real Real;
   typedef typename P::element Element;
   typedef key_room<P, ROW, WARPS, STEP, STAGES> room;
@@ -43,11 +42,12 @@ static __global__ void __launch_bounds__(32 * WARPS)
   const int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, g = lane >> 2, t = lane & 3;
 
   const int64_t parts = SA_TILE / OWN, blocks = plan.col_tiles * parts;
-  const int column = (int)(blockIdx.x % SLICES) * SLICE;
-  const int64_t item = blockIdx.x / SLICES, place = item % blocks, batch = item / blocks / p.key_heads,
+  const int column = (int)(index % SLICES) * SLICE;
+  const int64_t item = index / SLICES, place = item % blocks, batch = item / blocks / p.key_heads,
                 key_head = item / blocks % p.key_heads, group = p.heads / p.key_heads;
   int64_t col_tile = place / parts;
-  if (group) col_tile = plan.col_order[sa_device_plane(plan, batch, key_head * group) * plan.col_tiles + col_tile];
+  if (group && plan.col_tiles > 1)
+    col_tile = plan.col_order[sa_device_plane(plan, batch, key_head * group) * plan.col_tiles + col_tile];
   const int64_t first_key = col_tile * SA_TILE + place % parts * OWN;
   if (first_key >= p.keys) return;
 
@@ -217,6 +217,14 @@ static __global__ void __launch_bounds__(32 * WARPS)
   const int64_t row = first_key + warp * 16;
   if (p.dk.data) write_rows<Element>(p.dk, batch, key_head, row, p.keys, p.width, column, (Real)p.scale, dk);
   if (p.dv.data) write_rows<Element>(p.dv, batch, key_head, row, p.keys, p.value_width, column, (Real)1, dv);
+}
+
+template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
+static __global__ void __launch_bounds__(32 * WARPS)
+    backward_keys(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
+                  const __grid_constant__ backward_rows<typename P::real> rows,
+                  const __grid_constant__ backward_aligned aligned) {
+  make_key_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL>(p, plan, rows, aligned, blockIdx.x);
 }
 
 #endif

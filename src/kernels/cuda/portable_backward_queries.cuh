@@ -30,7 +30,7 @@ struct query_block {
     plan = &p;
     batch = b;
     head = h;
-    row_tile = p.row_order[sa_device_plane(p, b, h) * p.row_tiles + place / PARTS];
+    row_tile = p.row_tiles > 1 ? p.row_order[sa_device_plane(p, b, h) * p.row_tiles + place / PARTS] : 0;
     first = row_tile * SA_TILE + place % PARTS * (16 * WARPS);
   }
 
@@ -119,12 +119,12 @@ static __device__ __forceinline__ void differentiate_step(const sa_problem &p, c
   differentiate_weights<GENERAL>(s, ds, visible, full, kept, more, [&](int, int i) { return rows.delta[i / 2]; });
 }
 
-// dQ of 16 WARPS queries of a head, SLICE columns of it, and their shares of dAlibi; from STEP keys at a time.
+// dQ of block `index`: 16 WARPS queries of a head, SLICE columns of it, and their shares of dAlibi; from STEP keys at a
+// time.
 template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
-static __global__ void __launch_bounds__(32 * WARPS)
-    backward_queries(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
-                     const __grid_constant__ backward_rows<typename P::real> rows,
-                     const __grid_constant__ backward_aligned aligned) {
+static __device__ __forceinline__ void make_query_gradients(const sa_problem &p, const sa_device_plan &plan,
+                                                            const backward_rows<typename P::real> &rows,
+                                                            const backward_aligned &aligned, int64_t index) {
   typedef typename P::real Real;
   typedef typename P::element Element;
   typedef query_room<P, ROW, WARPS, STEP, STAGES> room;
@@ -133,8 +133,8 @@ static __global__ void __launch_bounds__(32 * WARPS)
   char *const shared = dynamic_shared<char>();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, g = lane >> 2, t = lane & 3;
 
-  const int64_t blocks = (int64_t)plan.row_tiles * (SA_TILE / OWN), item = blockIdx.x / SLICES, head = item / blocks;
-  const int column = (int)(blockIdx.x % SLICES) * SLICE;
+  const int64_t blocks = (int64_t)plan.row_tiles * (SA_TILE / OWN), item = index / SLICES, head = item / blocks;
+  const int column = (int)(index % SLICES) * SLICE;
   query_block<WARPS> block;
   block.find(plan, head / p.heads, head % p.heads, item % blocks);
   if (block.first >= p.queries) return;
@@ -264,6 +264,14 @@ static __global__ void __launch_bounds__(32 * WARPS)
       if (t == 0) rows.slope_share[head * rows.padded + query + 8 * half] = (Real)share;
     }
   }
+}
+
+template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
+static __global__ void __launch_bounds__(32 * WARPS)
+    backward_queries(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
+                     const __grid_constant__ backward_rows<typename P::real> rows,
+                     const __grid_constant__ backward_aligned aligned) {
+  make_query_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL>(p, plan, rows, aligned, blockIdx.x);
 }
 
 #endif

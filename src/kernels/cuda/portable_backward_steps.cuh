@@ -19,7 +19,7 @@ struct backward_rows {
 };
 
 typedef struct backward_aligned {
-  bool q, k, v, dout;  // rows_aligned
+  bool q, k, v, dout, out;  // rows_aligned
 } backward_aligned;
 
 // Queries (or keys) `first` .. of a list of tiles, in steps of STEP, without those in which no pair is visible.
