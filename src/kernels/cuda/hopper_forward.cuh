@@ -74,6 +74,8 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(cons
     for (int i = 0; i < FORWARD_ITEMS; i++) shared.flagged_number[i] = 0;
     for (int i = 0; i < 2 * SHAPE::keys / 32; i++) shared.poisoned[0][i] = 0;
   }
+  if (threadIdx.x < SHAPE::value_width / 2) shared.zeros[threadIdx.x] = 0;
+  async_proxy_fence();
   __syncthreads();
   if (threadIdx.x < FORWARD_WARPGROUP) {
     registers_give_back<FORWARD_PRODUCER_REGISTERS>();
@@ -82,18 +84,15 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(cons
     } else if (threadIdx.x < 64) {
       forward_finder<SHAPE>(c, shared).run();
     } else {
-      forward_fill_dead(c, threadIdx.x / 32 - 2, 2);
-      named_barrier_sync(FORWARD_ALL_DONE, FORWARD_THREADS);
+      forward_fill_dead(c, shared_address(shared.zeros), threadIdx.x / 32 - 2, 2);
     }
   } else {
     registers_take<FORWARD_CONSUMER_REGISTERS>();
     forward_consumer<SHAPE> consumer(c, shared);
     consumer.run();
-    named_barrier_sync(FORWARD_ALL_DONE, FORWARD_THREADS);
+    named_barrier_sync(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
     if (shared.flagged >= 0) consumer.run_careful();
   }
-  // No warp ends while others meet at barriers, which compute-sanitizer takes for a divergence.
-  if (shared.flagged >= 0) named_barrier_sync(FORWARD_ALL_DONE, FORWARD_THREADS);
 }
 
 // One of these is instantiated in each of the hopper_forward_*.cu, which take a minute to compile.

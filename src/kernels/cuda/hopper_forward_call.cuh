@@ -12,6 +12,7 @@ enum {
   FORWARD_WARPGROUP = 128,
   FORWARD_CONSUMERS = 2,  // warpgroups of 64 queries
   FORWARD_THREADS = FORWARD_WARPGROUP * (1 + FORWARD_CONSUMERS),
+  FORWARD_DONE_THREADS = FORWARD_CONSUMERS * FORWARD_WARPGROUP + 64,  // that agree on the end of the stream
   FORWARD_STAGES = 2,
   // 128 * 40 + 256 * 232 are the 384 * 168 registers that a block is launched with.
   FORWARD_PRODUCER_REGISTERS = 40,
@@ -122,7 +123,8 @@ struct forward_shared : forward_bias<SHAPE> {
   uint32_t poisoned[2][SHAPE::keys / 32];  // keys of a step whose V was not finite
   alignas(8) uint64_t q_full[SHAPE::q_slots], q_empty[SHAPE::q_slots];
   uint64_t k_full[FORWARD_STAGES], k_empty[FORWARD_STAGES], v_full[FORWARD_STAGES], v_empty[FORWARD_STAGES];
-  uint64_t found, begun;  // an item: by the warp that finds them, by the one that loads
+  alignas(16) uint32_t zeros[SHAPE::value_width / 2];  // a row of a tile that sees no key
+  uint64_t found, begun;                               // an item: by the warp that finds them, by the one that loads
 };
 
 // A place in a ring of buffers, and the parity of its mbarriers' phase.

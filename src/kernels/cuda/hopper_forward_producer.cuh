@@ -83,7 +83,7 @@ struct forward_finder {
       __threadfence();
       if (atomicAdd(c.counter + 1, 1) == (int)gridDim.x - 1) c.counter[0] = c.counter[1] = 0;
     }
-    named_barrier_sync(FORWARD_ALL_DONE, FORWARD_THREADS);
+    named_barrier_sync(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
     if (shared.flagged < 0) return;
     for (int work = shared.flagged; work >= 0; work = c.flagged_next[work]) publish(work);
     publish_end();
@@ -229,7 +229,7 @@ struct forward_loader {
       stream();
       again = false;
       if (!careful) {
-        named_barrier_sync(FORWARD_ALL_DONE, FORWARD_THREADS);
+        named_barrier_sync(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
         again = careful = shared.flagged >= 0;
       }
     }
@@ -238,12 +238,14 @@ struct forward_loader {
   bool careful = false;
 };
 
-// The producer warpgroup's idle warps write the rows of tiles that see no key at all.
-static __device__ __forceinline__ void forward_fill_dead(const forward_call &c, int warp, int warps) {
+// The producer warpgroup's idle warps write the rows of tiles that see no key at all, from a row of zeros in shared
+// memory.
+static __device__ __forceinline__ void forward_fill_dead(const forward_call &c, uint32_t zeros, int warp, int warps) {
   const int lane = threadIdx.x % 32;
-  for (int64_t base = ((int64_t)blockIdx.x * warps + warp) * 32; base < c.items;
-       base += (int64_t)gridDim.x * warps * 32) {
-    const int mine = (int)base + lane;
+  warp += blockIdx.x * warps, warps *= gridDim.x;
+  // Neighbouring tiles, of which those that see no key are many at once, go to different blocks.
+  for (int64_t base = warp; base < c.items; base += (int64_t)warps * 32) {
+    const int64_t mine = base + (int64_t)lane * warps;
     bool none = false;
     if (mine < c.items) {
       const int flat = mine / c.plan.row_tiles, tile = mine % c.plan.row_tiles;
@@ -251,15 +253,14 @@ static __device__ __forceinline__ void forward_fill_dead(const forward_call &c, 
       none = __ldg(start) == __ldg(start + 1);
     }
     for (uint32_t found = __ballot_sync(~0u, none); found; found &= found - 1) {
-      const int at = (int)base + __ffs(found) - 1;
+      const int at = (int)base + (__ffs(found) - 1) * warps;
       const int flat = at / c.plan.row_tiles, tile = at % c.plan.row_tiles;
       const int batch = flat / c.heads, head = flat % c.heads;
-      const int rows = min(SA_TILE, c.queries - tile * SA_TILE), pieces = c.value_width / 8;
+      const int rows = min(SA_TILE, c.queries - tile * SA_TILE);
       uint16_t *out = (uint16_t *)c.out.data + forward_offset(c.out, batch, head, tile);
 #pragma unroll 1
-      for (int x = lane; x < rows * pieces; x += 32) {
-        *(uint4 *)(out + x / pieces * c.out.stride[2] + x % pieces * 8) = make_uint4(0, 0, 0, 0);
-      }
+      for (int r = lane; r < rows; r += 32) bulk_store(out + r * c.out.stride[2], zeros, c.value_width * 2);
+      bulk_commit();
       float *lse = (float *)c.lse.data + forward_offset(c.lse, batch, head, tile);
       uint8_t *dead = (uint8_t *)c.dead.data + forward_offset(c.dead, batch, head, tile);
 #pragma unroll 1
@@ -269,6 +270,7 @@ static __device__ __forceinline__ void forward_fill_dead(const forward_call &c, 
       }
     }
   }
+  bulk_wait_read<0>();
 }
 
 #endif
