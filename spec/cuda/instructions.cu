@@ -59,12 +59,12 @@ static void check_products() {
   }
 }
 
-// Four 8 x 8 matrices of 16-bit numbers, through cp.async and ldmatrix. The last row is only half copied.
+// Four 8 x 8 matrices of 16-bit numbers, through cp.async and ldmatrix. The last row is not copied.
 
 __global__ void loads(const uint16_t *from, uint32_t *plain, uint32_t *transposed) {
   uint16_t *tile = dynamic_shared<uint16_t>();
   const int lane = threadIdx.x;
-  copy_async(shared_address(tile + lane * 8), from + lane * 8, lane == 31 ? 8 : 16);
+  copy_async(shared_address(tile + lane * 8), from + lane * 8, lane == 31);
   copy_async_commit();
   copy_async_wait<0>();
   __syncthreads();
@@ -84,7 +84,7 @@ static void check_loads() {
                  plain.device, transposed.device);
   plain.fetch();
   transposed.fetch();
-  for (int i = 252; i < 256; i++) from.host[i] = 0;
+  for (int i = 248; i < 256; i++) from.host[i] = 0;
   for (int i = 0; i < 128; i++) {
     const int m = i / 32, g = i % 32 / 4, t = i % 4;
     const uint16_t *matrix = from.host + m * 64;
@@ -99,9 +99,9 @@ static void check_loads() {
 __global__ void groups(const float4 *from, float4 *to) {
   float4 *tile = dynamic_shared<float4>();
   const int thread = threadIdx.x;
-  copy_async(shared_address(tile + thread), from + thread, 16);
+  copy_async(shared_address(tile + thread), from + thread);
   copy_async_commit();
-  copy_async(shared_address(tile + 64 + thread), from + 64 + thread, 16);
+  copy_async(shared_address(tile + 64 + thread), from + 64 + thread);
   copy_async_commit();
   copy_async_wait<1>();
   __syncthreads();

@@ -5,7 +5,7 @@
 #include "kernels/cuda/portable_backward.cuh"
 
 int sa_cuda_backward_f16_128(const backward_job &job, const backward_rows<float> &rows) {
-  typedef backward_shape<products_f16, 128, 4, 64, 2, 4, 64, 2, 128, 128> plain;
+  typedef backward_shape<products_f16, 128, 4, 64, 2, 4, 32, 2, 128, 128, 2> plain;
   typedef backward_shape<products_f16, 128, 4, 32, 2, 4, 32, 2, 128, 128> general;
   return launch_backward<plain, general>(job, rows);
 }

@@ -4,34 +4,34 @@
 #include "kernels/cuda/portable_backward_products.cuh"
 #include "kernels/cuda/portable_backward_weights.cuh"
 
-template <class P, int ROW, int WARPS, int STEP, int STAGES>
+template <class P, int ROW, int OWN, int STEP, int STAGES>
 struct query_room {
   enum {
-    OWN_TILE = 16 * WARPS * ROW,
+    OWN_TILE = OWN * ROW,
     STEP_TILE = STEP * ROW,
     STAGES_AT = 2 * OWN_TILE,
     STAGE = 2 * STEP_TILE,
     BAD_AT = STAGES_AT + STAGES * STAGE,
     // Scales of the rows of Q, dO, K and V.
     SCALES_AT = BAD_AT + 4 * (STEP / 32 + 1),
-    BYTES = SCALES_AT + (P::SPLIT ? 2 * (16 * WARPS + STEP) * 4 : 0)
+    BYTES = SCALES_AT + (P::SPLIT ? 2 * (OWN + STEP) * 4 : 0)
   };
 };
 
-// Where a block of queries is, and what its lanes see.
-template <int WARPS>
+// Where a block of GROUPS times 16 queries is, and what its lanes see.
+template <int GROUPS>
 struct query_block {
   const sa_device_plan *plan;
   int64_t batch, head, first, row_tile;
 
   // Block `place` of a head, those with the most to do first.
   __device__ __forceinline__ void find(const sa_device_plan &p, int64_t b, int64_t h, int64_t place) {
-    constexpr int PARTS = SA_TILE / (16 * WARPS);
+    constexpr int PARTS = SA_TILE / (16 * GROUPS);
     plan = &p;
     batch = b;
     head = h;
     row_tile = p.row_tiles > 1 ? p.row_order[sa_device_plane(p, b, h) * p.row_tiles + place / PARTS] : 0;
-    first = row_tile * SA_TILE + place % PARTS * (16 * WARPS);
+    first = row_tile * SA_TILE + place % PARTS * (16 * GROUPS);
   }
 
   __device__ __forceinline__ step_walk walk() const {
@@ -44,16 +44,16 @@ struct query_block {
   __device__ __forceinline__ bool some(int pattern, int offset) const {
     const uint2 *bits = plan->row_bits + (int64_t)pattern * 256 + first % SA_TILE / 16 * 32 + (threadIdx.x & 31);
     uint32_t seen = 0;
-    for (int k = 0; k < WARPS; k++) seen |= bits[k * 32].x | bits[k * 32].y;
+    for (int k = 0; k < GROUPS; k++) seen |= bits[k * 32].x | bits[k * 32].y;
     return __any_sync(~0u, (seen >> (offset / 4) & ((1u << (STEP / 4)) - 1)) != 0) != 0;
   }
 
-  // The bits of the lane's pairs of a step, 4 n + i for element i of block n.
+  // The bits of the lane's pairs of a group in a step, 4 n + i for element i of block n.
   template <int BLOCKS>
-  __device__ __forceinline__ uint32_t visible(int pattern, int offset) const {
+  __device__ __forceinline__ uint32_t visible(int group, int pattern, int offset) const {
     if (pattern == SA_FULL) return BLOCKS < 8 ? (1u << (4 * BLOCKS & 31)) - 1 : ~0u;
     const uint2 bits =
-        plan->row_bits[(int64_t)pattern * 256 + (first % SA_TILE / 16 + threadIdx.x / 32) * 32 + (threadIdx.x & 31)];
+        plan->row_bits[(int64_t)pattern * 256 + (first % SA_TILE / 16 + group) * 32 + (threadIdx.x & 31)];
     uint32_t seen = 0;
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++) {
@@ -64,7 +64,7 @@ struct query_block {
   }
 };
 
-// Of a lane's two queries, g and g + 8 of its warp's.
+// Of a lane's two queries, g and g + 8 of a group.
 template <class Real>
 struct lane_rows {
   Real base[2], factor[2], delta[2];
@@ -93,49 +93,54 @@ struct query_scales {
   }
 };
 
-// dS of one step into `ds`: its products from the rows of Q and dO at `own`, and of K and V at `keys` and `values`.
-template <class P, int ROW, int BLOCKS, bool GENERAL>
-static __device__ __forceinline__ void differentiate_step(const sa_problem &p, const score_rule<typename P::real> &rule,
-                                                          const lane_rows<typename P::real> &rows, const char *queries,
-                                                          const char *douts, const char *keys, const char *values,
-                                                          const query_scales &scales, int64_t batch, int64_t head,
-                                                          int64_t query, int64_t key, bool full, uint32_t &visible,
-                                                          typename P::real (&ds)[BLOCKS][4],
-                                                          typename P::real (&slope)[GENERAL ? BLOCKS : 1][4]) {
+// dS of one step into `ds`: its products from the rows of Q and dO at `own`, and of K and V at `keys` and `values`. A
+// warp has FOLD groups of 16 queries, the first element of its lane is (query, key).
+template <class P, int ROW, bool GENERAL, int FOLD, int BLOCKS>
+static __device__ __forceinline__ void differentiate_step(
+    const sa_problem &p, const score_rule<typename P::real> &rule, const lane_rows<typename P::real> (&rows)[FOLD],
+    const char *queries, const char *douts, const char *keys, const char *values, const query_scales &scales,
+    int64_t batch, int64_t head, int64_t query, int64_t key, bool full, uint32_t (&visible)[FOLD],
+    typename P::real (&ds)[FOLD][BLOCKS][4], typename P::real (&slope)[FOLD][GENERAL ? BLOCKS : 1][4]) {
   typedef typename P::real Real;
-  const int row = threadIdx.x / 32 * 16;
-  Real s[BLOCKS][4];
-  multiply_rows<P, ROW, BLOCKS, false>(s, queries, scales.query, row, keys, scales.key);
-  make_weights<GENERAL, false>(
-      rule, s, slope, query, key, visible, full, rows.coarse, [&](int, int i) { return rows.base[i / 2]; },
-      [&](int, int i) { return rows.factor[i / 2]; });
-  uint32_t kept = ~0u;
-  Real more = 1;
-  if (GENERAL && p.dropout > 0) {
-    kept = kept_pairs<false, BLOCKS>(dropout_rule_of(p, batch, head), query, key);
-    more = (Real)(1 / (1 - p.dropout));
+  const int row = threadIdx.x / 32 * 16 * FOLD;
+  Real s[FOLD][BLOCKS][4];
+  multiply_rows<P, ROW, false>(s, queries, scales.query, row, keys, scales.key);
+#pragma unroll
+  for (int f = 0; f < FOLD; f++)
+    make_weights<GENERAL, false>(
+        rule, s[f], slope[f], query + 16 * f, key, visible[f], full, rows[f].coarse,
+        [&](int, int i) { return rows[f].base[i / 2]; }, [&](int, int i) { return rows[f].factor[i / 2]; });
+  multiply_rows<P, ROW, false>(ds, douts, scales.dout, row, values, scales.value);
+#pragma unroll
+  for (int f = 0; f < FOLD; f++) {
+    uint32_t kept = ~0u;
+    Real more = 1;
+    if (GENERAL && p.dropout > 0) {
+      kept = kept_pairs<false, BLOCKS>(dropout_rule_of(p, batch, head), query + 16 * f, key);
+      more = (Real)(1 / (1 - p.dropout));
+    }
+    differentiate_weights<GENERAL>(s[f], ds[f], visible[f], full, kept, more,
+                                   [&](int, int i) { return rows[f].delta[i / 2]; });
   }
-  multiply_rows<P, ROW, BLOCKS, false>(ds, douts, scales.dout, row, values, scales.value);
-  differentiate_weights<GENERAL>(s, ds, visible, full, kept, more, [&](int, int i) { return rows.delta[i / 2]; });
 }
 
-// dQ of block `index`: 16 WARPS queries of a head, SLICE columns of it, and their shares of dAlibi; from STEP keys at a
-// time.
-template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
+// dQ of block `index`: 16 FOLD WARPS queries of a head, SLICE columns of it, and their shares of dAlibi; from STEP keys
+// at a time.
+template <class P, int ROW, int FOLD, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
 static __device__ __forceinline__ void make_query_gradients(const sa_problem &p, const sa_device_plan &plan,
                                                             const backward_rows<typename P::real> &rows,
                                                             const backward_aligned &aligned, int64_t index) {
   typedef typename P::real Real;
   typedef typename P::element Element;
-  typedef query_room<P, ROW, WARPS, STEP, STAGES> room;
-  constexpr int THREADS = 32 * WARPS, OWN = 16 * WARPS, BLOCKS = STEP / 8, EACH = sizeof(Element),
+  constexpr int THREADS = 32 * WARPS, OWN = 16 * FOLD * WARPS, BLOCKS = STEP / 8, EACH = sizeof(Element),
                 SLICES = ROW / EACH / SLICE;
+  typedef query_room<P, ROW, OWN, STEP, STAGES> room;
   char *const shared = dynamic_shared<char>();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread & 31, g = lane >> 2, t = lane & 3;
 
   const int64_t blocks = (int64_t)plan.row_tiles * (SA_TILE / OWN), item = index / SLICES, head = item / blocks;
   const int column = (int)(index % SLICES) * SLICE;
-  query_block<WARPS> block;
+  query_block<FOLD * WARPS> block;
   block.find(plan, head / p.heads, head % p.heads, item % blocks);
   if (block.first >= p.queries) return;
   const int64_t key_head = block.head / (p.heads / p.key_heads);
@@ -150,9 +155,10 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
   if (!p.dout.data) dout_source.rows = 0;
   const query_scales scales(shared + room::SCALES_AT, OWN, STEP);
 
-  const int64_t query = block.first + warp * 16 + g;
-  lane_rows<Real> mine;
-  mine.read(rows, head * rows.padded + query);
+  const int64_t query = block.first + warp * 16 * FOLD + g;
+  lane_rows<Real> mine[FOLD];
+#pragma unroll
+  for (int f = 0; f < FOLD; f++) mine[f].read(rows, head * rows.padded + query + 16 * f);
   const score_rule<Real> rule = score_rule_of<Real>(p, block.batch, block.head);
   const auto some = [&](int pattern, int offset) { return block.template some<STEP>(pattern, offset); };
   const auto load = [&](int64_t first, char *stage) {
@@ -160,35 +166,40 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
     load_tile<Element, ROW, STEP, THREADS>(stage + room::STEP_TILE, value_source, first, thread);
   };
 
-  Real dq[SLICE / 8][4];
-  double slope_share[2] = {0, 0};
+  Real dq[FOLD][SLICE / 8][4];
+  double slope_share[FOLD][2] = {};
   const auto compute = [&](int64_t first, int pattern, int offset, char *keys, bool careful) {
-    uint32_t visible = block.template visible<BLOCKS>(pattern, offset);
-    const bool idle = pattern != SA_FULL && !__any_sync(~0u, visible != 0);
-    Real ds[BLOCKS][4];
+    uint32_t visible[FOLD], any = 0;
+#pragma unroll
+    for (int f = 0; f < FOLD; f++) any |= visible[f] = block.template visible<BLOCKS>(FOLD * warp + f, pattern, offset);
+    const bool idle = pattern != SA_FULL && !__any_sync(~0u, any != 0);
+    Real ds[FOLD][BLOCKS][4];
     if (!idle) {
-      Real slope[GENERAL ? BLOCKS : 1][4];
+      Real slope[FOLD][GENERAL ? BLOCKS : 1][4];
       const int64_t key = first + 2 * t;
-      differentiate_step<P, ROW, BLOCKS, GENERAL>(p, rule, mine, queries, douts, keys, keys + room::STEP_TILE, scales,
-                                                  block.batch, block.head, query, key, pattern == SA_FULL, visible, ds,
-                                                  slope);
+      differentiate_step<P, ROW, GENERAL>(p, rule, mine, queries, douts, keys, keys + room::STEP_TILE, scales,
+                                          block.batch, block.head, query, key, pattern == SA_FULL, visible, ds, slope);
       if constexpr (GENERAL) {
-        if (rows.slope_share) {
-          Real share[2] = {0, 0};
 #pragma unroll
-          for (int n = 0; n < BLOCKS; n++) {
-            const Real apart = alibi_apart(rule, query, key + 8 * n);
+        for (int f = 0; f < FOLD; f++) {
+          if (rows.slope_share) {
+            Real share[2] = {0, 0};
 #pragma unroll
-            for (int i = 0; i < 4; i++) share[i / 2] -= alibi_distance<false>(apart, i) * ds[n][i];
+            for (int n = 0; n < BLOCKS; n++) {
+              const Real apart = alibi_apart(rule, query + 16 * f, key + 8 * n);
+#pragma unroll
+              for (int i = 0; i < 4; i++) share[i / 2] -= alibi_distance<false>(apart, i) * ds[f][n][i];
+            }
+            slope_share[f][0] += share[0];
+            slope_share[f][1] += share[1];
           }
-          slope_share[0] += share[0];
-          slope_share[1] += share[1];
-        }
-        if (p.softcap > 0) {
+          if (p.softcap > 0) {
 #pragma unroll
-          for (int n = 0; n < BLOCKS; n++)
+            for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) ds[n][i] = visible >> (4 * n + i) & 1 ? ds[n][i] * slope[n][i] : 0;
+              for (int i = 0; i < 4; i++)
+                ds[f][n][i] = visible[f] >> (4 * n + i) & 1 ? ds[f][n][i] * slope[f][n][i] : 0;
+          }
         }
       }
     }
@@ -200,13 +211,16 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
       __syncthreads();
     }
     if (idle) return;
-    if (careful) give_nonfinite<P, BLOCKS, SLICE>(dq, ds, visible, bad, key_source, first, column);
-    multiply_columns<P, ROW, BLOCKS, SLICE>(dq, ds, keys, scales.key, column, careful);
+    if (careful)
+#pragma unroll
+      for (int f = 0; f < FOLD; f++)
+        give_nonfinite<P, BLOCKS, SLICE>(dq[f], ds[f], visible[f], bad, key_source, first, column);
+    multiply_columns<P, ROW, SLICE>(dq, ds, keys, scales.key, column, careful);
   };
 
   for (bool careful = false;; careful = true) {
     memset(dq, 0, sizeof dq);
-    slope_share[0] = slope_share[1] = 0;
+    memset(slope_share, 0, sizeof slope_share);
     bool masked = p.bias.data != NULL;
     step_walk walk = block.walk();
     int64_t now, later;
@@ -252,26 +266,28 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
     if (careful || !(masked || P::SPLIT) || !__syncthreads_or(!all_finite(dq))) break;
   }
   if (p.dq.data)
-    write_rows<Element>(p.dq, block.batch, block.head, block.first + warp * 16, p.queries, p.width, column,
-                        (Real)p.scale, dq);
+#pragma unroll
+    for (int f = 0; f < FOLD; f++)
+      write_rows<Element>(p.dq, block.batch, block.head, block.first + (warp * FOLD + f) * 16, p.queries, p.width,
+                          column, (Real)p.scale, dq[f]);
   if constexpr (GENERAL) {
     if (!rows.slope_share || column) return;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      double share = slope_share[half];
-      share += __shfl_xor_sync(~0u, share, 1);
-      share += __shfl_xor_sync(~0u, share, 2);
-      if (t == 0) rows.slope_share[head * rows.padded + query + 8 * half] = (Real)share;
-    }
+    for (int f = 0; f < FOLD; f++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const double share = over_quad_sum(slope_share[f][half]);
+        if (t == 0) rows.slope_share[head * rows.padded + query + 16 * f + 8 * half] = (Real)share;
+      }
   }
 }
 
-template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
+template <class P, int ROW, int FOLD, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
 static __global__ void __launch_bounds__(32 * WARPS)
     backward_queries(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
                      const __grid_constant__ backward_rows<typename P::real> rows,
                      const __grid_constant__ backward_aligned aligned) {
-  make_query_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL>(p, plan, rows, aligned, blockIdx.x);
+  make_query_gradients<P, ROW, FOLD, WARPS, STEP, STAGES, SLICE, GENERAL>(p, plan, rows, aligned, blockIdx.x);
 }
 
 #endif

@@ -25,7 +25,7 @@ template <class P>
 struct small_shape {
   enum { ROW = SMALL_WIDTH * (int)sizeof(typename P::element) };
   typedef key_room<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES> keys;
-  typedef query_room<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES> queries;
+  typedef query_room<P, ROW, SMALL_OWN, SMALL_STEP, SMALL_STAGES> queries;
   enum { SHARED = (int)keys::BYTES > (int)queries::BYTES ? (int)keys::BYTES : (int)queries::BYTES };
 };
 
@@ -77,7 +77,7 @@ static __global__ void __launch_bounds__(32 * SMALL_WARPS)
     make_key_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(p, plan, own, aligned,
                                                                                           head * blocks.keys + place);
   else
-    make_query_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(
+    make_query_gradients<P, ROW, 1, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(
         p, plan, own, aligned, head * blocks.queries + place - blocks.keys);
 }
 

@@ -23,10 +23,6 @@ static int element_bytes(int dtype) {
   return dtype == SA_F64 ? 8 : dtype == SA_F32 ? 4 : 2;
 }
 
-static tile_source source_of(const sa_operand &x, int bytes, int64_t rows, int64_t width) {
-  return tile_source{(const char *)x.data, x.stride[2] * bytes, rows, (int)width * bytes, rows_aligned(x, bytes)};
-}
-
 int sa_cuda_portable_forward(const sa_problem *p) {
   cudaStream_t stream;
   const int status = sa_cuda_use(forward_name, p->device, &stream);
@@ -39,9 +35,9 @@ int sa_cuda_portable_forward(const sa_problem *p) {
   job.p = *p;
   job.plan = *plan;
   job.group = p->heads / p->key_heads;
-  job.q = source_of(p->q, bytes, p->queries, p->width);
-  job.k = source_of(p->k, bytes, p->keys, p->width);
-  job.v = source_of(p->v, bytes, p->keys, p->value_width);
+  job.q = tile_source_of(p->q, bytes, 0, 0, p->queries, p->width, rows_aligned(p->q, bytes));
+  job.k = tile_source_of(p->k, bytes, 0, 0, p->keys, p->width, rows_aligned(p->k, bytes));
+  job.v = tile_source_of(p->v, bytes, 0, 0, p->keys, p->value_width, rows_aligned(p->v, bytes));
   job.out_aligned = rows_aligned(p->out, bytes);
   switch (p->dtype) {
     case SA_BF16:

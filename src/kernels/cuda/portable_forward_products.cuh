@@ -20,7 +20,7 @@ static __device__ __forceinline__ void multiply_keys(char *shared, const char *k
     for (int step = 0; step < C::WIDTH / P::DEPTH; step++) {
       typename P::left a[C::FOLD];
 #pragma unroll
-      for (int f = 0; f < C::FOLD; f++) P::template left_rows<C::ROW>(a[f], shared, row + 16 * f, step);
+      for (int f = 0; f < C::FOLD; f++) P::template left_rows<C::ROW>(a[f], shared + row * C::ROW, 16 * f, step);
 #pragma unroll
       for (int n = 0; n < C::ABREAST; n += 2) {
         typename P::right b[2];

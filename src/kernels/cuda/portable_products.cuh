@@ -22,6 +22,9 @@
  *      total                a block of a sum over tiles: its d[n] is c[n]. It is a sum, unless FRESH: then a total is
  *                           made of fresh sums, one a tile
  *
+ *      `row` is a multiple of 8, `column` of 16; both are best constant, the warp's own rows in the address of the
+ * tile.
+ *
  *      stored      what a tile's elements are when they are multiplied: SPLIT products want split_tile first
  *
  *  CAREFUL is for operands that may hold NaN or Inf: f32 alone needs it (products_f32); without it such operands give
@@ -31,19 +34,20 @@
 template <int ROW>
 static __device__ __forceinline__ uint32_t left_rows_address(const char *tile, int row, int step) {
   const int lane = threadIdx.x & 31;
-  return shared_address(tile + tile_offset<ROW>(row + (lane & 15), 2 * step + (lane >> 4)));
+  return tile_address<ROW>(shared_address(tile + tile_offset<ROW>(lane & 15, lane >> 4)), row, 2 * step);
 }
 
 template <int ROW>
 static __device__ __forceinline__ uint32_t right_rows_address(const char *tile, int row, int step) {
   const int lane = threadIdx.x & 31;
-  return shared_address(tile + tile_offset<ROW>(row + (lane & 7) + (lane >> 4 << 3), 2 * step + (lane >> 3 & 1)));
+  return tile_address<ROW>(shared_address(tile + tile_offset<ROW>((lane & 7) + (lane >> 4 << 3), lane >> 3 & 1)), row,
+                           2 * step);
 }
 
 template <int ROW>
 static __device__ __forceinline__ uint32_t right_columns_address(const char *tile, int row, int column) {
   const int lane = threadIdx.x & 31;
-  return shared_address(tile + tile_offset<ROW>(row + (lane & 15), column / 8 + (lane >> 4)));
+  return tile_address<ROW>(shared_address(tile + tile_offset<ROW>(lane & 15, lane >> 4)), row, column / 8);
 }
 
 // The two right sides that four matrices, loaded at once, are.

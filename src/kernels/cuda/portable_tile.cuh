@@ -22,8 +22,8 @@ typedef struct tile_source {
   const char *data;  // row 0
   int64_t stride;    // of rows, in bytes
   int64_t rows;
-  int bytes;     // of a row
-  bool aligned;  // every row, to 16 bytes
+  int bytes;   // of a row
+  bool whole;  // every row is whole chunks of 16 bytes, aligned to 16
 } tile_source;
 
 // Whether every row starts at a multiple of 16 bytes.
@@ -34,14 +34,14 @@ static __host__ inline bool rows_aligned(const sa_operand &x, int element_bytes)
          0;
 }
 
-static __device__ __forceinline__ tile_source tile_source_of(const sa_operand &x, int element_bytes, int64_t batch,
+static __host__ __device__ inline tile_source tile_source_of(const sa_operand &x, int element_bytes, int64_t batch,
                                                              int64_t head, int64_t rows, int64_t width, bool aligned) {
   tile_source source;
   source.data = (const char *)x.data + (batch * x.stride[0] + head * x.stride[1]) * element_bytes;
   source.stride = x.stride[2] * element_bytes;
   source.rows = rows;
   source.bytes = (int)width * element_bytes;
-  source.aligned = aligned;
+  source.whole = aligned && source.bytes % 16 == 0;
   return source;
 }
 
@@ -78,31 +78,44 @@ __attribute__((noinline)) static __device__ void load_tile_slowly(char *tile, co
   }
 }
 
+// The address in shared memory that lies `rows` (a multiple of 8, unless the row at `at` is 0 to 7 and their sum is)
+// and `chunks` (a multiple of 2, or what has no bit in common with the chunk at `at`) from the place at `at` of a tile,
+// which begins at a multiple of 128. What is constant here is free: an immediate of the instruction that uses it, and
+// one of few exclusive ors.
+template <int ROW>
+static __device__ __forceinline__ uint32_t tile_address(uint32_t at, int rows, int chunks) {
+  return (at ^ (uint32_t)((rows ^ chunks) & 7) << 4) + rows * ROW + (chunks & ~7) * 16;
+}
+
 // Starts copying ROWS rows from `first` on into a tile; all THREADS threads call it. They are there after the threads'
 // copy_async_commit, copy_async_wait and a barrier.
 template <class Element, int ROW, int ROWS, int THREADS>
 static __device__ __forceinline__ void load_tile(char *tile, const tile_source &source, int64_t first, int thread) {
   constexpr int CHUNKS = ROW / 16;
   const int64_t left = source.rows - first;
-  const int rows = left < ROWS ? (int)left : ROWS;
   const char *from = source.data + first * source.stride;
   if constexpr (THREADS % CHUNKS == 0) {
     // A thread's chunk is the same in all its rows.
-    constexpr int STEP = THREADS / CHUNKS;
-    if (source.aligned) {
-      const int chunk = thread % CHUNKS, row = thread / CHUNKS, rest = source.bytes - chunk * 16;
-      const int bytes = rest < 0 ? 0 : rest < 16 ? rest : 16;
+    constexpr int STEP = THREADS / CHUNKS, COPIES = (ROWS + STEP - 1) / STEP;
+    if (source.whole) {
+      const int chunk = thread % CHUNKS, row = thread / CHUNKS;
+      const bool none = chunk * 16 >= source.bytes;
       const char *place = from + row * source.stride + chunk * 16;
+      const uint32_t to = shared_address(tile + tile_offset<ROW>(row, chunk));
+      if (ROWS % STEP == 0 && left >= ROWS) {
 #pragma unroll
-      for (int k = row; k < row + ROWS; k += STEP, place += STEP * source.stride) {
-        if (ROWS % STEP && k >= ROWS) break;
-        const bool inside = k < rows && bytes > 0;
-        copy_async(shared_address(tile + tile_offset<ROW>(k, chunk)), inside ? place : source.data, inside ? bytes : 0);
+        for (int n = 0; n < COPIES; n++, place += STEP * source.stride)
+          copy_async(tile_address<ROW>(to, n * STEP, 0), place, none);
+      } else {
+#pragma unroll 1
+        for (int k = row; k < ROWS; k += STEP, place += STEP * source.stride)
+          copy_async(shared_address(tile + tile_offset<ROW>(k, chunk)), place, none || k >= left);
       }
       return;
     }
   }
-  load_tile_slowly<Element, ROW, ROWS, THREADS>(tile, from, source.stride, rows, source.bytes, thread);
+  load_tile_slowly<Element, ROW, ROWS, THREADS>(tile, from, source.stride, left < ROWS ? (int)left : ROWS, source.bytes,
+                                                thread);
 }
 
 // Puts 0 in place of what is not finite in a tile, and sets row % 32 of bad[row / 32] for the rows that had it; the

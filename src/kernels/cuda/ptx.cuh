@@ -54,10 +54,14 @@ static __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4]
                : "memory");
 }
 
-// Copies to shared memory that go on while the thread computes: 16 bytes, both ends aligned to 16, of which only
-// `bytes` are read and the rest becomes 0.
-static __device__ __forceinline__ void copy_async(uint32_t to, const void *from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+// A copy of 16 bytes to shared memory that goes on while the thread computes, both ends aligned to 16; `none`: zeros,
+// and nothing is read.
+static __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool none = false) {
+  asm volatile(
+      "{\n.reg .pred none;\nsetp.ne.b32 none, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, none;\n}" ::"r"(to),
+      "l"(from), "r"((int)none)
+      : "memory");
 }
 
 // The thread's copies since the last commit become a group.

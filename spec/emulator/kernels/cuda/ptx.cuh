@@ -134,10 +134,10 @@ static inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) 
   emulator::gather("load_matrices_transposed", ~0u, &mine, emulator::load_matrices<true>);
 }
 
-static inline void copy_async(uint32_t to, const void *from, int bytes) {
-  if (to % 16 || (bytes && (uintptr_t)from % 16) || bytes < 0 || bytes > 16)
-    emulator::fail("copy_async of %d bytes from %p to %#x: both ends are multiples of 16", bytes, from, to);
-  const emulator::small_copy copy = {emulator::shared_pointer(to, 16), (const unsigned char *)from, bytes};
+static inline void copy_async(uint32_t to, const void *from, bool none = false) {
+  if (to % 16 || (!none && (uintptr_t)from % 16))
+    emulator::fail("copy_async from %p to %#x: both ends are multiples of 16", from, to);
+  const emulator::small_copy copy = {emulator::shared_pointer(to, 16), (const unsigned char *)from, none ? 0 : 16};
   if (emulator::late()) {
     emulator::current()->copies.add(copy);
   } else {
