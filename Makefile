@@ -34,7 +34,7 @@ $(BUILD)/kernels/cpu/amx.o: ISA_CFLAGS = -march=x86-64-v4 -mprefer-vector-width=
 endif
 
 # The CUDA part is a library of its own, which the other opens when a CUDA device is first asked for. Without nvcc, or
-# with CUDA=0, it is left out. CUDA_ARCHS: what it has machine code for; PTX of the first is for newer devices.
+# with CUDA=0, it is left out. CUDA_ARCHS: what it has machine code for, the oldest first; its PTX is for newer devices.
 NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 CUDA ?= $(if $(NVCC),1,0)
 CUDA_ARCHS ?= 80 90a
@@ -46,9 +46,12 @@ HOPPER_SOURCES = $(wildcard src/kernels/cuda/hopper_*.cu)
 CUDA_SOURCES = src/cuda.cu $(filter-out $(HOPPER_SOURCES),$(wildcard src/kernels/cuda/*.cu)) \
 	$(if $(filter 90a,$(CUDA_ARCHS)),$(HOPPER_SOURCES))
 CUDA_OBJECTS = $(CUDA_SOURCES:src/%=$(BUILD)/%.o)
-FIRST_ARCH = $(firstword $(CUDA_ARCHS))
-GENCODE = $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch),code=sm_$(arch)) \
-	-gencode arch=compute_$(FIRST_ARCH),code=compute_$(FIRST_ARCH)
+# The machine code of all is made from the PTX of the oldest: half of the time of a compilation goes to PTX.
+PORTABLE_ARCHS = $(CUDA_ARCHS:%a=%)
+OLDEST_ARCH = compute_$(firstword $(PORTABLE_ARCHS))
+GENCODE = -gencode 'arch=$(OLDEST_ARCH),code=[$(subst $(space),,$(PORTABLE_ARCHS:%=sm_%$(comma)))$(OLDEST_ARCH)]'
+comma = ,
+space = $() $()
 $(HOPPER_SOURCES:src/%=$(BUILD)/%.o): GENCODE = -gencode arch=compute_90a,code=sm_90a
 # Their f32 has the CPU's bits.
 $(BUILD)/kernels/cuda/elementwise.cu.o $(BUILD)/kernels/cuda/adamw.cu.o: OWN_NVCCFLAGS += -fmad=false

@@ -149,9 +149,8 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
     if (idle) return;
     // Before the rest, so that the pairs need not be kept in registers.
     if (careful) {
-      give_nonfinite<P, BLOCKS, SLICE>(dv[0], weights[0], visible, bad_dout, dout_source(step.head), step.first,
-                                       column);
-      give_nonfinite<P, BLOCKS, SLICE>(dk[0], ds[0], visible, bad_query, query_source(step.head), step.first, column);
+      give_nonfinite<P, SLICE>(dv[0], weights[0], visible, bad_dout, dout_source(step.head), step.first, column);
+      give_nonfinite<P, SLICE>(dk[0], ds[0], visible, bad_query, query_source(step.head), step.first, column);
     }
     multiply_columns<P, ROW, SLICE>(dv, weights, douts, dout_scale, column, careful);
     multiply_columns<P, ROW, SLICE>(dk, ds, queries, query_scale, column, careful);

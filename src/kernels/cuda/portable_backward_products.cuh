@@ -98,43 +98,52 @@ static __device__ __forceinline__ void multiply_columns(typename P::real (&to)[F
   }
 }
 
-// What is not finite in a tile, given to the pairs that see it: to += pairs rows, for those elements of the rows marked
-// in `bad`; their values are read again from where the tile came from. Bits 4 n + i of `visible` are pairs[n][i]'s.
+// What give_nonfinite works on, in memory: registers cannot be indexed.
+template <class Real, int BLOCKS, int SLICE>
+struct nonfinite_gift {
+  Real to[SLICE / 8][4], pairs[BLOCKS][4];
+};
+
 template <class P, int BLOCKS, int SLICE>
-static __device__ __forceinline__ void give_nonfinite(typename P::real (&to)[SLICE / 8][4],
-                                                      const typename P::real (&pairs)[BLOCKS][4], uint32_t visible,
-                                                      const uint32_t *bad, const tile_source &source, int64_t first,
-                                                      int column) {
+__attribute__((noinline)) static __device__ void give_nonfinite_slowly(
+    nonfinite_gift<typename P::real, BLOCKS, SLICE> &gift, uint32_t visible, const uint32_t *bad, const char *rows,
+    int64_t stride, int columns) {
   typedef typename P::real Real;
-  typedef typename P::element Element;
   const int lane = threadIdx.x & 31, t = lane & 3;
   for (int row = 0; row < 8 * BLOCKS; row++) {
     if (!(bad[row / 32] >> (row % 32) & 1)) continue;
     const int from = (lane & 28) | (row % 8 / 2);
-    Real top = 0, bottom = 0;
-#pragma unroll
-    for (int n = 0; n < BLOCKS; n++) {
-      if (row / 8 != n) continue;
-      top = row & 1 ? pairs[n][1] : pairs[n][0];
-      bottom = row & 1 ? pairs[n][3] : pairs[n][2];
-    }
-    top = __shfl_sync(~0u, top, from);
-    bottom = __shfl_sync(~0u, bottom, from);
+    const Real top = __shfl_sync(~0u, gift.pairs[row / 8][row % 2], from);
+    const Real bottom = __shfl_sync(~0u, gift.pairs[row / 8][row % 2 + 2], from);
     const uint32_t seen = __shfl_sync(~0u, visible, from) >> (row / 8 * 4 + row % 2);
-    const Element *x = (const Element *)(source.data + (first + row) * source.stride);
-#pragma unroll
-    for (int n = 0; n < SLICE / 8; n++) {
-#pragma unroll
+    const typename P::element *x = (const typename P::element *)(rows + row * stride);
+#pragma unroll 1
+    for (int n = 0; n < SLICE / 8; n++)
       for (int i = 0; i < 2; i++) {
-        const int d = column + 8 * n + 2 * t + i;
-        if ((d + 1) * (int)sizeof(Element) > source.bytes) continue;
+        const int d = 8 * n + 2 * t + i;
+        if (d >= columns) continue;
         const Real value = real_of(x[d]);
         if (is_finite(value)) continue;
-        if (seen & 1) to[n][i] += top * value;
-        if (seen & 4) to[n][i + 2] += bottom * value;
+        if (seen & 1) gift.to[n][i] += top * value;
+        if (seen & 4) gift.to[n][i + 2] += bottom * value;
       }
-    }
   }
+}
+
+// What is not finite in a tile, given to the pairs that see it: to += pairs rows, for those elements of the rows marked
+// in `bad`; their values are read again from where the tile came from. Bits 4 n + i of `visible` are pairs[n][i]'s.
+template <class P, int SLICE, int BLOCKS>
+static __device__ __forceinline__ void give_nonfinite(typename P::real (&to)[SLICE / 8][4],
+                                                      const typename P::real (&pairs)[BLOCKS][4], uint32_t visible,
+                                                      const uint32_t *bad, const tile_source &source, int64_t first,
+                                                      int column) {
+  constexpr int EACH = sizeof(typename P::element);
+  nonfinite_gift<typename P::real, BLOCKS, SLICE> gift;
+  memcpy(gift.to, to, sizeof gift.to);
+  memcpy(gift.pairs, pairs, sizeof gift.pairs);
+  give_nonfinite_slowly<P, BLOCKS, SLICE>(gift, visible, bad, source.data + first * source.stride + column * EACH,
+                                          source.stride, source.bytes / EACH - column);
+  memcpy(to, gift.to, sizeof gift.to);
 }
 
 template <class Real, int FOLD, int BLOCKS>

@@ -213,8 +213,7 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
     if (idle) return;
     if (careful)
 #pragma unroll
-      for (int f = 0; f < FOLD; f++)
-        give_nonfinite<P, BLOCKS, SLICE>(dq[f], ds[f], visible[f], bad, key_source, first, column);
+      for (int f = 0; f < FOLD; f++) give_nonfinite<P, SLICE>(dq[f], ds[f], visible[f], bad, key_source, first, column);
     multiply_columns<P, ROW, SLICE>(dq, ds, keys, scales.key, column, careful);
   };
 

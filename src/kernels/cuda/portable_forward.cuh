@@ -16,8 +16,8 @@ static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
   const int value_part = (int)(index % job.value_parts);
   index /= job.value_parts;
   const int part = (int)(index % job.parts);
-  forward_block block = block_of_item<C>(job, index / job.parts);
-  if (block.query >= block_rows<C>(job)) return;
+  forward_block block = block_of_item(job, index / job.parts, C::PACKED, C::QUERIES);
+  if (block.query >= block_rows(job, C::PACKED)) return;
   block.part = part;
   block.value_part = value_part;
   if (job.parts > 1) {
@@ -77,11 +77,14 @@ static int launch_forward(forward_job &job, cudaStream_t stream) {
       forward_swath(job, heads, C::PACKED ? 1 : job.group,
                     p.keys * (p.width + p.value_width) * (int64_t)sizeof(typename C::element), device->cache_bytes);
   job.value_parts = p.value_width > C::VALUE_WIDTH ? (int)((p.value_width + C::VALUE_WIDTH - 1) / C::VALUE_WIDTH) : 1;
+  job.queries = C::QUERIES;
+  job.width = C::VALUE_WIDTH * job.value_parts;
+  job.packed = C::PACKED;
   job.parts =
       p.weights.data ? 1 : forward_parts(job, job.items, (int64_t)device->processors * C::RESIDENT, C::PACKED ? 1 : 2);
   char *memory = NULL;
   if (job.parts > 1) {
-    const int64_t rows = job.items * job.parts * C::QUERIES, width = C::VALUE_WIDTH * job.value_parts;
+    const int64_t rows = job.items * job.parts * C::QUERIES, width = job.width;
     memory = (char *)sa_cuda_scratch(forward_name, p.device, rows * ((width + 2) * (int64_t)sizeof(real) + 1));
     if (!memory) return SA_NO_MEMORY;
     job.part_out = memory;
@@ -96,8 +99,8 @@ static int launch_forward(forward_job &job, cudaStream_t stream) {
     status =
         sa_cuda_launch(forward_name, forward_kernel<C>, dim3((unsigned)grid), dim3(C::THREADS), C::SHARED, stream, job);
   if (!status && job.parts > 1)
-    status = sa_cuda_launch(forward_name, merge_kernel<C>, dim3((unsigned)(job.items * C::QUERIES)),
-                            dim3(32 * MERGE_WARPS), 0, stream, job);
+    status = sa_cuda_launch(forward_name, merge_kernel<typename C::products, C::WIDTH>,
+                            dim3((unsigned)(job.items * C::QUERIES)), dim3(32 * MERGE_WARPS), 0, stream, job);
   if (memory) sa_cuda_scratch_release(p.device, memory);
   return status;
 }

@@ -18,6 +18,9 @@ typedef struct forward_job {
   int64_t blocks;       // of queries, per head
   int32_t parts;        // the keys are split into
   int32_t value_parts;  // the columns of v are split into
+  int32_t queries;      // of a block
+  int32_t width;        // columns that are gathered of a query
+  bool packed;
   // What the parts gathered, [item * parts + part][query of the block]; NULL when the keys are not split.
   void *part_out, *part_peak, *part_sum;
   uint8_t *part_alive;
@@ -66,17 +69,17 @@ typedef struct forward_block {
 } forward_block;
 
 // Item -> head and block of queries: swath by swath, the longest rows of tiles first, neighbouring heads together.
-template <class C>
-static __device__ __forceinline__ forward_block block_of_item(const forward_job &job, int64_t item) {
+static __device__ __forceinline__ forward_block block_of_item(const forward_job &job, int64_t item, bool packed,
+                                                              int queries) {
   const sa_problem &p = job.p;
-  const int64_t heads = C::PACKED ? p.key_heads : p.heads, all = p.batch * heads;
+  const int64_t heads = packed ? p.key_heads : p.heads, all = p.batch * heads;
   const int64_t swath = item / (job.swath * job.blocks), first = swath * job.swath;
   const int64_t here = all - first < job.swath ? all - first : job.swath, rest = item - first * job.blocks;
   const int64_t index = first + rest % here, rank = rest / here;
   forward_block block;
   block.item = item;
   block.batch = index / heads;
-  if (C::PACKED) {
+  if (packed) {
     block.key_head = index % heads;
     block.head = block.key_head * job.group;
   } else {
@@ -85,12 +88,12 @@ static __device__ __forceinline__ forward_block block_of_item(const forward_job 
   }
   block.plane = sa_device_plane(job.plan, block.batch, block.head);
   int64_t row = 0;
-  if (C::PACKED) {
-    block.query = rank * C::QUERIES;
+  if (packed) {
+    block.query = rank * queries;
   } else {
-    enum { EACH = SA_TILE / C::QUERIES };
-    row = job.plan.row_order[block.plane * job.plan.row_tiles + rank / EACH];
-    block.query = row * SA_TILE + rank % EACH * C::QUERIES;
+    const int each = SA_TILE / queries;
+    row = job.plan.row_order[block.plane * job.plan.row_tiles + rank / each];
+    block.query = row * SA_TILE + rank % each * queries;
   }
   const int64_t *start = job.plan.row_start + block.plane * job.plan.row_tiles + row;
   block.runs = job.plan.row_runs + start[0];
@@ -100,18 +103,16 @@ static __device__ __forceinline__ forward_block block_of_item(const forward_job 
   return block;
 }
 
-template <class C>
-static __device__ __forceinline__ int64_t block_rows(const forward_job &job) {
-  return C::PACKED ? job.group * job.p.queries : job.p.queries;
+static __device__ __forceinline__ int64_t block_rows(const forward_job &job, bool packed) {
+  return packed ? job.group * job.p.queries : job.p.queries;
 }
 
 // Row of the block -> head and query.
-template <class C>
-static __device__ __forceinline__ void place_row(const forward_job &job, const forward_block &block, int row,
-                                                 int64_t &head, int64_t &query) {
+static __device__ __forceinline__ void place_row(const forward_job &job, const forward_block &block, bool packed,
+                                                 int row, int64_t &head, int64_t &query) {
   const int64_t at = block.query + row;
-  head = C::PACKED ? block.head + at / job.p.queries : block.head;
-  query = C::PACKED ? at % job.p.queries : at;
+  head = packed ? block.head + at / job.p.queries : block.head;
+  query = packed ? at % job.p.queries : at;
 }
 
 // The row of the block that this lane has as g + 8 * half of its warp's 16 rows number `fold`.
@@ -133,9 +134,9 @@ static __device__ __forceinline__ void load_queries(const forward_job &job, cons
     for (int k = threadIdx.x; k < C::QUERIES * CHUNKS; k += C::THREADS) {
       const int row = k / CHUNKS, chunk = k % CHUNKS;
       int64_t head, query;
-      place_row<C>(job, block, row, head, query);
+      place_row(job, block, C::PACKED, row, head, query);
       int bytes = (int)p.width * (int)sizeof(element) - chunk * 16;
-      if (bytes < 0 || block.query + row >= block_rows<C>(job)) bytes = 0;
+      if (bytes < 0 || block.query + row >= block_rows(job, C::PACKED)) bytes = 0;
       const int64_t offset = row_offset(p.q, block.batch, head, query);
       const char *from = (const char *)p.q.data + (bytes ? offset * (int64_t)sizeof(element) + chunk * 16 : 0);
       *(uint4 *)(tile + tile_offset<C::ROW>(row, chunk)) = read_unaligned<element>(from, bytes);
@@ -165,9 +166,9 @@ static __device__ __forceinline__ void load_bits(const forward_job &job, const f
       for (int half = 0; half < 2; half++) {
         const int row = lane_row<C>(f, half);
         int64_t head, query;
-        place_row<C>(job, block, row, head, query);
+        place_row(job, block, C::PACKED, row, head, query);
         const uint2 pair = of_pattern[query / 16 * 32 + query % 8 * 4 + (threadIdx.x & 3)];
-        bits[f][half] = block.query + row >= block_rows<C>(job) ? 0 : query & 8 ? pair.y : pair.x;
+        bits[f][half] = block.query + row >= block_rows(job, C::PACKED) ? 0 : query & 8 ? pair.y : pair.x;
       }
     } else {
       const int row = (int)(block.query % SA_TILE) + lane_row<C>(f, 0);

@@ -68,9 +68,9 @@ static __device__ __forceinline__ void end_rows(const forward_job &job, const fo
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = lane_row<C>(f, half);
-      const bool inside = block.query + row < block_rows<C>(job);
+      const bool inside = block.query + row < block_rows(job, C::PACKED);
       int64_t head, query;
-      place_row<C>(job, block, row, head, query);
+      place_row(job, block, C::PACKED, row, head, query);
       const real sum = over_quad_sum(got.sum[f][half]);
       const uint32_t alive = __ballot_sync(0xffffffff, got.alive >> (2 * f + half) & 1);
       const bool dead = !(alive >> (threadIdx.x & 28) & 15);
@@ -114,9 +114,9 @@ static __device__ __forceinline__ void write_out(const forward_job &job, const f
   for (int k = lane; k < 16 * C::FOLD * CHUNKS; k += 32) {
     const int row = first + k / CHUNKS, chunk = k % CHUNKS;
     const int64_t column = block.value_part * C::VALUE_WIDTH + chunk * EACH;
-    if (block.query + row >= block_rows<C>(job) || column >= p.value_width) continue;
+    if (block.query + row >= block_rows(job, C::PACKED) || column >= p.value_width) continue;
     int64_t head, query;
-    place_row<C>(job, block, row, head, query);
+    place_row(job, block, C::PACKED, row, head, query);
     const element *from = (const element *)(shared + tile_offset<C::ROW>(row, chunk));
     element *to = (element *)p.out.data + row_offset(p.out, block.batch, head, query) + column;
     if (job.out_aligned && column + EACH <= p.value_width) {
@@ -133,7 +133,6 @@ static __device__ __forceinline__ void write_part(const forward_job &job, const 
                                                   const gathered<C> &got) {
   typedef typename C::real real;
   const int t = threadIdx.x & 3;
-  const int width = C::VALUE_WIDTH * job.value_parts;
 #pragma unroll
   for (int f = 0; f < C::FOLD; f++)
 #pragma unroll
@@ -146,7 +145,7 @@ static __device__ __forceinline__ void write_part(const forward_job &job, const 
         ((real *)job.part_sum)[row] = sum;
         job.part_alive[row] = (alive >> (threadIdx.x & 28) & 15) != 0;
       }
-      real *out = (real *)job.part_out + row * width + block.value_part * C::VALUE_WIDTH + 2 * t;
+      real *out = (real *)job.part_out + row * job.width + block.value_part * C::VALUE_WIDTH + 2 * t;
 #pragma unroll
       for (int n = 0; n < C::COLUMNS; n++) put_pair(out + 8 * n, got.o[f][n].d[2 * half], got.o[f][n].d[2 * half + 1]);
     }

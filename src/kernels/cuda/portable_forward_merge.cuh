@@ -8,11 +8,11 @@ enum { MERGE_WARPS = 8, MERGE_PARTS = 256 };
 // A block a row: the parts of its keys, brought to one peak and added. What a part is multiplied by is found once, by a
 // thread; then each warp takes every eighth part, 16 bytes a lane, many at once, as they are few numbers far apart. The
 // warps' sums are added in their order.
-template <class C>
+template <class P, int WIDTH>
 static __global__ void __launch_bounds__(32 * MERGE_WARPS) merge_kernel(const __grid_constant__ forward_job job) {
-  typedef typename C::element element;
-  typedef typename C::real real;
-  enum { EACH = 16 / (int)sizeof(real), WIDTH = 256, PIECES = C::WIDTH / EACH / 32 ? C::WIDTH / EACH / 32 : 1 };
+  typedef typename P::element element;
+  typedef typename P::real real;
+  enum { EACH = 16 / (int)sizeof(real), PIECES = WIDTH / EACH / 32 ? WIDTH / EACH / 32 : 1 };
   struct alignas(16) piece {
     real x[EACH];
   };
@@ -20,11 +20,11 @@ static __global__ void __launch_bounds__(32 * MERGE_WARPS) merge_kernel(const __
   __shared__ real factor[MERGE_PARTS];
   const sa_problem &p = job.p;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-  const int64_t item = blockIdx.x / C::QUERIES;
-  const int row = (int)(blockIdx.x % C::QUERIES), width = C::VALUE_WIDTH * job.value_parts;
-  const forward_block block = block_of_item<C>(job, item);
-  if (block.query + row >= block_rows<C>(job)) return;
-  const int64_t first = item * job.parts * C::QUERIES + row;
+  const int64_t item = blockIdx.x / job.queries;
+  const int row = (int)(blockIdx.x % job.queries), width = job.width;
+  const forward_block block = block_of_item(job, item, job.packed, job.queries);
+  if (block.query + row >= block_rows(job, job.packed)) return;
+  const int64_t first = item * job.parts * job.queries + row;
   const real unit = plain_scores(p) ? 1 : (real)1.4426950408889634;
   // Every warp looks at all parts, and sums them in the same order.
   enum { LOOKS = MERGE_PARTS / 32 };
@@ -33,7 +33,7 @@ static __global__ void __launch_bounds__(32 * MERGE_WARPS) merge_kernel(const __
 #pragma unroll
   for (int k = 0; k < LOOKS; k++) {
     const int part = lane + 32 * k;
-    const int64_t at = first + (int64_t)part * C::QUERIES;
+    const int64_t at = first + (int64_t)part * job.queries;
     const bool there = part < job.parts;
     peaks[k] = there ? ((const real *)job.part_peak)[at] : -(real)INFINITY;
     sums[k] = there ? ((const real *)job.part_sum)[at] : 0;
@@ -58,7 +58,7 @@ static __global__ void __launch_bounds__(32 * MERGE_WARPS) merge_kernel(const __
   memset(o, 0, sizeof o);
 #pragma unroll 8
   for (int part = warp; part < job.parts; part += MERGE_WARPS) {
-    const piece *from = (const piece *)((const real *)job.part_out + (first + (int64_t)part * C::QUERIES) * width);
+    const piece *from = (const piece *)((const real *)job.part_out + (first + (int64_t)part * job.queries) * width);
 #pragma unroll
     for (int n = 0; n < PIECES; n++) {
       if ((32 * n + lane) * EACH >= width) continue;
@@ -72,7 +72,7 @@ static __global__ void __launch_bounds__(32 * MERGE_WARPS) merge_kernel(const __
     if (32 * n + lane < WIDTH / EACH) column_sum[warp][32 * n + lane] = o[n];
   __syncthreads();
   int64_t head, query;
-  place_row<C>(job, block, row, head, query);
+  place_row(job, block, job.packed, row, head, query);
   const bool has_sink = p.sinks.data != NULL;
   const double sink = has_sink ? (double)(real)read_operand(p.sinks, head * p.sinks.stride[1]) : 0;
   row_end end = end_dead_row(has_sink, sink);

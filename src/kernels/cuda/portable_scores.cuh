@@ -13,7 +13,7 @@ struct score_rule {
   Real factor, unit, softcap, slope;
   Real inside;       // 1 / softcap
   bool coarse_cap;   // of a half type, whose scores may err by 1.5e-7 of the softcap
-  const void *bias;  // NULL: none; of the real's dtype, or of a 16-bit one
+  const void *bias;  // NULL: none; of the real's dtype, f32 beside f64, or a half type
   int bias_dtype;
   bool bias_pairs;                // two neighbouring keys of it, an even one first, can be read at once
   int64_t bias_row, bias_column;  // strides, of queries and keys
@@ -51,44 +51,44 @@ static __device__ __forceinline__ score_rule<Real> score_rule_of(const sa_proble
   return rule;
 }
 
-// The biases of a block: element n lies `down` (n / 2) and `right` (n % 2) from `at`. Those of masked pairs are not
-// read.
-template <class Real, class Element>
+// The biases of a block: element n lies `down` (n / 2) and `right` (n % 2) from `at`, value(x) is the number that an
+// element x is. Those of masked pairs are not read.
+template <class Real, class Element, class Value>
 static __device__ __forceinline__ void read_bias(const Element *at, int64_t right, int64_t down, bool pairs,
-                                                 uint32_t visible, Real (&bias)[4]) {
+                                                 uint32_t visible, Real (&bias)[4], const Value &value) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const Element *from = at + half * down;
     const uint32_t seen = visible >> 2 * half & 3;
+    struct alignas(2 * sizeof(Element)) {
+      Element x[2];
+    } pair = {{0, 0}};
     if (pairs && sizeof(Element) < 8) {
-      struct alignas(2 * sizeof(Element)) {
-        Element x[2];
-      } pair = {{Element(0.f), Element(0.f)}};
       if (seen) pair = *(const decltype(pair) *)from;
-      bias[2 * half] = seen & 1 ? (Real)real_of(pair.x[0]) : 0;
-      bias[2 * half + 1] = seen & 2 ? (Real)real_of(pair.x[1]) : 0;
     } else {
-      bias[2 * half] = seen & 1 ? (Real)real_of(from[0]) : 0;
-      bias[2 * half + 1] = seen & 2 ? (Real)real_of(from[right]) : 0;
+      if (seen & 1) pair.x[0] = from[0];
+      if (seen & 2) pair.x[1] = from[right];
     }
+    bias[2 * half] = seen & 1 ? (Real)value(pair.x[0]) : 0;
+    bias[2 * half + 1] = seen & 2 ? (Real)value(pair.x[1]) : 0;
   }
 }
 
+// A bias has the dtype of the scores, or is in f32 beside f64, or in a half type.
 template <bool TRANSPOSED, class Real>
 static __device__ __forceinline__ void bias_block(const score_rule<Real> &rule, int64_t query, int64_t key,
                                                   uint32_t visible, Real (&bias)[4]) {
   const int64_t offset = query * rule.bias_row + key * rule.bias_column;
   const int64_t right = TRANSPOSED ? rule.bias_row : rule.bias_column,
                 down = 8 * (TRANSPOSED ? rule.bias_column : rule.bias_row);
-  const bool pairs = !TRANSPOSED && rule.bias_pairs;
-  if (rule.bias_dtype == SA_F16)
-    read_bias((const __half *)rule.bias + offset, right, down, pairs, visible, bias);
-  else if (rule.bias_dtype == SA_BF16)
-    read_bias((const __nv_bfloat16 *)rule.bias + offset, right, down, pairs, visible, bias);
-  else if (rule.bias_dtype == SA_F32)
-    read_bias((const float *)rule.bias + offset, right, down, pairs, visible, bias);
+  const bool pairs = !TRANSPOSED && rule.bias_pairs, f16 = rule.bias_dtype == SA_F16;
+  if (rule.bias_dtype == (sizeof(Real) == 8 ? SA_F64 : SA_F32))
+    read_bias((const Real *)rule.bias + offset, right, down, pairs, visible, bias, [](Real x) { return x; });
+  else if constexpr (sizeof(Real) == 8)
+    read_bias((const float *)rule.bias + offset, right, down, pairs, visible, bias, [](float x) { return x; });
   else
-    read_bias((const double *)rule.bias + offset, right, down, pairs, visible, bias);
+    read_bias((const uint16_t *)rule.bias + offset, right, down, pairs, visible, bias,
+              [&](uint16_t x) { return f16 ? __half2float(__ushort_as_half(x)) : __uint_as_float((uint32_t)x << 16); });
 }
 
 // key - query - d of a block's first element; ALiBi multiplies the size of such numbers, which are exact in f32 up to
@@ -104,14 +104,23 @@ static __device__ __forceinline__ Real alibi_distance(Real apart, int n) {
   return fabs(apart + (Real)(TRANSPOSED ? down - right : right - down));
 }
 
+// Out of line: inlined for every element it would be most of the code of a kernel.
+__attribute__((noinline)) static __device__ float exact_tanh(float x) {
+  return tanhf(x);
+}
+
+__attribute__((noinline)) static __device__ double exact_tanh(double x) {
+  return tanh(x);
+}
+
 static __device__ __forceinline__ float tanh_of(const score_rule<float> &rule, float x) {
-  if (!rule.coarse_cap) return tanhf(x);
+  if (!rule.coarse_cap) return exact_tanh(x);
   // 1 - 2 / (e^2x + 1), an error of 1.5e-7 whatever x is.
   return 1 - __fdividef(2.f, exp2_fast(x * 2.8853900817779268f) + 1);
 }
 
 static __device__ __forceinline__ double tanh_of(const score_rule<double> &, double x) {
-  return tanh(x);
+  return exact_tanh(x);
 }
 
 // Products in place become scores, -inf where masked: blocks side by side, of which the first element is (query, key),
@@ -186,6 +195,12 @@ static __device__ __forceinline__ dropout_rule dropout_rule_of(const sa_problem 
   return rule;
 }
 
+// The words of a pair and its neighbour that do not lie in one block of words: rare without transposition, when the
+// number of keys is odd, and so out of line.
+__attribute__((noinline)) static __device__ uint2 words_apart(uint64_t seed, uint64_t index) {
+  return make_uint2(sa_random_word(seed, index), sa_random_word(seed, index + 1));
+}
+
 // Which elements of a block are kept: bit n is c[n]'s, the block as score_block has it.
 template <bool TRANSPOSED>
 static __device__ __forceinline__ uint32_t kept_block(const dropout_rule &rule, int64_t query, int64_t key) {
@@ -194,16 +209,16 @@ static __device__ __forceinline__ uint32_t kept_block(const dropout_rule &rule, 
   for (int row = 0; row < 2; row++) {
     const int64_t i = query + (TRANSPOSED ? 0 : 8 * row), j = key + (TRANSPOSED ? 8 * row : 0);
     const uint64_t index = rule.first + (uint64_t)i * (uint64_t)rule.keys + (uint64_t)j;
-    uint32_t word[2];
-    if (!TRANSPOSED && index % 2 == 0) {
-      const sa_words words = sa_random_block(rule.seed, index / 4);
-      word[0] = index & 2 ? words.word[2] : words.word[0];
-      word[1] = index & 2 ? words.word[3] : words.word[1];
+    uint2 word;
+    if (TRANSPOSED) {
+      word = make_uint2(sa_random_word(rule.seed, index), sa_random_word(rule.seed, index + (uint64_t)rule.keys));
+    } else if (index % 2) {
+      word = words_apart(rule.seed, index);
     } else {
-      word[0] = sa_random_word(rule.seed, index);
-      word[1] = sa_random_word(rule.seed, index + (TRANSPOSED ? (uint64_t)rule.keys : 1));
+      const sa_words words = sa_random_block(rule.seed, index / 4);
+      word = index & 2 ? make_uint2(words.word[2], words.word[3]) : make_uint2(words.word[0], words.word[1]);
     }
-    kept |= (uint32_t)(word[0] >= rule.threshold) << (2 * row) | (uint32_t)(word[1] >= rule.threshold) << (2 * row + 1);
+    kept |= (uint32_t)(word.x >= rule.threshold) << (2 * row) | (uint32_t)(word.y >= rule.threshold) << (2 * row + 1);
   }
   return kept;
 }

@@ -104,7 +104,8 @@ static __device__ __forceinline__ void split_rows(char *tile, float *scale, int 
   constexpr int LANES = ROW / 64, AT_ONCE = THREADS / LANES < ROWS ? THREADS / LANES : ROWS;
   const int part = thread % LANES, first = thread / LANES;
   if (AT_ONCE == ROWS && first >= ROWS) return;
-#pragma unroll
+    // Two at a time hide the latency of shared memory; more are code, not speed.
+#pragma unroll 2
   for (int turn = 0; turn < ROWS / AT_ONCE; turn++) {
     const int row = first + turn * AT_ONCE;
     float x[4][4], tops[4] = {0, 0, 0, 0};
