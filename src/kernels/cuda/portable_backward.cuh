@@ -10,6 +10,10 @@
 // 0 * NaN could leak through the products that sum over pairs: P^T dO into dV, dS^T Q into dK, dS K into dQ. A block
 // whose result is not finite, and that met masked pairs, is made once more with 0 in place of what is not finite in dO,
 // Q and K in these products; then it is given to the pairs that see it.
+//
+// bf16 at D128 and N8192 on an H200: 175 TFLOP/s of the five products; reads of shared memory are the limit. Places
+// found by constants took it from 137 to 154; dQ by 32 queries a warp instead of 16 gave nothing until what is rare
+// went out of line, then 175. dK and dV by 32 keys of two warps that exchange P and dS read less, but spill: 157.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_CUH
 #include <limits.h>
