@@ -181,10 +181,13 @@ static bool columns_alike(const sa_plan *plan) {
 
 static int32_t mixed_heads(const sa_problem *p) {
   if (!p->deterministic || !bucket(p)) {
-    // Nobody waits. A job that takes a whole group of heads is long beside all the rest: then enough heads that the
-    // multiprocessors begin with the longest of each.
-    const int64_t columns = key_columns(p) * (bucket(p) ? 1 : 2);
-    return p->heads == p->key_heads ? 1 : 1 + (int32_t)(sa_cuda_properties_of(p->device)->processors / columns);
+    // Nobody waits. A job that takes a whole group of heads is long beside all the rest: then heads begin together, so
+    // many that each multiprocessor has a column, and as many every time.
+    const int64_t columns = key_columns(p) * (bucket(p) ? 1 : 2), count = p->batch * p->key_heads;
+    const int64_t together = sa_cuda_properties_of(p->device)->processors / columns;
+    const int64_t rounds = count / (together < 2 ? 2 : together);
+    if (p->heads == p->key_heads) return 1;
+    return (int32_t)(rounds < 2 ? count : (count + rounds - 1) / rounds);
   }
   const int64_t bytes = p->queries * (2 * p->width + 2 * p->value_width + 4 * bucket(p));
   const int64_t heads = (columns_alike(p->plan) ? MIXED_BYTES_ALIKE : MIXED_BYTES) / bytes;

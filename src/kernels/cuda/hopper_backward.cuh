@@ -2,8 +2,10 @@
 //
 // hopper_backward_rows makes the row statistics, hopper_backward_tiles all gradients: a block per multiprocessor stays
 // for the whole launch and takes jobs from one counter. A job is a column of tiles, 128 keys of a key head, with all
-// queries that see them, of one head of the group after the other, so that dK and dV stay in registers. A step is a
-// tile of 64 queries (128 at width 64). Sums of dQ that are made in any order become halves in a launch after it.
+// queries that see them, of one head of the group after the other, so that dK and dV stay in registers. The last
+// columns of long groups are shared out, a job a head: it adds its dV and dK, in memory, to those of the heads before,
+// in their order, and the last one's leave. A step is a tile of 64 queries (128 at width 64). Sums of dQ that are made
+// in any order become halves in a launch after it.
 //
 //   warpgroup 0     gives its registers away. Warp 0 loads in one stream across the jobs: K, V of a job, Q, dO, row
 //                   statistics and bits of its steps. Warps 1 and 2 add the dQ that warpgroups 1 and 2 leave in shared

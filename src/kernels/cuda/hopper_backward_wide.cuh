@@ -49,17 +49,16 @@ __global__ void __launch_bounds__(HOPPER_WIDE_THREADS, 1)
     mbarrier_init_fence();
   }
   __syncthreads();
-  // Shared memory is another's from here on.
+  // Shared memory is another's from here on. No warp has ended by then: synccheck wants all of them at a barrier.
   const auto between = []() {
     async_proxy_fence();
-    named_barrier_sync(HOPPER_WIDE_BETWEEN, 32 + 256);
+    named_barrier_sync(HOPPER_WIDE_BETWEEN, HOPPER_WIDE_THREADS);
   };
   if (warp < 4) {
     registers_give_back<HOPPER_WIDE_PRODUCER_REGISTERS>();
-    if (warp > 0) return;
-    if (keys) hopper_wide_keys_producer<SHAPE, CAREFUL>(c, base).run();
+    if (keys && warp == 0) hopper_wide_keys_producer<SHAPE, CAREFUL>(c, base).run();
     between();
-    if (queries) hopper_wide_queries_producer<SHAPE, CAREFUL>(c, base).run();
+    if (queries && warp == 0) hopper_wide_queries_producer<SHAPE, CAREFUL>(c, base).run();
   } else {
     registers_take<HOPPER_WIDE_CONSUMER_REGISTERS>();
     if (keys && warp < 8) hopper_wide_dv<SHAPE, CAREFUL>(c, base).run();
