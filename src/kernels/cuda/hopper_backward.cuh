@@ -49,6 +49,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
   using base_type::base;
   using base_type::c;
   using base_type::clean_keys;
+  using base_type::clean_queries;
   using base_type::dk;
   using base_type::dp;
   using base_type::draw;
@@ -203,7 +204,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
 #pragma unroll
       for (int i = 0; i < pairs; i++) p[i] = pack_halves<type>(s[2 * i], s[2 * i + 1]);
     }
-    if constexpr (CAREFUL) this->template clean_queries<FIRST>(g);
+    if constexpr (CAREFUL) clean_queries(g);
     start_dv(g);
     if constexpr (CAREFUL) {
       wgmma_wait<0>();
@@ -247,11 +248,6 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
       stores_read();
     } else {
       start_dq(dq, g - 1);
-      if constexpr (CAREFUL) {
-        wgmma_wait<0>();
-        repair_dq(dq, g - 1);
-        arrive(SHAPE::q_empty + 8 * ((g - 1) % SHAPE::q_slots));
-      }
     }
     store_pairs(g, ds);
     async_proxy_fence();
@@ -259,7 +255,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
     arrive(SHAPE::dout_empty + 8 * dout_slot);
     if constexpr (MORE) {
       start_scores(g + 1);
-    } else {
+    } else if constexpr (!CAREFUL) {
       arrive(SHAPE::v_empty);
     }
     named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
@@ -355,6 +351,20 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
     bulk_commit();
   }
 
+  // dQ of a step, with nothing beside it; `last`: K is not needed any more.
+  __device__ __forceinline__ void finish_dq(int g, bool last) {
+    float dq[32];
+    start_dq(dq, g);
+    wgmma_wait<0>();
+    if constexpr (CAREFUL) {
+      repair_dq(dq, g);
+      if (last) arrive(SHAPE::v_empty);
+    }
+    if (last) arrive(SHAPE::k_empty);
+    arrive(SHAPE::q_empty + 8 * (g % SHAPE::q_slots));
+    hand_over(dq);
+  }
+
   __device__ __forceinline__ void run() {
     int g = 0, kv_parity = 0;  // steps are counted across the jobs: they name the slots
 #pragma unroll 1
@@ -369,33 +379,38 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
 #pragma unroll
         for (int i = 0; i < sums; i++) dk[i] = dv[i] = 0.f;
         slope_head = -1;
-        // The loop turns where only dV and dK are in flight: ptxas serialises products whose result crosses a back edge
-        // and is then read (C7514).
         mbarrier_wait(base + SHAPE::k_full, kv_parity);
-        if constexpr (CAREFUL) clean_keys();
-        start_scores(g);
-        mbarrier_wait(base + SHAPE::v_full, kv_parity);
-        kv_parity ^= 1;
-        probabilities<true>(g);
-        if (job.y == 1) {
-          gradients<true, false>(g++);
-        } else {
-          gradients<true, true>(g++);
-          probabilities<false>(g);
+        if constexpr (CAREFUL) {
+          clean_keys();
+          mbarrier_wait(base + SHAPE::v_full, kv_parity);
 #pragma unroll 1
-          for (; g + 1 < end; g++) {
-            gradients<false, true>(g);
-            probabilities<false>(g + 1);
+          for (; g < end; g++) {
+            start_scores(g);
+            probabilities<true>(g);
+            gradients<true, false>(g);
+            finish_dq(g, g + 1 == end);
           }
-          gradients<false, false>(g++);
+        } else {
+          // The loop turns where only dV and dK are in flight: ptxas serialises products whose result crosses a back
+          // edge and is then read (C7514).
+          start_scores(g);
+          mbarrier_wait(base + SHAPE::v_full, kv_parity);
+          probabilities<true>(g);
+          if (job.y == 1) {
+            gradients<true, false>(g++);
+          } else {
+            gradients<true, true>(g++);
+            probabilities<false>(g);
+#pragma unroll 1
+            for (; g + 1 < end; g++) {
+              gradients<false, true>(g);
+              probabilities<false>(g + 1);
+            }
+            gradients<false, false>(g++);
+          }
+          finish_dq(g - 1, true);
         }
-        float dq[32];
-        start_dq(dq, g - 1);
-        wgmma_wait<0>();
-        if constexpr (CAREFUL) repair_dq(dq, g - 1);
-        arrive(SHAPE::k_empty);
-        arrive(SHAPE::q_empty + 8 * ((g - 1) % SHAPE::q_slots));
-        hand_over(dq);
+        kv_parity ^= 1;
         if constexpr (SHAPE::extras & HOPPER_BACKWARD_ALIBI && !CAREFUL) {
           if (c.slope_part) write_slope(-1);
         }

@@ -3,7 +3,8 @@
 #define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_REPAIRS_CUH
 #include "kernels/cuda/hopper_backward_weights.cuh"
 
-// Everything here waits for all products first; speed does not matter.
+// Everything here waits for all products first, and a step for the one before: speed does not matter, and a third of
+// the code is compiled.
 template <class SHAPE, bool CAREFUL>
 struct hopper_backward_repairs : hopper_backward_thread<SHAPE, CAREFUL> {
   using base_type = hopper_backward_thread<SHAPE, CAREFUL>;
@@ -36,10 +37,9 @@ struct hopper_backward_repairs : hopper_backward_thread<SHAPE, CAREFUL> {
   }
 
   // Once S and dP are there: P to shared memory, where repair_dv looks it up, and Q and dO cleaned in their place.
-  template <bool FIRST>
   __device__ __forceinline__ void clean_queries(int g) {
     const int thread = w * 128 + t, row = thread % SHAPE::queries;
-    if (FIRST) stores_read();
+    stores_read();
     named_barrier_sync(HOPPER_BACKWARD_BOTH, 256);
     store_pairs(g, p);
     if (thread < 2 * SHAPE::queries) {
