@@ -179,7 +179,7 @@ static int tensor_maps(const char *function, const sa_problem *p, const shape_en
   c->bias_batch_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 0);
   c->bias_head_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 1);
   c->bias_row_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 2);
-  return sa_cuda_tensor_map(function, &c->bias, &p->bias, p->bias_shape, SA_TILE);
+  return sa_cuda_tensor_map(function, &c->bias, &p->bias, p->bias_shape, c->bias_row_step ? SA_TILE : 1);
 }
 
 int sa_cuda_hopper_forward(const sa_problem *p) {

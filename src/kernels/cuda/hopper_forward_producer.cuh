@@ -170,7 +170,7 @@ struct forward_loader {
       mbarrier_wait(shared_address(&shared.bias_empty), bias.parity ^ 1);
       if (lane == 0) {
         const uint32_t barrier = shared_address(&shared.bias_full);
-        mbarrier_arrive_expect(barrier, sizeof shared.bias);
+        mbarrier_arrive_expect(barrier, c.bias_row_step ? (int)sizeof shared.bias : SHAPE::keys * 2);
 #pragma unroll
         for (int panel = 0; panel < SHAPE::keys / SA_PANEL; panel++) {
           tma_load(shared_address(shared.bias[panel]), &c.bias, key + panel * SA_PANEL,
