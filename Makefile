@@ -172,7 +172,7 @@ PORTABLE = SAFEATTN_CUDA_KERNELS=portable
 # - synccheck calls threads divergent that meet at a named barrier after others of the block have ended, as those of the
 #   forward do which know that the stream has.
 WITHOUT = --kernel-name-exclude kns=
-RACES = $(WITHOUT)hopper_forward $(WITHOUT)hopper_backward_tiles $(WITHOUT)hopper_wide
+RACES = $(WITHOUT)hopper_forward $(WITHOUT)hopper_backward_tiles $(WITHOUT)hopper_wide $(WITHOUT)hopper_bias
 READS = --check-api-memory-access no $(WITHOUT)hopper_backward_tiles $(WITHOUT)hopper_backward_convert
 MEETS = $(WITHOUT)hopper_forward
 test-sanitizers: needs-demo

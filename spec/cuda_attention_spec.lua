@@ -70,7 +70,9 @@ helper.describe_cuda("attention on a CUDA device", function()
   for n, options in ipairs {
     {bias = "ls"}, {bias = "1hls", extras_dtype = "f32", causal = "bottom-right"}, {bias = "bhls", bias_values = "inf"},
     {bias = "b11s", bias_values = "inf", extras_dtype = "f32"}, {bias = "1hls", bias_values = "inf", mask = "random"},
-    {bias = "b1l1"}, {bias = "ls", keys = 257},
+    {bias = "b1l1"}, {bias = "ls", keys = 257}, {bias = "bh1s"}, {bias = "b11s", mask = "random", batch = 2},
+    {bias = "bhl1", causal = "top-left"}, {bias = "1s", mask = "dead", keys = 300, dlse = true}, {bias = "b111"},
+    {bias = "b1ls", key_heads = 1, batch = 3, values = "heavy", queries = 390},
     {bias = "ls", bias_values = "lowest", extras_dtype = "f32", sinks = true},
     {bias = "bhls", keys = 131, extras_dtype = "f32", bias_values = "lowest"},
     {bias = "ls", softcap = 3, alibi = true, dropout = 0.1, sinks = true, causal = "top-left", key_heads = 1},

@@ -1,6 +1,8 @@
 // the attention kernels of the CUDA library, as cuda.cu chooses among them
 #ifndef SAFEATTN_KERNELS_CUDA_ATTENTION_CUH
 #define SAFEATTN_KERNELS_CUDA_ATTENTION_CUH
+#include <cuda_runtime.h>
+
 #include "backend.h"
 
 // The definition in plain f64 loops: any dtype, any width, any option.
@@ -17,5 +19,8 @@ bool sa_cuda_hopper_forward_covers(const sa_problem *p);
 bool sa_cuda_hopper_backward_covers(const sa_problem *p);
 int sa_cuda_hopper_forward(const sa_problem *p);
 int sa_cuda_hopper_backward(const sa_problem *p);
+
+// dBias as the sum of its parts [parts][count], of f64 where the problem is, else of f32.
+int sa_cuda_sum_bias_parts(const sa_problem &p, cudaStream_t stream, int64_t parts, int64_t count, const void *sums);
 
 #endif

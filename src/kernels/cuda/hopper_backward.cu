@@ -8,6 +8,7 @@
 #include "kernels/cuda/hopper_backward.cuh"
 #include "kernels/cuda/hopper_backward_extras.cuh"
 #include "kernels/cuda/hopper_backward_wide.cuh"
+#include "kernels/cuda/hopper_bias_gradient.cuh"
 #include "kernels/cuda/hopper_operands.cuh"
 
 static const char function[] = "sa_backward";
@@ -270,11 +271,14 @@ static int launch(const sa_problem *p, const hopper_backward_call &c, cudaStream
   const int64_t jobs = c.whole + (int64_t)(c.jobs - c.whole) * c.parts;
   const unsigned blocks = (unsigned)(jobs < processors ? jobs : processors);
   int status = launch_rows<T, WIDTH>(c, stream);
-  if (!c.dq_out.data && !c.dk_out.data && !c.dv_out.data && !c.slope_part) return status;
-  if (!status && c.coarse) {
+  const bool products = c.dq_out.data || c.dk_out.data || c.dv_out.data || c.slope_part;
+  const bool bias = p->dbias.data && hopper_bias_gradient_covers(p);
+  if (!status && c.coarse && (products || bias)) {
     status =
         sa_cuda_launch(function, hopper_backward_bases<T>, row_blocks, HOPPER_BACKWARD_BASES_THREADS, 0, stream, c);
   }
+  if (!status && bias) status = hopper_bias_gradient_launch(p, c, stream);
+  if (!products) return status;
   if (!status) status = launch_products<T, WIDTH, false>(extras, c, stream, blocks);
   if (!status && c.dq_out.data && !c.deterministic) {
     status = sa_cuda_launch(function, hopper_backward_convert<T, WIDTH>, row_blocks, 2 * WIDTH, 0, stream, c);
@@ -284,8 +288,8 @@ static int launch(const sa_problem *p, const hopper_backward_call &c, cudaStream
   return status;
 }
 
-// The bias's gradient, which is made tile by tile of the bias.
-static int launch_bias(const sa_problem *p) {
+// The bias's gradient where there are other extras.
+static int launch_portable_bias(const sa_problem *p) {
   sa_problem rest = *p;
   rest.dq.data = rest.dk.data = rest.dv.data = rest.dsinks.data = rest.dalibi.data = NULL;
   return sa_cuda_portable_backward(&rest);
@@ -363,5 +367,5 @@ int sa_cuda_hopper_backward(const sa_problem *p) {
   }
   status = p->dtype == SA_BF16 ? launch_any<__nv_bfloat16>(p, c, stream) : launch_any<__half>(p, c, stream);
   sa_cuda_scratch_release(p->device, scratch);
-  return !status && p->dbias.data ? launch_bias(p) : status;
+  return !status && p->dbias.data && !hopper_bias_gradient_covers(p) ? launch_portable_bias(p) : status;
 }

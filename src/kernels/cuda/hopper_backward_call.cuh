@@ -51,7 +51,7 @@ typedef struct hopper_backward_call {
   // Counters and notes, all 0 at first.
   int32_t *zeroed;
   int64_t zeroed_count;
-  int32_t *next_job;   // of each launch that takes jobs, and of its careful one
+  int32_t *next_job;   // of each launch that takes jobs, and of its careful one; the third: of the bias's gradient
   int32_t *flagged;    // whether anything is
   int32_t *bad_key;    // [batch, key head, column]; two a column where heads are wider than 128
   int32_t *bad_query;  // as chunks of dq; [batch, head, row of tiles] where heads are wider than 128

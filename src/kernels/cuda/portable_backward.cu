@@ -43,14 +43,14 @@ static __global__ void __launch_bounds__(256)
   }
 }
 
-int sa_cuda_sum_bias_parts(const backward_job &job, int64_t parts, int64_t count, const void *sums) {
+int sa_cuda_sum_bias_parts(const sa_problem &p, cudaStream_t stream, int64_t parts, int64_t count, const void *sums) {
   const int64_t blocks = (count + 255) / 256;
   const dim3 grid(blocks < 65536 ? (unsigned)blocks : 65536u);
-  if (job.p.dtype == SA_F64)
-    return sa_cuda_launch(backward_name, sum_bias_parts<double>, grid, dim3(256), 0, job.stream, job.p,
-                          (const double *)sums, parts, count);
-  return sa_cuda_launch(backward_name, sum_bias_parts<float>, grid, dim3(256), 0, job.stream, job.p,
-                        (const float *)sums, parts, count);
+  if (p.dtype == SA_F64)
+    return sa_cuda_launch(backward_name, sum_bias_parts<double>, grid, dim3(256), 0, stream, p, (const double *)sums,
+                          parts, count);
+  return sa_cuda_launch(backward_name, sum_bias_parts<float>, grid, dim3(256), 0, stream, p, (const float *)sums, parts,
+                        count);
 }
 
 template <class Real>

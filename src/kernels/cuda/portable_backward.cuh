@@ -20,6 +20,7 @@
 
 #include <type_traits>
 
+#include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/portable_backward_bases.cuh"
 #include "kernels/cuda/portable_backward_bias.cuh"
@@ -95,9 +96,6 @@ static int launch_bases(const backward_job &job, const backward_rows<typename C:
                         job.stream, job.p, job.plan, rows, job.aligned);
 }
 
-// Of portable_backward.cu: dBias as the sum of its parts.
-int sa_cuda_sum_bias_parts(const backward_job &job, int64_t parts, int64_t count, const void *sums);
-
 template <class C>
 static int launch_bias(const backward_job &job, const backward_rows<typename C::products::real> &rows) {
   typedef typename C::products::real Real;
@@ -131,7 +129,7 @@ static int launch_bias(const backward_job &job, const backward_rows<typename C::
     status = sa_cuda_launch(backward_name, backward_bias<typename C::products, C::ROW, C::QUERY_WARPS, C::QUERY_STEP>,
                             dim3(grid), dim3(32 * C::QUERY_WARPS), room::BYTES, job.stream, job.p, job.plan, rows,
                             job.aligned, sums);
-  if (!status && sums.sums) status = sa_cuda_sum_bias_parts(job, sums.parts, sums.count, sums.sums);
+  if (!status && sums.sums) status = sa_cuda_sum_bias_parts(p, job.stream, sums.parts, sums.count, sums.sums);
   if (sums.sums) sa_cuda_scratch_release(p.device, sums.sums);
   return status;
 }

@@ -78,6 +78,12 @@ static __device__ __forceinline__ uint32_t shared_load(uint32_t from) {
   return value;
 }
 
+static __device__ __forceinline__ float2 shared_load_2(uint32_t from) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(from));
+  return value;
+}
+
 static __device__ __forceinline__ float4 shared_load_4(uint32_t from) {
   float4 value;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"

@@ -58,6 +58,9 @@ static inline T &shared_value(uint32_t address) {
 static inline uint32_t shared_load(uint32_t from) {
   return emulator::shared_value<uint32_t>(from);
 }
+static inline float2 shared_load_2(uint32_t from) {
+  return emulator::shared_value<float2>(from);
+}
 static inline float4 shared_load_4(uint32_t from) {
   return emulator::shared_value<float4>(from);
 }
