@@ -465,14 +465,17 @@ typedef struct NAME(backward_products) {
 static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int keys) {
   const int64_t columns = amx_tiles(p->width) * AMX_SIDE, value_columns = amx_tiles(p->value_width) * AMX_SIDE;
   const int64_t depth = amx_steps(p->width) * AMX_DEPTH, value_depth = amx_steps(p->value_width) * AMX_DEPTH;
+  // K in float comes where rows of K and V have been done with.
+  const int64_t halves = keys * (depth + value_depth) / 2, floats = keys * NAME(padded)(p->width);
+  REAL *rows = NAME(take)(room, halves > floats ? halves : floats);
   return (NAME(backward_products)){
       .packed_dout = amx_take(room, QUERIES * value_depth),
-      .key_rows = amx_take(room, keys * depth),
-      .value_rows = amx_take(room, keys * value_depth),
+      .key_rows = (uint16_t *)rows,
+      .value_rows = (uint16_t *)rows + keys * depth,
       .query_pairs = amx_take(room, QUERIES * columns),
       .dout_pairs = amx_take(room, QUERIES * value_columns),
       .split = NAME(take)(room, keys * NAME(ROW)),
-      .keys = NAME(take)(room, keys * NAME(padded)(p->width)),
+      .keys = rows,
       .turned = NAME(take)(room, columns * NAME(ROW)),
   };
 }

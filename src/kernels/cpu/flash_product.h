@@ -15,8 +15,9 @@ typedef enum sa_product_start { SA_FROM_ZERO, SA_FROM_SELF, SA_FROM_SCALED } sa_
 // A strip of register tiles, one below the other: each is c[rows][vectors * LANES] = start + a b, where a's element
 // (i, k) is a[i * a_stride + k], or a[i + k * a_stride] when a is `turned`. Every accumulator is one chain of fused
 // multiply-adds over k in rising order, so an element's bits do not depend on the tile that computed it: backward gets
-// the very scores of the forward. The chain begins at 0 and meets what c holds on the way out: waiting for that first
-// took 4 % of the backward, since multiply-adds in waiting leave the processor no room to look ahead. `peak` (may be
+// the very scores of the forward. In large tiles (`late`) it begins at 0 and meets what c holds on the way out:
+// waiting for that first took 4 % of the backward, since multiply-adds in waiting leave the processor no room to look
+// ahead. In tiles of 6 x 2 the additions that this takes would cost 3 %. `peak` (may be
 // NULL) is raised to the largest of each column on the way out, while the sums are still in registers.
 static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int rows, int vectors, int tiles,
                                                               const REAL *restrict a, int64_t a_stride,
@@ -24,6 +25,7 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
                                                               int64_t c_row, int depth, sa_product_start start,
                                                               const REAL *restrict factor, REAL *restrict peak,
                                                               sa_forecast *restrict forecast) {
+  const bool late = TILE_VECTORS == 4;
   for (int tile = 0; tile < tiles; tile++) {
     NAME(vector) sum[6][4];
 #pragma GCC unroll 6
@@ -31,6 +33,9 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; j++) {
         sum[i][j] = NAME(set)(0);
+        if (late || start == SA_FROM_ZERO) continue;
+        sum[i][j] = NAME(load)(c + i * c_row + j * LANES);
+        if (turned && start == SA_FROM_SCALED) sum[i][j] = sum[i][j] * NAME(set)(factor[i]);
       }
     }
     const REAL *left = a, *right = b;
@@ -57,9 +62,9 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; j++) {
         REAL *at = c + i * c_row + j * LANES;
-        if (turned && start == SA_FROM_SCALED)
+        if (late && turned && start == SA_FROM_SCALED)
           sum[i][j] = NAME(fma)(NAME(load)(at), NAME(set)(factor[i]), sum[i][j]);
-        else if (start != SA_FROM_ZERO)
+        else if (late && start != SA_FROM_ZERO)
           sum[i][j] = NAME(load)(at) + sum[i][j];
         NAME(store)(at, sum[i][j]);
       }
