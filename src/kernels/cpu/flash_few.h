@@ -6,8 +6,10 @@
 // elements, and Q and o are in that order then (`split`). In the second cache a key of 128 bf16 takes 25 ns with
 // AVX-512; converting rows first took 75.
 //
-// While K is read, V's rows of the same keys are called for, and while V is read, K's of the next: into the second
-// cache and a line at a time, because a burst of calls finds the processor's buffers full, and then everything waits.
+// Rows 8 KiB further on are called for, into the second cache, one line after the other and few at a time: in bursts
+// the calls find the processor's buffers full, and in another order the hardware, which calls for the lines that
+// follow, does not see that they do.
+enum { NAME(AHEAD) = 8 << 10 };
 
 // Whether a row's elements are even before odd in Q or o.
 static bool NAME(split)(const sa_operand *x, int64_t width) {
@@ -26,6 +28,13 @@ typedef struct NAME(raw_rows) {
   int64_t stride;
   int dtype;
 } NAME(raw_rows);
+
+// Those that are called for while they are read.
+static NAME(raw_rows) NAME(rows_ahead)(const NAME(raw_rows) * rows) {
+  NAME(raw_rows) ahead = *rows;
+  if (rows->stride > 0) ahead.first += NAME(AHEAD) / rows->stride * rows->stride;
+  return ahead;
+}
 
 static NAME(raw_rows) NAME(raw_rows_of)(const sa_operand *x, const NAME(block) * block, int64_t first) {
   return (NAME(raw_rows)){sa_at(x, block->batch, block->key_head, first, 0), x->stride[2] * sa_size_of(x->dtype),
@@ -75,16 +84,16 @@ static inline __attribute__((always_inline)) void NAME(store_lanes)(NAME(vector)
 // to[key][ROW] = K Q^T.
 static inline __attribute__((always_inline)) void NAME(dots_of)(int dtype, const NAME(raw_rows) * key, int keys,
                                                                 const REAL *query, int64_t query_stride, int queries,
-                                                                int columns, REAL *to, const NAME(raw_rows) * next) {
+                                                                int columns, REAL *to) {
   const int halves = dtype == SA_BF16 ? 2 : 1;
+  const NAME(raw_rows) next = NAME(rows_ahead)(key);
+  // From one line to that of the next key, and from these to the next ones.
+  const bool dense = next.stride == columns * (VECTOR_BYTES / LANES) / halves;
+  const int64_t across = dense ? VECTOR_BYTES : next.stride, onward = dense ? NAME(DOT_KEYS) * across : VECTOR_BYTES;
   for (int first = 0; first < keys; first += NAME(DOT_KEYS)) {
-    const char *row[NAME(DOT_KEYS)], *call[NAME(DOT_KEYS)];
+    const char *row[NAME(DOT_KEYS)], *call = next.first + first * next.stride;
 #pragma GCC unroll 4
-    for (int r = 0; r < NAME(DOT_KEYS); r++) {
-      const int at = first + r < keys ? first + r : first;
-      row[r] = key->first + at * key->stride;
-      call[r] = next->first + at * next->stride;
-    }
+    for (int r = 0; r < NAME(DOT_KEYS); r++) row[r] = key->first + (first + r < keys ? first + r : first) * key->stride;
     for (int q = 0; q < queries; q += NAME(DOT_QUERIES)) {
       NAME(vector) sum[LANES];
 #pragma GCC unroll 16
@@ -92,7 +101,8 @@ static inline __attribute__((always_inline)) void NAME(dots_of)(int dtype, const
       int d = 0;
       do {
 #pragma GCC unroll 4
-        for (int r = 0; r < NAME(DOT_KEYS); r++) __builtin_prefetch(call[r] + d * VECTOR_BYTES / LANES / halves, 0, 2);
+        for (int r = 0; r < NAME(DOT_KEYS) && q == 0; r++) __builtin_prefetch(call + r * across, 0, 2);
+        call += onward;
 #pragma GCC unroll 2
         for (int half = 0; half < halves; half++, d += LANES) {
           NAME(vector) x[NAME(DOT_KEYS)];
@@ -121,8 +131,8 @@ static inline __attribute__((always_inline)) void NAME(dots_of)(int dtype, const
 // A tile of o, DOT_QUERIES x `vectors`: times `factor` (NULL: 1), or from 0, and then its keys in rising order.
 static inline __attribute__((always_inline)) void NAME(row_tile)(int dtype, int vectors, const NAME(raw_rows) * value,
                                                                  int keys, const REAL *weights, const REAL *factor,
-                                                                 bool from_zero, int d, REAL *o, int64_t o_row,
-                                                                 const NAME(raw_rows) * next) {
+                                                                 bool from_zero, int d, int columns, REAL *o,
+                                                                 int64_t o_row) {
   const int halves = dtype == SA_BF16 ? 2 : 1;
   NAME(vector) sum[NAME(DOT_QUERIES)][4];
 #pragma GCC unroll 4
@@ -134,10 +144,14 @@ static inline __attribute__((always_inline)) void NAME(row_tile)(int dtype, int 
       if (factor) sum[i][j] = sum[i][j] * NAME(set)(factor[i]);
     }
   }
-  const char *row = value->first, *call = next->first + d * VECTOR_BYTES / LANES / halves;
-  for (int r = 0; r < keys; r++, row += value->stride, call += next->stride) {
+  const NAME(raw_rows) next = NAME(rows_ahead)(value);
+  const int64_t wide = vectors * VECTOR_BYTES / halves, at = d * (VECTOR_BYTES / LANES) / halves;
+  const bool dense = next.stride == columns * (VECTOR_BYTES / LANES) / halves;
+  const int64_t onward = dense ? wide : next.stride;
+  const char *row = value->first, *call = next.first + (dense ? at * keys : at);
+  for (int r = 0; r < keys; r++, row += value->stride, call += onward) {
 #pragma GCC unroll 4
-    for (int byte = 0; byte < vectors * VECTOR_BYTES / halves; byte += 64) __builtin_prefetch(call + byte, 0, 2);
+    for (int byte = 0; byte < wide; byte += 64) __builtin_prefetch(call + byte, 0, 2);
     NAME(vector) x[4];
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; j++) x[j] = NAME(raw_vector)(dtype, row, d + j * LANES, j % halves);
@@ -158,39 +172,36 @@ static inline __attribute__((always_inline)) void NAME(row_tile)(int dtype, int 
 // o = o * factor + P V (factor NULL: o starts), for some keys at a time, whose rows are then in the first cache.
 static inline __attribute__((always_inline)) void NAME(add_rows_of)(int dtype, const NAME(raw_rows) * value, int keys,
                                                                     const REAL *weights, const REAL *factor,
-                                                                    int queries, int columns, REAL *o, int64_t o_row,
-                                                                    const NAME(raw_rows) * next) {
+                                                                    int queries, int columns, REAL *o, int64_t o_row) {
   enum { SOME = 32 };
   const int least = dtype == SA_BF16 ? 2 : 1;
   for (int first = 0; first < keys; first += SOME) {
-    const NAME(raw_rows) some = {value->first + first * value->stride, value->stride, value->dtype},
-                         call = {next->first + first * next->stride, next->stride, next->dtype};
+    const NAME(raw_rows) some = {value->first + first * value->stride, value->stride, value->dtype};
     const int count = keys - first < SOME ? keys - first : SOME;
     for (int q = 0; q < queries; q += NAME(DOT_QUERIES)) {
       const REAL *weight = weights + first * NAME(ROW) + q, *times = factor && !first ? factor + q : NULL;
       REAL *to = o + q * o_row;
       int d = 0;
       for (; d + TILE_VECTORS * LANES <= columns; d += TILE_VECTORS * LANES) {
-        NAME(row_tile)(dtype, TILE_VECTORS, &some, count, weight, times, !factor && !first, d, to, o_row, &call);
+        NAME(row_tile)(dtype, TILE_VECTORS, &some, count, weight, times, !factor && !first, d, columns, to, o_row);
       }
       for (; d < columns; d += least * LANES) {
-        NAME(row_tile)(dtype, least, &some, count, weight, times, !factor && !first, d, to, o_row, &call);
+        NAME(row_tile)(dtype, least, &some, count, weight, times, !factor && !first, d, columns, to, o_row);
       }
     }
   }
 }
 
 // Functions for each dtype that rows can have.
-#define SA_FEW(WHICH, OF)                                                                                            \
-  static __attribute__((noinline)) void NAME(dots_##WHICH)(const NAME(raw_rows) * key, int keys, const REAL *query,  \
-                                                           int64_t query_stride, int queries, int columns, REAL *to, \
-                                                           const NAME(raw_rows) * next) {                            \
-    NAME(dots_of)(OF, key, keys, query, query_stride, queries, columns, to, next);                                   \
-  }                                                                                                                  \
-  static __attribute__((noinline)) void NAME(add_rows_##WHICH)(                                                      \
-      const NAME(raw_rows) * value, int keys, const REAL *weights, const REAL *factor, int queries, int columns,     \
-      REAL *o, int64_t o_row, const NAME(raw_rows) * next) {                                                         \
-    NAME(add_rows_of)(OF, value, keys, weights, factor, queries, columns, o, o_row, next);                           \
+#define SA_FEW(WHICH, OF)                                                                                              \
+  static __attribute__((noinline)) void NAME(dots_##WHICH)(const NAME(raw_rows) * key, int keys, const REAL *query,    \
+                                                           int64_t query_stride, int queries, int columns, REAL *to) { \
+    NAME(dots_of)(OF, key, keys, query, query_stride, queries, columns, to);                                           \
+  }                                                                                                                    \
+  static __attribute__((noinline)) void NAME(add_rows_##WHICH)(const NAME(raw_rows) * value, int keys,                 \
+                                                               const REAL *weights, const REAL *factor, int queries,   \
+                                                               int columns, REAL *o, int64_t o_row) {                  \
+    NAME(add_rows_of)(OF, value, keys, weights, factor, queries, columns, o, o_row);                                   \
   }
 SA_FEW(own, DTYPE)
 #if MANTISSA_BITS == 23
@@ -207,7 +218,6 @@ SA_FEW(bf16, SA_BF16)
 static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key, int64_t key_stride,
                             const REAL *query, REAL *scores) {
   const sa_problem *p = block->p;
-  const NAME(raw_rows) next = NAME(raw_rows_of)(&p->v, block, stretch->first);
   NAME(raw_rows) rows = {(const char *)key, key_stride * (int64_t)sizeof *key, DTYPE};
   if (NAME(readable)(&p->k, p->width)) rows = NAME(raw_rows_of)(&p->k, block, stretch->first);
   if (!p->width) {
@@ -215,17 +225,16 @@ static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch
     return;
   }
   SA_FEW_OF(dots, rows.dtype)
-  (&rows, stretch->count, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), scores, &next);
+  (&rows, stretch->count, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), scores);
 }
 
 // o = o * factor + P V, V's rows as they lie or of REAL.
 static void NAME(add_few_values)(const NAME(block) * block, const sa_stretch *stretch, const NAME(raw_rows) * value,
                                  const REAL *weights, const REAL *factor, REAL *o) {
   const sa_problem *p = block->p;
-  const NAME(raw_rows) next = NAME(raw_rows_of)(&p->k, block, stretch->first + stretch->count);
   SA_FEW_OF(add_rows, value->dtype)
-  (value, stretch->count, weights, factor, block->count, NAME(columns)(p->value_width), o, NAME(padded)(p->value_width),
-   &next);
+  (value, stretch->count, weights, factor, block->count, NAME(columns)(p->value_width), o,
+   NAME(padded)(p->value_width));
 }
 #undef SA_FEW_OF
 
