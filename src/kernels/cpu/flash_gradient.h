@@ -1,0 +1,230 @@
+// a block of queries against a stretch of keys, backward: P and dS, and what they give to each gradient; part of
+// flash_backward.h
+
+// What is not finite in rows of queries, given to the keys that see them, rows of `to` from `at` on: to[key] +=
+// pair[key][query] row.
+static void NAME(give_to_keys)(const NAME(block) * block, int keys, const uint64_t *visible, uint64_t dead,
+                               const REAL *pairs, const NAME(query_rows) * from, const NAME(gradient) * to,
+                               int64_t at) {
+  REAL room[SA_FUSED_WIDTH];
+  for (int i = 0; i < block->count; i++) {
+    if (dead >> i & 1) continue;
+    const REAL *row = NAME(row_of)(NAME(row_at)(from->operand, block, i), from->operand->dtype, from->width, room);
+    for (int d = 0; d < from->width; d++) {
+      if (row[d] * 0 == 0) continue;
+      const bool whole = d < to->columns;
+      REAL *sum = whole ? to->rows + at * to->row + d : to->tail + at * LANES + d - to->columns;
+      for (int r = 0; r < keys; r++, sum += whole ? to->row : LANES) {
+        if (!visible || visible[r] >> i & 1) *sum += pairs[r * NAME(ROW) + i] * row[d];
+      }
+    }
+  }
+}
+
+// What turns S^T and dP^T into P^T and dS^T; NULL: nothing is masked, everything is kept, no factor.
+typedef struct NAME(pairing) {
+  const uint64_t *visible, *kept;
+  const REAL *base, *factor, *delta;  // [QUERIES]
+} NAME(pairing);
+
+static inline __attribute__((always_inline)) void NAME(differentiate_so)(const NAME(block) * block, int keys,
+                                                                         NAME(pairing) by, bool plain, REAL *scores,
+                                                                         REAL *dscores) {
+  const NAME(vector) unit = NAME(set)(block->unit), zero = NAME(set)(0);
+  const NAME(vector) more = NAME(set)((REAL)(1 / (1 - block->p->dropout)));
+  for (int j = 0; j < block->vectors; j++) {
+    const NAME(vector) base = NAME(load)(by.base + j * LANES), delta = NAME(load)(by.delta + j * LANES);
+    const NAME(vector) factor = by.factor ? NAME(load)(by.factor + j * LANES) : zero;
+    REAL *s = scores + j * LANES, *ds = dscores + j * LANES;
+    for (int r = 0; r < keys; r++, s += NAME(ROW), ds += NAME(ROW)) {
+      NAME(vector) x = NAME(load)(s) - base;
+      if (!plain) x = x * unit;
+      NAME(vector) weight = NAME(exp2)(x);
+      if (by.factor) weight = weight * factor;
+      if (by.visible) weight = NAME(select)(by.visible[r] >> (j * LANES), weight, zero);
+      NAME(vector) dweight = NAME(load)(ds), shown = weight;
+      if (by.kept) {
+        dweight = NAME(select)(by.kept[r] >> (j * LANES), dweight * more, zero);
+        shown = NAME(select)(by.kept[r] >> (j * LANES), weight * more, zero);
+      }
+      NAME(store)(s, shown);
+      const NAME(vector) dscore = weight * (dweight - delta);
+      NAME(store)(ds, by.visible ? NAME(select)(by.visible[r] >> (j * LANES), dscore, zero) : dscore);
+    }
+  }
+}
+
+// P^T in place of S^T, and dS^T = P^T (dP^T - delta) in place of dP^T, both 0 for masked pairs. Dropout acts on P in dV
+// and on dP in dS: `scores` becomes what dV wants.
+static void NAME(differentiate)(const NAME(block) * block, int keys, const NAME(pairing) * by, REAL *scores,
+                                REAL *dscores) {
+  NAME(pairing) own = *by;
+  if (block->plain && !own.visible && !own.kept && !own.factor) {
+    own.visible = own.kept = NULL;
+    own.factor = NULL;
+    NAME(differentiate_so)(block, keys, own, true, scores, dscores);
+  } else {
+    NAME(differentiate_so)(block, keys, own, block->plain, scores, dscores);
+  }
+}
+
+// Where dBias of a query of the plane is gathered.
+static REAL *NAME(dbias_row)(const NAME(backward_job) * job, int64_t batch, int64_t head, int64_t query) {
+  const int64_t *shape = job->p->bias_shape;
+  batch = shape[0] == 1 ? 0 : batch;
+  head = shape[1] == 1 ? 0 : head;
+  query = shape[2] == 1 ? 0 : query;
+  if (!job->dbias) return sa_at(&job->p->dbias, batch, head, query, 0);
+  return job->dbias + ((batch * shape[1] + head) * shape[2] + query) * shape[3];
+}
+
+// The rows of dBias that a stretch adds to, too far apart for the hardware to foresee.
+static sa_forecast NAME(foresee_dbias)(const NAME(backward_job) * job, const NAME(block) * block,
+                                       const sa_stretch *stretch) {
+  const int64_t *shape = job->p->bias_shape;
+  sa_forecast forecast = {0};
+  if (shape[2] == 1 || shape[3] == 1) return forecast;
+  const REAL *rows = NAME(dbias_row)(job, block->batch, block->head, block->query);
+  const int64_t stride = job->dbias ? shape[3] : job->p->dbias.stride[2];
+  sa_forecast_add(&forecast, rows + stretch->first, stride * (int64_t)sizeof *rows,
+                  stretch->count * (int64_t)sizeof *rows, block->count);
+  return forecast;
+}
+
+// dBias += dS, in the order in which the item meets it.
+static void NAME(add_dbias)(const NAME(backward_job) * job, const NAME(block) * block, const sa_stretch *stretch,
+                            int64_t chunk, const REAL *dscores) {
+  const bool broadcast = job->p->bias_shape[3] == 1;
+  REAL square[LANES * LANES];
+  for (int first = 0; first < block->count; first += LANES) {
+    REAL *rows[LANES];
+    const int queries = block->count - first < LANES ? block->count - first : LANES;
+    for (int i = 0; i < queries; i++) {
+      rows[i] = NAME(dbias_row)(job, block->batch, block->head, block->query + first + i);
+      rows[i] += broadcast ? chunk * job->dbias_count : stretch->first;
+    }
+    int r = 0;
+    for (; !broadcast && r + LANES <= stretch->count; r += LANES) {
+      NAME(transpose)(dscores + r * NAME(ROW) + first, NAME(ROW), 1, square, LANES);
+      for (int i = 0; i < queries; i++) {
+        NAME(store)(rows[i] + r, NAME(load)(rows[i] + r) + NAME(load)(square + i * LANES));
+      }
+    }
+    for (int i = 0; i < queries; i++) {
+      REAL sum = 0;
+      for (int key = r; key < stretch->count; key++) {
+        const REAL dscore = dscores[key * NAME(ROW) + first + i];
+        if (broadcast)
+          sum += dscore;
+        else
+          rows[i][key] += dscore;
+      }
+      if (broadcast) *rows[i] += sum;
+    }
+  }
+}
+
+// What a step of ALiBi's slope does: the sum of -|j - i - d| dS; a stretch's share per query in REAL, then in double.
+static double NAME(slope_gradient)(const NAME(block) * block, const sa_stretch *stretch, const REAL *dscores) {
+  const int64_t origin = block->query + block->p->diagonal;
+  REAL lanes[LANES];
+  for (int i = 0; i < LANES; i++) lanes[i] = (REAL)i;
+  double sum = 0;
+  for (int j = 0; j < block->vectors; j++) {
+    const NAME(vector) offset = NAME(load)(lanes) + NAME(set)((REAL)(j * LANES));
+    NAME(vector) share = NAME(set)(0);
+    for (int r = 0; r < stretch->count; r++) {
+      const NAME(vector) distance = NAME(magnitude)(NAME(set)((REAL)(stretch->first + r - origin)) - offset);
+      // A masked pair's dS is 0, and so is its share.
+      share = NAME(fma)(distance, NAME(load)(dscores + r * NAME(ROW) + j * LANES), share);
+    }
+    REAL shares[LANES];
+    NAME(store)(shares, share);
+    for (int i = 0; i < LANES; i++) sum -= (double)shares[i];
+  }
+  return sum;
+}
+
+static void NAME(clear_gradients)(const NAME(chunk) * chunk, int64_t first, int count) {
+  for (int i = 0; i < 2; i++) {
+    const NAME(gradient) *gradient = i ? &chunk->dvalue : &chunk->dkey;
+    for (int64_t r = first; gradient->rows && r < first + count; r++) {
+      memset(gradient->rows + r * gradient->row, 0, sizeof(REAL) * gradient->columns);
+      if (gradient->tail) memset(gradient->tail + r * LANES, 0, sizeof(REAL) * LANES);
+    }
+  }
+}
+
+// Looks at the keys of a stretch when nobody has before. Returns whether all of them are new, so that their gradients
+// are still to be written; those of a half that is new are cleared.
+static bool NAME(meet_keys)(const NAME(block) * block, const sa_stretch *stretch, NAME(chunk) * chunk) {
+  const int64_t offset = stretch->first - chunk->first;
+  const uint64_t all = (stretch->count > SEGMENT ? 3 : 1) << (offset / SEGMENT), fresh = all & ~chunk->met;
+  if (!fresh) return false;
+  chunk->met |= all;
+  chunk->wild |= NAME(wild_keys)(block, stretch->first, stretch->count);
+  if (fresh == all) return true;
+  const bool second = fresh >> (offset / SEGMENT) == 2;
+  const int half = second ? stretch->count - SEGMENT : SEGMENT;
+  NAME(clear_gradients)(chunk, offset + (second ? SEGMENT : 0), half);
+  return false;
+}
+
+// One block of queries against one stretch of a chunk's keys.
+static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(block) * block, sa_stretch *stretch,
+                                   NAME(chunk) * chunk, uint64_t dead, bool factor, const NAME(query_rows) * query,
+                                   const NAME(query_rows) * dout, bool first, const NAME(backward_room) * room,
+                                   double *dslope) {
+  const sa_problem *p = job->p;
+  const int width = (int)p->width, keys = stretch->count;
+  int64_t key_stride;
+  const NAME(element) *key =
+      NAME(rows_of)(&p->k, block, stretch->first, keys, width, true, room->products.key_rows, &key_stride);
+  stretch->outline = NAME(outline)(block, stretch, &room->stretch);
+  sa_stretch scored = *stretch;
+  sa_forecast forecast;
+  if (p->dbias.data && stretch->forecast) {
+    forecast = NAME(foresee_dbias)(job, block, stretch);
+    scored.forecast = &forecast;
+  }
+  const uint64_t *visible = NAME(score)(block, &scored, key, key_stride, room->packed_query, &room->stretch, NULL);
+  REAL *weights = room->stretch.scores, *dscores = room->dscores;
+  const int64_t offset = stretch->first - chunk->first;
+  bool fresh = NAME(meet_keys)(block, stretch, chunk);
+  // What is not finite is given before a product, which may take the pairs apart (amx_product.h), adds to it.
+  if (fresh && (query->wild || dout->wild)) {
+    NAME(clear_gradients)(chunk, offset, keys);
+    fresh = false;
+  }
+  NAME(dweight_product)(block, stretch, &room->products, dscores);
+  const uint64_t *kept = NAME(keep)(block, stretch, &room->stretch);
+  const NAME(pairing) by = {visible, kept, room->base, factor ? room->factor : NULL, room->delta};
+  NAME(differentiate)(block, keys, &by, weights, dscores);
+  if (p->dv.data) {
+    if (dout->wild) NAME(give_to_keys)(block, keys, visible, dead, weights, dout, &chunk->dvalue, offset);
+    NAME(add_dvalues)
+    (block, stretch, weights, dout->rows, dout->stride, fresh, &room->products, &chunk->dvalue, offset);
+  }
+  if (p->dbias.data) NAME(add_dbias)(job, block, stretch, chunk->index, dscores);
+  if (job->dalibi) *dslope += NAME(slope_gradient)(block, stretch, dscores);
+  if (p->softcap > 0) {
+    // d/ds of cap tanh(s / cap) is 1 - tanh^2; a masked pair may hold NaN there.
+    for (int r = 0; r < keys; r++) {
+      for (int j = 0; j < block->vectors; j++) {
+        const NAME(vector) t = NAME(load)(room->stretch.capped + r * NAME(ROW) + j * LANES);
+        REAL *ds = dscores + r * NAME(ROW) + j * LANES;
+        const NAME(vector) inner = NAME(load)(ds) * (NAME(set)(1) - t * t);
+        NAME(store)(ds, visible ? NAME(select)(visible[r] >> (j * LANES), inner, NAME(set)(0)) : inner);
+      }
+    }
+  }
+  if (p->dk.data) {
+    if (query->wild) NAME(give_to_keys)(block, keys, visible, dead, dscores, query, &chunk->dkey, offset);
+    NAME(add_dkeys)
+    (block, stretch, dscores, query->rows, query->stride, fresh, &room->products, &chunk->dkey, offset);
+  }
+  if (p->dq.data) {
+    NAME(add_dqueries)
+    (block, stretch, visible, key, key_stride, dscores, chunk->wild, first, &room->products, room->dquery);
+  }
+}
