@@ -165,6 +165,18 @@ print(sa.save("%s", {t = sa.zeros {1}}))
     assert.matches("a.npz: [^\n]*needs zlib.-b.npz: %.npz needs zlib", output)
   end)
 
+  it("may be unloaded together with a stream that was given up", function()
+    local output = require "spec.child".must_run [[
+local zlib = require "safeattn.files.zlib"
+local broken = ("x"):rep(64)
+assert(not pcall(zlib.inflater(broken, #broken), require "ffi".new "uint8_t[100]", 100))
+zlib, package.loaded["safeattn.files.zlib"] = nil, nil
+for _ = 1, 3 do collectgarbage() end
+print "alive"
+]]
+    assert.equal("alive\n", output)
+  end)
+
   it("is what NumPy reads and writes", function()
     local tensors = sample()
     assert(sa.save(path "stored.npz", tensors))

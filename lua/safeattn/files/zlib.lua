@@ -52,6 +52,12 @@ function zlib.crc32(crc, bytes, count)
   return crc
 end
 
+-- A library is unloaded with the last reference to it, and its functions are none: the finaliser, which may be called
+-- in the collection that finds this module gone too, holds one.
+local function ended_by(finalize, stream, z)
+  return ffi.gc(stream, function(own) z[finalize](own) end)
+end
+
 local function check(status)
   if status ~= Z_OK then disk.refuse("zlib failed with status %d", status) end
 end
@@ -64,7 +70,7 @@ function zlib.inflater(bytes, count)
   local stream = Stream()
   stream.next_in, stream.avail_in = bytes, count
   check(z.safeattn_inflate_init(stream, RAW, z.safeattn_zlib_version(), ffi.sizeof(stream)))
-  stream = ffi.gc(stream, z.safeattn_inflate_end)
+  stream = ended_by("safeattn_inflate_end", stream, z)
   local ended = false
   local function read(to, wanted)
     stream.next_out, stream.avail_out = to, wanted
@@ -95,7 +101,7 @@ function zlib.deflate(pieces)
   local stream = Stream()
   check(z.safeattn_deflate_init(stream, LEVEL, Z_DEFLATED, RAW, MEMORY, 0, z.safeattn_zlib_version(),
     ffi.sizeof(stream)))
-  stream = ffi.gc(stream, z.safeattn_deflate_end)
+  stream = ended_by("safeattn_deflate_end", stream, z)
   local room, output = ffi.new("uint8_t[?]", CHUNK), {}
   local function run(flush)
     local status
