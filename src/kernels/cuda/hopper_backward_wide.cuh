@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(HOPPER_WIDE_THREADS, 1)
   };
   if (warp < 4) {
     registers_give_back<HOPPER_WIDE_PRODUCER_REGISTERS>();
-    if (keys && warp == 0) hopper_wide_keys_producer<SHAPE, CAREFUL>(c, base).run();
+    if (keys && warp == 0) hopper_wide_load_jobs<hopper_wide_keys_producer<SHAPE, CAREFUL>>(c, base);
     between();
-    if (queries && warp == 0) hopper_wide_queries_producer<SHAPE, CAREFUL>(c, base).run();
+    if (queries && warp == 0) hopper_wide_load_jobs<hopper_wide_queries_producer<SHAPE, CAREFUL>>(c, base);
   } else {
     registers_take<HOPPER_WIDE_CONSUMER_REGISTERS>();
     if (keys && warp < 8) hopper_wide_dv<SHAPE, CAREFUL>(c, base).run();

@@ -98,6 +98,20 @@ struct hopper_wide_producer {
   }
 };
 
+// Warp 0 of a pass: loads for jobs until there are none left.
+template <class PRODUCER>
+static __device__ __forceinline__ void hopper_wide_load_jobs(const hopper_backward_call &call, uint32_t start) {
+  PRODUCER producer(call, start);
+#pragma unroll 1
+  for (int n = 0;; n++) {
+    const hopper_wide_job job = producer.next_job();
+    if (producer.lane == 0) producer.announce(n, job);
+    if (job.steps < 0) return;
+    if (producer.lane == 0 && job.steps > 0) producer.load_job(job);
+    __syncwarp();
+  }
+}
+
 /*  Warpgroups 1 and 2  */
 
 // A thread of a warpgroup that multiplies. Its rows of the warpgroup's 64 are row() and row() + 8.

@@ -144,17 +144,6 @@ struct hopper_wide_keys_producer : hopper_wide_producer<hopper_wide_keys_memory<
     }
     jobs++;
   }
-
-  __device__ __forceinline__ void run() {
-#pragma unroll 1
-    for (int n = 0;; n++) {
-      const hopper_wide_job job = next_job();
-      if (lane == 0) this->announce(n, job);
-      if (job.steps < 0) return;
-      if (lane == 0 && job.steps > 0) load_job(job);
-      __syncwarp();
-    }
-  }
 };
 
 // A warpgroup: a key per row, 64 queries of a step along the columns. SELF has its arithmetic and says which side PAIRS

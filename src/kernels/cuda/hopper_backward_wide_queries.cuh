@@ -108,17 +108,6 @@ struct hopper_wide_queries_producer : hopper_wide_producer<hopper_wide_queries_m
     });
     jobs++;
   }
-
-  __device__ __forceinline__ void run() {
-#pragma unroll 1
-    for (int n = 0;; n++) {
-      const hopper_wide_job job = next_job();
-      if (lane == 0) this->announce(n, job);
-      if (job.steps < 0) return;
-      if (lane == 0 && job.steps > 0) load_job(job);
-      __syncwarp();
-    }
-  }
 };
 
 // A warpgroup of the pass over queries: dQ of 64 of them, a query per row, 64 keys of a step along the columns.
