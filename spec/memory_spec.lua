@@ -100,6 +100,31 @@ print(status "VmHWM")
     assert.same(before, use())
   end)
 
+  it("may be collected between any two instructions, as by the hook of a debugger", function()
+    child.must_run([[
+jit.off()
+local sa = require "safeattn"
+local function walk()
+  local halves = sa.randn({9, 7}, {seed = 1, dtype = "bf16"}):totable()
+  local turned = sa.randn({9, 7}, {seed = 1}):transpose(1, 2):totable()
+  local plain = sa.randn({9, 7}, {seed = 1}):to("f64"):totable()
+  local weights = sa.randn({4, 4}, {seed = 2, requires_grad = true})
+  sa.sdpa(weights, weights, weights * 2, {causal = true}):sum():backward()
+  return {halves, turned, plain, weights.grad:totable()}
+end
+local function same(a, b)
+  if type(a) ~= "table" then return a == b end
+  for n = 1, #a do
+    if not same(a[n], b[n]) then return false end
+  end
+  return #a == #b
+end
+local want = walk()
+debug.sethook(function() collectgarbage() end, "", 11)
+for _ = 1, 2 do assert(same(walk(), want), "memory was lost while it was read") end
+]], {environment = {MALLOC_PERTURB_ = "85"}})
+  end)
+
   it("is given back at once by free, while views keep what they see", function()
     collect()
     local before = use()

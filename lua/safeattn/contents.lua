@@ -163,7 +163,10 @@ function methods.totable(t)
     wide = tensor.new("totable", dtype, lib.SA_CPU, handle.ndim, handle.shape)
     call("totable", lib.sa_copy, wide.handle, handle)
   end
-  return nest(wide:data(), element_at, t.shape, 1, 0, t:numel())
+  local nested = nest(wide:data(), element_at, t.shape, 1, 0, t:numel())
+  -- No tail call, and both are read once more: what nobody reads again may go, and its memory while it is walked.
+  if wide ~= t then wide:free() end
+  return nested
 end
 
 local stats_type = ffi.typeof("sa_stats")

@@ -113,6 +113,7 @@ local function numbers(t)
   else
     packed.data = base64(bytes, size)
   end
+  whole:free()
   return packed
 end
 
@@ -133,7 +134,9 @@ end
 local function visible_bits(plan)
   local pairs_seen = ffi.gc(ffi.new "sa_tensor", lib.sa_tensor_release)
   core.call("report", lib.sa_plan_dense, plan, pairs_seen)
-  return bits(ffi.cast("const bool *", pairs_seen.data), tonumber(lib.sa_tensor_numel(pairs_seen)))
+  local packed = bits(ffi.cast("const bool *", pairs_seen.data), tonumber(lib.sa_tensor_numel(pairs_seen)))
+  lib.sa_tensor_release(pairs_seen)
+  return packed
 end
 
 -- Which weights dropout keeps: attention with equal weights, to values that are the keys' own unit vectors, shows them.
@@ -147,6 +150,7 @@ local function kept_bits(p)
   local kept, count = out:data(), out:numel()
   local truth = ffi.new("bool[?]", math.max(1, count))
   for n = 0, count - 1 do truth[n] = kept[n] ~= 0 end
+  out:free()
   return bits(truth, count)
 end
 

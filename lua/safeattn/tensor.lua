@@ -48,6 +48,9 @@ local spare, spares = {}, 0      -- the lowest last
 local watched = false            -- whether an object waits for the next collection
 local Watch = ffi.typeof "char[1]"
 local watch
+-- The handle that is about to get its slot, at [1]: a debugger's hook may collect between any two instructions. Weak,
+-- so that a hook which raises an error there stops nothing for good.
+local taking = setmetatable({}, {__mode = "v"})
 
 -- Gives back the blocks of first .. last.
 local function give_back(first, last)
@@ -55,6 +58,7 @@ local function give_back(first, last)
 end
 
 local function sweep()
+  if taking[1] then return watch() end
   local highest, last = 0, slots
   spares = 0
   for slot = slots, 1, -1 do
@@ -97,12 +101,14 @@ local function more_slots()
 end
 
 local function slot_for(handle)
+  taking[1] = handle
   if spares == 0 then more_slots() end
   local slot = spare[spares]
   spares = spares - 1
   -- In this order: reading `block` makes a cdata, at which the collector may run and look for slots without holders.
   holders[slot] = handle
   blocks[slot] = handle.block
+  taking[1] = nil
   return slot
 end
 

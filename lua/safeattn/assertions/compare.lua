@@ -62,9 +62,11 @@ function compare.difference(got, want, options)
       if excess > worst_excess then worst, worst_excess = n, excess end
     end
   end
-  if count == 0 then return nil end
-  return string.format("%d of %d elements differ (atol %g, rtol %g); the worst at %s: got %.17g, wanted %.17g", count,
-    a:numel(), atol, rtol, place(worst, shape), double_at(x, worst), double_at(y, worst))
+  local problem = count > 0 and string.format(
+    "%d of %d elements differ (atol %g, rtol %g); the worst at %s: got %.17g, wanted %.17g", count, a:numel(), atol,
+    rtol, place(worst, shape), double_at(x, worst), double_at(y, worst)) or nil
+  a:free() b:free()
+  return problem
 end
 
 --- The first element whose bits differ, as text, or nil.

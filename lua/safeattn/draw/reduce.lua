@@ -169,6 +169,7 @@ function M.plan(fname, plan, b, h, rows, columns)
   local dead_keys = flags_of(fname, lib.sa_plan_dead_keys, plan)
   mark(picture.dead_rows, ffi.cast("bool *", dead_rows.data) + plane * queries, rows, queries)
   mark(picture.dead_keys, ffi.cast("bool *", dead_keys.data) + plane * keys, columns, keys)
+  lib.sa_tensor_release(dead_rows) lib.sa_tensor_release(dead_keys)
   note_dead(picture)
   measure(picture)
   picture.low, picture.high = 0, 1

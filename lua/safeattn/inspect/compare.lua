@@ -41,11 +41,13 @@ local function difference(name, a, b)
       if steps > ulps then ulps, ulps_at = steps, n end
     end
   end
-  return {tensor = name, dtype = dtype, count = left:numel(), differing = differing,
+  local found = {tensor = name, dtype = dtype, count = left:numel(), differing = differing,
     absolute = {difference = most, index = ranges.index(most_at, shape), fused = differing > 0 and x[most_at] or nil,
       reference = differing > 0 and y[most_at] or nil},
     ulps = {difference = ulps, index = ranges.index(ulps_at, shape), fused = differing > 0 and x[ulps_at] or nil,
       reference = differing > 0 and y[ulps_at] or nil}}
+  left:free() right:free()
+  return found
 end
 
 local function run(p, backend)
