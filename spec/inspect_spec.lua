@@ -451,6 +451,8 @@ describe("inspect", function()
       assert.matches("safeattn.inspect" .. text, helper.message_of(sa.inspect, ...), 1, true)
     end
     wrong(": k: got 3, wanted a tensor", q, 3, q)
+    wrong(": k: got nil, wanted a tensor", q)
+    wrong(": v: got nil, wanted a tensor", q, q)
     wrong(": k: got f32[2,4,8], wanted 4 dims like q", q, q:select(1, 1), q)
     wrong(": q: got f32[8], wanted 2 to 4 dims", sa.zeros {8}, sa.zeros {8}, sa.zeros {8})
     wrong(": options: got unknown option maks", q, q, q, {maks = 1})

@@ -103,8 +103,7 @@ end
 
 --- Checks the arguments of `sa.inspect` and looks at none of their elements yet.
 function Problem.new(fname, q, k, v, options, dout)
-  for name, t in pairs {q = q, k = k, v = v} do tensor.pointer(t, fname, name) end
-  tensor.pointer(q, fname, "q")
+  tensor.pointer(q, fname, "q") tensor.pointer(k, fname, "k") tensor.pointer(v, fname, "v")
   check_sizes(fname, q, k, v)
   local known = {}
   for name in pairs(kept_options) do known[name] = true end
