@@ -1,9 +1,12 @@
 -- bad arguments of attention and masks: every one is an error that names function, argument, what came, what was wanted
 
 local sa = require "safeattn"
+local core = require "safeattn.core"
 local m = sa.mask
 
+local ffi, lib = core.ffi, core.lib
 local nan, inf = 0 / 0, math.huge
+local memory = ffi.new "float[120]"
 
 local function t(...)
   return sa.zeros {...}
@@ -109,6 +112,7 @@ for _, fname in ipairs {"sdpa", "forward"} do
     {with {out = t(4, 5, 3)}, "out", "[4,5,3]"},
     {with {out = typed("f64", 2, 4, 5, 3)}, "out", "f64"},
     {with {out = t(1):expand(2, 4, 5, 3)}, "out", "expanded"},
+    {with {out = sa.from_pointer(memory, {2, 4, 5, 3}, {stride = {60, 15, 2, 1}})}, "out", "share memory"},
     {with {out = freed()}, "out", "freed"},
     {with {out = sa.zeros({2, 4, 5, 3}, {requires_grad = true})}, "out", "requires grad"},
     {function() attend(q, k, k, {out = q}) end, "out", "shares memory with q"},
@@ -451,6 +455,27 @@ describe("fields of masks", function()
   it("that are not there are nil, so that a misspelt method is Lua's own error", function()
     assert.has_error(function() m.causal():desnity {L = 1, S = 1} end)
   end)
+end)
+
+describe("a descriptor that a C program filled wrongly", function()
+  local call = ffi.new "sa_attention"
+
+  for _, name in ipairs {"q", "k", "v", "bias", "sinks", "alibi"} do
+    it("is refused, not read: " .. name, function()
+      local given = {q = t(2, 4, 5, 8), k = t(2, 4, 6, 8), v = t(2, 4, 6, 8), bias = t(5, 6), sinks = t(4),
+        alibi = t(4)}
+      for field, number in pairs {stride = -1, shape = -4, ndim = -1} do
+        local wrong, out = ffi.new("sa_tensor", given[name].handle), ffi.new "sa_tensor"
+        if field == "ndim" then wrong.ndim = number else wrong[field][0] = number end
+        lib.sa_attention_init(call)
+        for other, tensor in pairs(given) do call[other] = tensor.handle end
+        call.out, call[name] = out, wrong
+        assert.equal(tonumber(lib.SA_INVALID), lib.sa_forward(call), field)
+        assert.matches("sa_forward: " .. name .. ": has ", ffi.string(lib.sa_last_error()), 1, true)
+        assert.is_true(out.data == nil)
+      end
+    end)
+  end
 end)
 
 describe("no argument of attention crashes", function()

@@ -55,6 +55,7 @@ local cases = {
     {"n", "nan", "a count", function() sa.arange(nan) end},
     {"start", '"a"', "a number", function() sa.arange(3, {start = "a"}) end},
     {"step", "true", "a number", function() sa.arange(3, {step = true}) end},
+    {"step", "2000000000", "i32", function() sa.arange(3, {step = 2e9, dtype = "i32"}) end},
     {"options", "unknown option stop", "(did you mean step?)", function() sa.arange(3, {stop = 4}) end},
   },
   from_pointer = {
@@ -118,13 +119,14 @@ local cases = {
   },
   item = {{"t", "f32[2,3]", "one element", function() t:item() end}},
   fill = {
+    {"t", "f32[2,3]", "memory for every element", function() sa.ones({}):expand(2, 3):fill(1) end},
     {"value", "nil", "a number", function() t:fill() end},
     {"value", "true", "a number", function() t:fill(true) end},
     {"t", "the result of a recorded mul", "a tensor that the tape does not know", function() (leaf * 2):fill(1) end},
   },
   copy = {
-    {"source", "1", "a tensor", function() t:copy(1) end},
-    {"source", "a tensor that was freed", "one that lives", function() t:copy(freed) end},
+    {"from", "1", "a tensor", function() t:copy(1) end},
+    {"from", "a tensor that was freed", "one that lives", function() t:copy(freed) end},
     {"from", "f32[3,2]", "[2,3]", function() t:copy(sa.zeros {3, 2}) end},
   },
   equal = {
@@ -142,6 +144,8 @@ local cases = {
   },
   view = {
     {"shape", "[7]", "6", function() t:view(7) end},
+    {"shape", "[6]", "contiguous", function() t:transpose(1, 2):view(6) end},
+    {"shape", "[-1,0]", "counts", function() sa.zeros({0}):view(-1, 0) end},
     {"shape", "[-1,-1]", "one", function() t:view(-1, -1) end},
     {"shape", "[-1,4]", "6", function() t:view(-1, 4) end},
     {"shape", "-2 at [1]", "a count", function() t:view(-2, 3) end},
@@ -180,6 +184,7 @@ local cases = {
   },
   expand = {
     {"shape", "[4,3]", "f32[2,3]", function() t:expand(4, 3) end},
+    {"shape", "[9007199254740992,9007199254740992]", "elements", function() sa.ones({}):expand(2 ^ 53, 2 ^ 53) end},
     {"shape", "[3]", "2 dims of f32[2,3]", function() t:expand(3) end},
     {"shape", "[-1,2,3]", "f32[2,3]", function() t:expand(-1, 2, 3) end},
     {"shape", '"4"', "a count", function() t:expand("4") end},
@@ -413,6 +418,7 @@ for name, rows in pairs(cases) do
         assert.equal(start, message:sub(1, #start))
         assert.truthy(has(message:sub(#start), got), got .. " is not what came in: " .. message)
         assert.truthy(has(message:sub(#start), wanted), wanted .. " is not what was wanted in: " .. message)
+        if not has(got, "freed") then assert.matches("wanted", message, 1, true) end
       end)
     end
   end)

@@ -644,6 +644,8 @@ describe("wrong input", function()
     local bools, ints, floats = sa.zeros({2, 2}, {dtype = "bool"}), sa.zeros({2, 2}, {dtype = "i32"}), sa.zeros {2, 2}
     local deep = sa.zeros({1, 1, 1, 2, 2}, {dtype = "bool"})
     local scalar = sa.tensor(3, {dtype = "i32"})
+    local negative = ffi.new("sa_tensor", bools.handle)
+    negative.shape[0] = -1
     for message, status in pairs {
       ["sa_mask_causal: align: is 0, wanted SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)"] =
         function() return lib.sa_mask_causal(out, 0) end,
@@ -661,9 +663,11 @@ describe("wrong input", function()
       ["sa_mask_global: count: is -2, wanted at least 0"] = function() return lib.sa_mask_global(out, -2) end,
       ["sa_mask_random: probability: is 1.5, wanted 0 to 1"] = function() return lib.sa_mask_random(out, 1.5, 1) end,
       ["sa_mask_random: probability: is nan, wanted 0 to 1"] = function() return lib.sa_mask_random(out, 0 / 0, 1) end,
-      ["sa_mask_dense: visible: is NULL, wanted a tensor"] = function() return lib.sa_mask_dense(out, nil) end,
-      ["sa_mask_dense: visible: is empty, wanted a tensor that holds something"] =
+      ["sa_mask_dense: visible: got NULL, wanted a tensor"] = function() return lib.sa_mask_dense(out, nil) end,
+      ["sa_mask_dense: visible: holds nothing, wanted a tensor with memory"] =
         function() return lib.sa_mask_dense(out, ffi.new "sa_tensor") end,
+      ["sa_mask_dense: visible: has size -1 and stride 2 at dim 0, wanted neither negative"] =
+        function() return lib.sa_mask_dense(out, negative) end,
       ["sa_mask_dense: visible: is f32[2,2], wanted bool (a float mask is a bias, or sa_mask_additive)"] =
         function() return lib.sa_mask_dense(out, floats.handle) end,
       ["sa_mask_dense: visible: has 5 dims, wanted at most 4"] =

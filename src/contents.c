@@ -50,7 +50,8 @@ int sa_copy(sa_tensor *to, const sa_tensor *from) {
     source = *from;
     sa_tensor_retain(&source);
   } else if (sa_tensor_expand(&source, from, to->ndim, to->shape)) {
-    return sa_fail(SA_INVALID, __func__, "from: %s does not broadcast to %s", sa_describe(from), sa_describe(to));
+    return sa_fail(SA_INVALID, __func__, "from: got %s, wanted one that broadcasts to %s", sa_describe(from),
+                   sa_describe(to));
   }
   if (!sa_tensor_same_elements(to, &source))
     status = sa_tensor_overlap(to, &source) ? copy_by_way_of(__func__, to, &source) : copy_apart(__func__, to, &source);
@@ -214,8 +215,8 @@ static int check_progression(const char *function, const sa_tensor *t, double st
   const int64_t most = t->dtype == SA_I32 ? INT32_MAX : INT64_MAX, least = -most - 1;
   const __int128 last = (__int128)(int64_t)step * (sa_tensor_numel(t) - 1) + (int64_t)start;
   if (last < least || last > most)
-    return sa_fail(SA_INVALID, function, "step: %.17g from %.17g on leaves the range of %s within %lld elements", step,
-                   start, sa_dtype_name(t->dtype), (long long)sa_tensor_numel(t));
+    return sa_fail(SA_INVALID, function, "step: got %.17g, wanted %lld elements from %.17g on in the range of %s", step,
+                   (long long)sa_tensor_numel(t), start, sa_dtype_name(t->dtype));
   return SA_OK;
 }
 

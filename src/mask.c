@@ -188,9 +188,9 @@ int sa_mask_random(sa_mask **out, double probability, uint64_t seed) {
 /*  What constructors read from tensors  */
 
 static int check_tensor(const char *function, const char *argument, const sa_tensor *t, int most_dims) {
-  if (!t) return sa_fail(SA_INVALID, function, "%s: is NULL, wanted a tensor", argument);
-  if (!t->data) return sa_fail(SA_INVALID, function, "%s: is empty, wanted a tensor that holds something", argument);
-  if (t->ndim < 0 || t->ndim > most_dims)
+  const int status = sa_tensor_check(function, argument, t);
+  if (status) return status;
+  if (t->ndim > most_dims)
     return sa_fail(SA_INVALID, function, "%s: has %d dims, wanted at most %d", argument, (int)t->ndim, most_dims);
   return SA_OK;
 }

@@ -75,7 +75,7 @@ int sa_check_like(const char *function, const char *name, const sa_tensor *t, co
                   const sa_tensor *other) {
   int status = sa_tensor_check(function, name, t);
   if (!status) status = sa_check_device(function, name, t, other_name, other);
-  if (!status && (t->dtype != other->dtype || !same_shape(t, other->ndim, other->shape))) {
+  if (!status && (t->dtype != other->dtype || !sa_tensor_same_shape(t, other))) {
     status = sa_fail(SA_INVALID, function, "%s: got %s, wanted %s like %s", name, sa_describe(t), sa_describe(other),
                      other_name);
   }
@@ -97,7 +97,7 @@ int sa_broadcast_shape(const char *function, const char *a_name, const sa_tensor
     const int a_dim = dim - (*ndim - a->ndim), b_dim = dim - (*ndim - b->ndim);
     const int64_t a_size = a_dim < 0 ? 1 : a->shape[a_dim], b_size = b_dim < 0 ? 1 : b->shape[b_dim];
     if (a_size != b_size && a_size != 1 && b_size != 1) {
-      return sa_fail(SA_INVALID, function, "%s: got shape %s, which does not broadcast with %s's %s", b_name,
+      return sa_fail(SA_INVALID, function, "%s: got shape %s, wanted one that broadcasts with %s's %s", b_name,
                      sa_describe_shape(b->ndim, b->shape), a_name, sa_describe_shape(a->ndim, a->shape));
     }
     shape[dim] = a_size == 1 ? b_size : a_size;
@@ -115,22 +115,11 @@ sa_tensor sa_broadcast_view(const sa_tensor *t, int ndim, const int64_t *shape) 
   return view;
 }
 
-// Whether writing one may change what the other reads. Extents say so, which counts interleaved views as overlapping:
-// that costs a copy, never a wrong result.
-static bool overlaps(const sa_tensor *a, const sa_tensor *b) {
-  if (a->device != b->device) return false;
-  const char *a_first, *a_last, *b_first, *b_last;
-  sa_tensor_extent(a, &a_first, &a_last);
-  sa_tensor_extent(b, &b_first, &b_last);
-  return a_first < b_last && b_first < a_last;
-}
-
-static bool same_elements(const sa_tensor *a, const sa_tensor *b) {
-  if (a->data != b->data || sa_dtype_size(a->dtype) != sa_dtype_size(b->dtype) || !same_shape(a, b->ndim, b->shape))
-    return false;
-  for (int dim = 0; dim < a->ndim; dim++)
-    if (a->shape[dim] != 1 && a->stride[dim] != b->stride[dim]) return false;
-  return true;
+// Whether an output has to be written apart from an input. Views that interleave count as overlapping: that costs a
+// copy, never a wrong result.
+static bool apart_from(const sa_tensor *given, const sa_tensor *input, bool pointwise) {
+  const bool same = sa_tensor_same_shape(given, input) && sa_tensor_same_elements(given, input);
+  return sa_tensor_overlap(given, input) && !(pointwise && same);
 }
 
 static int check_output(const char *function, const char *name, const sa_tensor *given, int dtype, int device, int ndim,
@@ -154,7 +143,7 @@ int sa_output_open(sa_output *out, const char *function, const char *name, sa_te
     const int status = check_output(function, name, given, dtype, device, ndim, shape);
     if (status) return status;
     for (int i = 0; i < count; i++) {
-      if (inputs[i] && overlaps(given, inputs[i]) && !(pointwise && same_elements(given, inputs[i]))) apart = true;
+      if (inputs[i] && apart_from(given, inputs[i], pointwise)) apart = true;
     }
   }
   if (given->data && !apart) {

@@ -5,6 +5,7 @@
 #include "backend.h"
 #include "interrupt.h"
 #include "status.h"
+#include "tensor.h"
 
 // Copies of operands whose rows are not contiguous, and outputs that are computed aside and copied into place.
 enum { MAX_ASIDE = 24 };
@@ -61,7 +62,8 @@ static bool rows_contiguous(const sa_tensor *t) {
 // Looks at an argument that was given: device, dtype (q's, or a second choice), and remembers it for the overlap check.
 static int check_input(call *c, const char *name, const sa_tensor *t, int dtype, int other) {
   const sa_tensor *q = c->a->q;
-  if (!t->data) return sa_fail(SA_INVALID, c->function, "%s: is an empty descriptor, wanted a tensor", name);
+  const int status = sa_tensor_check(c->function, name, t);
+  if (status) return status;
   if (t->device != q->device) {
     return sa_fail(SA_INVALID, c->function, "%s: is on %s, wanted %s like q", name, sa_device_name(t->device),
                    sa_device_name(q->device));
@@ -230,14 +232,6 @@ static int use_inputs(call *c) {
   return status;
 }
 
-static bool overlap(const sa_tensor *a, const sa_tensor *b) {
-  const char *first, *last, *other_first, *other_last;
-  if (!sa_tensor_numel(a) || !sa_tensor_numel(b)) return false;
-  sa_tensor_extent(a, &first, &last);
-  sa_tensor_extent(b, &other_first, &other_last);
-  return first < other_last && other_first < last;
-}
-
 // An output that was given: right in every way, and apart from all inputs.
 static int check_given(call *c, const char *name, const sa_tensor *t, int dtype, int ndim, const int64_t *shape) {
   if (t->device != c->a->q->device) {
@@ -248,16 +242,11 @@ static int check_given(call *c, const char *name, const sa_tensor *t, int dtype,
     return sa_fail(SA_INVALID, c->function, "%s: is %s, wanted %s", name, sa_dtype_name(t->dtype),
                    sa_dtype_name(dtype));
   }
-  const int status = check_shape(c, name, t, ndim, shape, "");
+  int status = check_shape(c, name, t, ndim, shape, "");
+  if (!status) status = sa_tensor_check_writable(c->function, name, t);
   if (status) return status;
-  for (int d = 0; d < t->ndim; d++) {
-    if (t->shape[d] > 1 && !t->stride[d]) {
-      return sa_fail(SA_INVALID, c->function, "%s: dim %d is expanded (stride 0), wanted memory for every element",
-                     name, d);
-    }
-  }
   for (int n = 0; n < c->input_count; n++) {
-    if (overlap(t, c->inputs[n])) {
+    if (sa_tensor_overlap(t, c->inputs[n])) {
       return sa_fail(SA_INVALID, c->function, "%s: shares memory with %s, wanted memory of its own", name,
                      c->input_names[n]);
     }
@@ -377,7 +366,9 @@ static int check_saved(call *c, const char *name, const sa_tensor *t, bool neede
 
 static int gradient(call *c, const char *name, sa_tensor *t, const sa_tensor *of, sa_operand *x) {
   if (!t) return SA_OK;
-  if (!of) return sa_fail(SA_INVALID, c->function, "%s: was asked for, but there is no %s", name, name + 1);
+  if (!of)
+    return sa_fail(SA_INVALID, c->function, "%s: got a descriptor to fill, wanted NULL, as there is no %s", name,
+                   name + 1);
   return use_output(c, name, t, of->dtype, of->ndim, of->shape, x);
 }
 

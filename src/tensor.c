@@ -100,6 +100,7 @@ bool sa_tensor_same_elements(const sa_tensor *a, const sa_tensor *b) {
 
 bool sa_tensor_overlap(const sa_tensor *a, const sa_tensor *b) {
   const char *a_first, *a_last, *b_first, *b_last;
+  if (!sa_tensor_numel(a) || !sa_tensor_numel(b)) return false;
   sa_tensor_extent(a, &a_first, &a_last);
   sa_tensor_extent(b, &b_first, &b_last);
   return a->device == b->device && a_first < b_last && b_first < a_last;
@@ -143,8 +144,8 @@ int sa_tensor_check_writable(const char *function, const char *name, const sa_te
   if (status) return status;
   if (!elements_apart(t))
     return sa_fail(SA_INVALID, function,
-                   "%s: several elements of %s share memory (an expanded tensor?), so none can be "
-                   "written; write to a contiguous copy",
+                   "%s: got %s, some elements of which share memory (an expanded tensor?), wanted memory for every "
+                   "element: a contiguous copy",
                    name, sa_describe(t));
   return SA_OK;
 }
@@ -185,12 +186,13 @@ int sa_tensor_borrow(sa_tensor *out, void *data, int dtype, int device, int ndim
   const int64_t element = sa_dtype_size(dtype);
   int64_t bytes, elements = 1;
   if (!row_major(ndim, shape, element, t.stride, &bytes))
-    return sa_fail(SA_INVALID, __func__, "shape: %s is more than %lld bytes", sa_describe(&t), (long long)INT64_MAX);
+    return sa_fail(SA_INVALID, __func__, "shape: got %s, wanted at most %lld bytes", sa_describe(&t),
+                   (long long)INT64_MAX);
   if (!data && bytes) return sa_fail(SA_INVALID, __func__, "data: got NULL, wanted the memory of %s", sa_describe(&t));
   if (!data) t.data = nothing;
   if ((uintptr_t)t.data % (uintptr_t)element)
-    return sa_fail(SA_INVALID, __func__, "data: %p is not aligned to the %lld bytes of %s", data, (long long)element,
-                   sa_dtype_name(dtype));
+    return sa_fail(SA_INVALID, __func__, "data: got %p, wanted memory aligned to the %lld bytes of %s", data,
+                   (long long)element, sa_dtype_name(dtype));
   for (int dim = 0; stride && dim < ndim; dim++) {
     int64_t reach;
     t.stride[dim] = stride[dim];
@@ -198,7 +200,7 @@ int sa_tensor_borrow(sa_tensor *out, void *data, int dtype, int device, int ndim
       return sa_fail(SA_INVALID, __func__, "stride: got %lld at dim %d, wanted >= 0", (long long)stride[dim], dim);
     if (__builtin_mul_overflow(shape[dim] > 0 ? shape[dim] - 1 : 0, stride[dim], &reach) ||
         __builtin_add_overflow(elements, reach, &elements) || elements > INT64_MAX / element)
-      return sa_fail(SA_INVALID, __func__, "stride: %lld at dim %d of %s reaches beyond %lld bytes",
+      return sa_fail(SA_INVALID, __func__, "stride: got %lld at dim %d of %s, wanted a reach of at most %lld bytes",
                      (long long)stride[dim], dim, sa_describe(&t), (long long)INT64_MAX);
   }
   *out = t;
@@ -270,7 +272,7 @@ static int infer_count(const char *function, const sa_tensor *t, int ndim, const
   const bool fits = multiply_shape(ndim, full, &known);
   if (fits && inferred >= 0 && known > 0 && numel % known == 0) full[inferred] = numel / known;
   if (fits && inferred >= 0 && known == 0)
-    return sa_fail(SA_INVALID, function, "shape: got %s, in which -1 could be anything",
+    return sa_fail(SA_INVALID, function, "shape: got %s, in which -1 could be anything, wanted counts",
                    sa_describe_shape(ndim, shape));
   if (!fits || known * (inferred >= 0 ? full[inferred] : 1) != numel)
     return sa_fail(SA_INVALID, function, "shape: got %s, wanted the %lld elements of %s",
@@ -309,9 +311,8 @@ int sa_tensor_view(sa_tensor *out, const sa_tensor *t, int ndim, const int64_t *
     row_major(ndim, full, 1, view.stride, &unused);
   else if (!find_strides(&view, t))
     return sa_fail(SA_INVALID, __func__,
-                   "shape: %s cannot be seen as %s without moving its elements; make it "
-                   "contiguous first",
-                   sa_describe(t), sa_describe_shape(ndim, full));
+                   "shape: got %s, wanted one that %s has without moving its elements; make it contiguous first",
+                   sa_describe_shape(ndim, full), sa_describe(t));
   return hold(out, view);
 }
 
@@ -387,14 +388,14 @@ int sa_tensor_expand(sa_tensor *out, const sa_tensor *t, int ndim, const int64_t
     const int64_t own = dim >= added ? t->shape[dim - added] : 1;
     const bool kept = dim >= added && (shape[dim] == own || shape[dim] == -1);
     if (!kept && (own != 1 || shape[dim] < 0))
-      return sa_fail(SA_INVALID, __func__, "shape: %s does not broadcast to %s", sa_describe(t),
-                     sa_describe_shape(ndim, shape));
+      return sa_fail(SA_INVALID, __func__, "shape: got %s, wanted one that %s broadcasts to",
+                     sa_describe_shape(ndim, shape), sa_describe(t));
     view.shape[dim] = kept ? own : shape[dim];
     view.stride[dim] = kept ? t->stride[dim - added] : 0;
   }
   int64_t numel;
   if (!multiply_shape(ndim, view.shape, &numel))
-    return sa_fail(SA_INVALID, __func__, "shape: %s has more than %lld elements", sa_describe_shape(ndim, shape),
+    return sa_fail(SA_INVALID, __func__, "shape: got %s, wanted at most %lld elements", sa_describe_shape(ndim, shape),
                    (long long)INT64_MAX);
   return hold(out, view);
 }

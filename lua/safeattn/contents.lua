@@ -126,10 +126,10 @@ function methods.fill(t, value)
 end
 
 --- Copies the elements of another tensor, cast and broadcast, into t. Returns t. The tape does not see it.
-function methods.copy(t, source)
-  local handle, from = pointer(t, "copy", "t"), pointer(source, "copy", "source")
+function methods.copy(t, from)
+  local handle, source = pointer(t, "copy", "t"), pointer(from, "copy", "from")
   autograd.change("copy", "t", t)
-  call("copy", lib.sa_copy, handle, from)
+  call("copy", lib.sa_copy, handle, source)
   return t
 end
 
