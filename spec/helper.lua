@@ -25,7 +25,7 @@ function helper.message_of(fn, ...)
   local succeeded, problem = pcall(fn, ...)
   assert(not succeeded, "expected an error")
   local message = tostring(problem):gsub("^[^\n]-:%d+: ", "")
-  return helper.device == "cpu" and message or (message:gsub(" on cuda:0", ""))
+  return helper.device == "cpu" and message or (message:gsub(" on cuda:%d", ""))
 end
 
 -- Devices
