@@ -415,6 +415,13 @@ static int64_t NAME(value_sums)(const sa_problem *p) {
   return turned > rows ? turned : rows;
 }
 
+// Few queries are AVX-512's.
+static bool NAME(pass_few)(const NAME(block) * block, const sa_stretch *stretch, const NAME(element) * key,
+                           int64_t key_stride, const NAME(element) * query, const NAME(forward_products) * room,
+                           REAL *scores, REAL *factor, bool started, NAME(gathered) * gathered) {
+  return false;
+}
+
 // o is gathered transposed, [value width, in tiles][ROW], until it is closed.
 //
 // What is not finite in V shows in everybody's sums: a weight's lower half may be 0, and 0 * Inf is NaN. So it may have

@@ -3,13 +3,13 @@
 // Scores are dot products along the width: vectors of K meet vectors of Q. o takes whole rows of V. Both are read once
 // and where they lie, for four queries at a time, and halves become floats in registers. A vector of bf16 is one of
 // words with two elements each: a shift and a mask make two vectors of floats of it, those of the even and of the odd
-// elements, and Q and o are in that order then (`split`). In the second cache a key of 128 bf16 takes 25 ns with
-// AVX-512; converting rows first took 75.
+// elements, and Q and o are in that order then (`split`).
 //
-// Rows 8 KiB further on are called for, into the second cache, one line after the other and few at a time: in bursts
-// the calls find the processor's buffers full, and in another order the hardware, which calls for the lines that
-// follow, does not see that they do.
-enum { NAME(AHEAD) = 8 << 10 };
+// A core reads several places at once faster than one: 14 GB/s against 12 (Ice Lake). So a stretch is read in STREAMS
+// at once, each a part of its rows, and rows some AHEAD bytes further on in this order, those of V after K's and of the
+// next stretch's K after V's, are called for into the first cache meanwhile. With one stream and calls into the second
+// cache decoding took a tenth (Sapphire Rapids) to a third (Ice Lake) longer.
+enum { NAME(STREAMS) = 4, NAME(AHEAD) = 4 << 10 };
 
 // Whether a row's elements are even before odd in Q or o.
 static bool NAME(split)(const sa_operand *x, int64_t width) {
@@ -28,13 +28,6 @@ typedef struct NAME(raw_rows) {
   int64_t stride;
   int dtype;
 } NAME(raw_rows);
-
-// Those that are called for while they are read.
-static NAME(raw_rows) NAME(rows_ahead)(const NAME(raw_rows) * rows) {
-  NAME(raw_rows) ahead = *rows;
-  if (rows->stride > 0) ahead.first += NAME(AHEAD) / rows->stride * rows->stride;
-  return ahead;
-}
 
 static NAME(raw_rows) NAME(raw_rows_of)(const sa_operand *x, const NAME(block) * block, int64_t first) {
   return (NAME(raw_rows)){sa_at(x, block->batch, block->key_head, first, 0), x->stride[2] * sa_size_of(x->dtype),
@@ -65,9 +58,42 @@ static inline __attribute__((always_inline)) NAME(vector)
   return NAME(load)((const REAL *)row + d);
 }
 
-// Scores of DOT_KEYS keys and DOT_QUERIES queries at once make LANES sums; interleaving and adding, log2(LANES) times
-// over, leaves one of them in each lane.
+// The order in which a stretch's rows are read: at every step one of each stream. The last streams may be shorter.
+typedef struct NAME(course) {
+  int rows, steps;
+  int ahead;  // how many steps further on what is called for comes
+} NAME(course);
+
+static NAME(course) NAME(course_of)(int rows, int64_t stride) {
+  const int64_t step = NAME(STREAMS) * stride;
+  return (NAME(course)){rows, (rows + NAME(STREAMS) - 1) / NAME(STREAMS),
+                        step > 0 ? (int)((NAME(AHEAD) + step - 1) / step) : 0};
+}
+
+// What is called for at a step: the first stream's row further on, or that of `next`, which goes on where these end.
+static inline NAME(raw_rows)
+    NAME(rows_ahead)(const NAME(course) * course, const NAME(raw_rows) * rows, const NAME(raw_rows) * next, int step) {
+  const int later = step + course->ahead, beyond = later - course->steps;
+  NAME(raw_rows) ahead = beyond < 0 ? *rows : *next;
+  ahead.first += (beyond < 0 ? later : beyond) * ahead.stride;
+  return ahead;
+}
+
+// Scores of DOT_KEYS keys and DOT_QUERIES queries at once make LANES sums, which end in one lane each.
 enum { NAME(DOT_QUERIES) = LANES < 4 ? LANES : 4, NAME(DOT_KEYS) = LANES / NAME(DOT_QUERIES) };
+
+// Where the scores of a stretch lie, or its weights, those of DOT_QUERIES queries of a key together: dense in the order
+// in which keys are read, one such group of queries after the other, or in rows of ROW, one a key.
+typedef struct NAME(few_layout) {
+  int64_t stream, step, group;  // from one to the next
+  bool dense;
+} NAME(few_layout);
+
+static NAME(few_layout) NAME(few_layout_of)(const NAME(course) * course, bool dense) {
+  const int queries = NAME(DOT_QUERIES);
+  if (!dense) return (NAME(few_layout)){course->steps * NAME(ROW), NAME(ROW), queries, false};
+  return (NAME(few_layout)){queries, NAME(STREAMS) * queries, (int64_t)course->rows * queries, true};
+}
 
 // Stores DOT_QUERIES lanes of x from `from` on; as the `first` of a key, with 0 in the rest of a vector.
 static inline __attribute__((always_inline)) void NAME(store_lanes)(NAME(vector) x, int from, bool first, REAL *to) {
@@ -81,59 +107,82 @@ static inline __attribute__((always_inline)) void NAME(store_lanes)(NAME(vector)
     memcpy(to, &lanes, sizeof *to * NAME(DOT_QUERIES));
 }
 
-// to[key][ROW] = K Q^T.
-static inline __attribute__((always_inline)) void NAME(dots_of)(int dtype, const NAME(raw_rows) * key, int keys,
-                                                                const REAL *query, int64_t query_stride, int queries,
-                                                                int columns, REAL *to) {
-  const int halves = dtype == SA_BF16 ? 2 : 1;
-  const NAME(raw_rows) next = NAME(rows_ahead)(key);
-  // From one line to that of the next key, and from these to the next ones.
-  const bool dense = next.stride == columns * (VECTOR_BYTES / LANES) / halves;
-  const int64_t across = dense ? VECTOR_BYTES : next.stride, onward = dense ? NAME(DOT_KEYS) * across : VECTOR_BYTES;
-  for (int first = 0; first < keys; first += NAME(DOT_KEYS)) {
-    const char *row[NAME(DOT_KEYS)], *call = next.first + first * next.stride;
-#pragma GCC unroll 4
-    for (int r = 0; r < NAME(DOT_KEYS); r++) row[r] = key->first + (first + r < keys ? first + r : first) * key->stride;
-    for (int q = 0; q < queries; q += NAME(DOT_QUERIES)) {
-      NAME(vector) sum[LANES];
+// Scores of DOT_KEYS rows and DOT_QUERIES queries: row r's of query i in lane r * DOT_QUERIES + i. `ahead`: what to
+// call for meanwhile, a line of each row at a time; NULL: nothing.
+static inline __attribute__((always_inline)) NAME(vector)
+    NAME(dots)(int dtype, const char *const *row, const char *const *ahead, const REAL *query, int64_t query_stride,
+               int columns) {
+  const int halves = dtype == SA_BF16 ? 2 : 1, size = dtype == DTYPE ? sizeof(REAL) : 2;
+  NAME(vector) sum[LANES];
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; i++) sum[i] = NAME(set)(0);
-      int d = 0;
-      do {
+  for (int i = 0; i < LANES; i++) sum[i] = NAME(set)(0);
+  int d = 0;
+  do {
+    if (ahead && (halves * LANES * size >= 64 || d * size % 64 == 0)) {
 #pragma GCC unroll 4
-        for (int r = 0; r < NAME(DOT_KEYS) && q == 0; r++) __builtin_prefetch(call + r * across, 0, 2);
-        call += onward;
+      for (int r = 0; r < NAME(DOT_KEYS); r++) __builtin_prefetch(ahead[r] + d * size, 0, 3);
+    }
 #pragma GCC unroll 2
-        for (int half = 0; half < halves; half++, d += LANES) {
-          NAME(vector) x[NAME(DOT_KEYS)];
+    for (int half = 0; half < halves; half++, d += LANES) {
+      NAME(vector) x[NAME(DOT_KEYS)];
 #pragma GCC unroll 4
-          for (int r = 0; r < NAME(DOT_KEYS); r++) x[r] = NAME(raw_vector)(dtype, row[r], d, half);
+      for (int r = 0; r < NAME(DOT_KEYS); r++) x[r] = NAME(raw_vector)(dtype, row[r], d, half);
 #pragma GCC unroll 4
-          for (int i = 0; i < NAME(DOT_QUERIES); i++) {
-            const NAME(vector) y = NAME(load)(query + (q + i) * query_stride + d);
+      for (int i = 0; i < NAME(DOT_QUERIES); i++) {
+        const NAME(vector) y = NAME(load)(query + i * query_stride + d);
 #pragma GCC unroll 4
-            for (int r = 0; r < NAME(DOT_KEYS); r++) {
-              sum[r * NAME(DOT_QUERIES) + i] = NAME(fma)(x[r], y, sum[r * NAME(DOT_QUERIES) + i]);
-            }
-          }
+        for (int r = 0; r < NAME(DOT_KEYS); r++) {
+          sum[r * NAME(DOT_QUERIES) + i] = NAME(fma)(x[r], y, sum[r * NAME(DOT_QUERIES) + i]);
         }
-      } while (d < columns);
-      const NAME(vector) sums = NAME(sums_of)(sum);
+      }
+    }
+  } while (d < columns);
+  return NAME(sums_of)(sum);
+}
+
+// S^T = K Q^T.
+static inline __attribute__((always_inline)) void NAME(scores_of)(int dtype, const NAME(raw_rows) * key,
+                                                                  const NAME(raw_rows) * next,
+                                                                  const NAME(course) * course, const REAL *query,
+                                                                  int64_t query_stride, int queries, int columns,
+                                                                  const NAME(few_layout) * layout, REAL *to) {
+  for (int step = 0; step < course->steps; step++) {
+    const NAME(raw_rows) ahead = NAME(rows_ahead)(course, key, next, step);
+    for (int stream = 0; stream < NAME(STREAMS); stream += NAME(DOT_KEYS)) {
+      const char *row[NAME(DOT_KEYS)], *call[NAME(DOT_KEYS)];
 #pragma GCC unroll 4
       for (int r = 0; r < NAME(DOT_KEYS); r++) {
-        if (first + r == keys) break;
-        NAME(store_lanes)(sums, r * NAME(DOT_QUERIES), q == 0, to + (first + r) * NAME(ROW) + q);
+        const int at = (stream + r) * course->steps + step;
+        row[r] = key->first + (at < course->rows ? at : step) * key->stride;
+        call[r] = ahead.first + (stream + r) * course->steps * ahead.stride;
+      }
+      for (int q = 0; q < queries; q += NAME(DOT_QUERIES)) {
+        const NAME(vector) scores =
+            NAME(dots)(dtype, row, q ? NULL : call, query + q * query_stride, query_stride, columns);
+        REAL *at = to + q / NAME(DOT_QUERIES) * layout->group + stream * layout->stream + step * layout->step;
+        if (layout->dense) {
+          NAME(store)(at, scores);
+          continue;
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < NAME(DOT_KEYS); r++, at += layout->stream) {
+          if ((stream + r) * course->steps + step >= course->rows) break;
+          NAME(store_lanes)(scores, r * NAME(DOT_QUERIES), q == 0, at);
+        }
       }
     }
   }
 }
 
-// A tile of o, DOT_QUERIES x `vectors`: times `factor` (NULL: 1), or from 0, and then its keys in rising order.
+// A tile of o, DOT_QUERIES x `vectors`, from column d on: times `factor` (NULL: 1), or from 0, and then the rows of the
+// steps [from, end). `ahead`: whether to call for what comes.
 static inline __attribute__((always_inline)) void NAME(row_tile)(int dtype, int vectors, const NAME(raw_rows) * value,
-                                                                 int keys, const REAL *weights, const REAL *factor,
-                                                                 bool from_zero, int d, int columns, REAL *o,
-                                                                 int64_t o_row) {
-  const int halves = dtype == SA_BF16 ? 2 : 1;
+                                                                 const NAME(raw_rows) * next,
+                                                                 const NAME(course) * course, int from, int end,
+                                                                 bool ahead, const NAME(few_layout) * layout,
+                                                                 const REAL *weights, const REAL *factor,
+                                                                 bool from_zero, int d, REAL *o, int64_t o_row) {
+  const int halves = dtype == SA_BF16 ? 2 : 1, size = dtype == DTYPE ? sizeof(REAL) : 2;
   NAME(vector) sum[NAME(DOT_QUERIES)][4];
 #pragma GCC unroll 4
   for (int i = 0; i < NAME(DOT_QUERIES); i++) {
@@ -144,23 +193,34 @@ static inline __attribute__((always_inline)) void NAME(row_tile)(int dtype, int 
       if (factor) sum[i][j] = sum[i][j] * NAME(set)(factor[i]);
     }
   }
-  const NAME(raw_rows) next = NAME(rows_ahead)(value);
-  const int64_t wide = vectors * VECTOR_BYTES / halves, at = d * (VECTOR_BYTES / LANES) / halves;
-  const bool dense = next.stride == columns * (VECTOR_BYTES / LANES) / halves;
-  const int64_t onward = dense ? wide : next.stride;
-  const char *row = value->first, *call = next.first + (dense ? at * keys : at);
-  for (int r = 0; r < keys; r++, row += value->stride, call += onward) {
+  const NAME(raw_rows) call = NAME(rows_ahead)(course, value, next, from);
+  const int64_t across = course->steps * value->stride, call_across = course->steps * call.stride;
+  const char *first = value->first + from * value->stride + d * size, *call_first = call.first + d * size;
+  const REAL *weights_first = weights + from * layout->step;
+  for (int step = from; step < end; step++) {
+    const char *row = first, *called = call_first;
+    const REAL *weight = weights_first;
+    for (int at = step; at < course->rows; at += course->steps) {
+      if (ahead) {
 #pragma GCC unroll 4
-    for (int byte = 0; byte < wide; byte += 64) __builtin_prefetch(call + byte, 0, 2);
-    NAME(vector) x[4];
+        for (int byte = 0; byte < vectors * LANES * size; byte += 64) __builtin_prefetch(called + byte, 0, 3);
+      }
+      NAME(vector) x[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; j++) x[j] = NAME(raw_vector)(dtype, row, d + j * LANES, j % halves);
+      for (int j = 0; j < vectors; j++) x[j] = NAME(raw_vector)(dtype, row, j * LANES, j % halves);
 #pragma GCC unroll 4
-    for (int i = 0; i < NAME(DOT_QUERIES); i++) {
-      const NAME(vector) w = NAME(set)(weights[r * NAME(ROW) + i]);
+      for (int i = 0; i < NAME(DOT_QUERIES); i++) {
+        const NAME(vector) w = NAME(set)(weight[i]);
 #pragma GCC unroll 4
-      for (int j = 0; j < vectors; j++) sum[i][j] = NAME(fma)(w, x[j], sum[i][j]);
+        for (int j = 0; j < vectors; j++) sum[i][j] = NAME(fma)(w, x[j], sum[i][j]);
+      }
+      row += across;
+      called += call_across;
+      weight += layout->stream;
     }
+    first += value->stride;
+    call_first += call.stride;
+    weights_first += layout->step;
   }
 #pragma GCC unroll 4
   for (int i = 0; i < NAME(DOT_QUERIES); i++) {
@@ -169,39 +229,47 @@ static inline __attribute__((always_inline)) void NAME(row_tile)(int dtype, int 
   }
 }
 
-// o = o * factor + P V (factor NULL: o starts), for some keys at a time, whose rows are then in the first cache.
-static inline __attribute__((always_inline)) void NAME(add_rows_of)(int dtype, const NAME(raw_rows) * value, int keys,
-                                                                    const REAL *weights, const REAL *factor,
-                                                                    int queries, int columns, REAL *o, int64_t o_row) {
-  enum { SOME = 32 };
+// o = o * factor + P V (factor NULL: o starts), for some steps at a time, whose rows are then in the first cache.
+static inline __attribute__((always_inline)) void NAME(rows_added)(int dtype, const NAME(raw_rows) * value,
+                                                                   const NAME(raw_rows) * next,
+                                                                   const NAME(course) * course,
+                                                                   const NAME(few_layout) * layout, const REAL *weights,
+                                                                   const REAL *factor, int queries, int columns,
+                                                                   REAL *o, int64_t o_row) {
+  enum { SOME = 4 };
   const int least = dtype == SA_BF16 ? 2 : 1;
-  for (int first = 0; first < keys; first += SOME) {
-    const NAME(raw_rows) some = {value->first + first * value->stride, value->stride, value->dtype};
-    const int count = keys - first < SOME ? keys - first : SOME;
-    for (int q = 0; q < queries; q += NAME(DOT_QUERIES)) {
-      const REAL *weight = weights + first * NAME(ROW) + q, *times = factor && !first ? factor + q : NULL;
+  for (int from = 0; from < course->steps; from += SOME) {
+    const int end = from + SOME < course->steps ? from + SOME : course->steps;
+    const REAL *weight = weights;
+    for (int q = 0; q < queries; q += NAME(DOT_QUERIES), weight += layout->group) {
+      const REAL *times = factor && !from ? factor + q : NULL;
+      const bool from_zero = !factor && !from;
       REAL *to = o + q * o_row;
       int d = 0;
       for (; d + TILE_VECTORS * LANES <= columns; d += TILE_VECTORS * LANES) {
-        NAME(row_tile)(dtype, TILE_VECTORS, &some, count, weight, times, !factor && !first, d, columns, to, o_row);
+        NAME(row_tile)
+        (dtype, TILE_VECTORS, value, next, course, from, end, !q, layout, weight, times, from_zero, d, to, o_row);
       }
       for (; d < columns; d += least * LANES) {
-        NAME(row_tile)(dtype, least, &some, count, weight, times, !factor && !first, d, columns, to, o_row);
+        NAME(row_tile)
+        (dtype, least, value, next, course, from, end, !q, layout, weight, times, from_zero, d, to, o_row);
       }
     }
   }
 }
 
 // Functions for each dtype that rows can have.
-#define SA_FEW(WHICH, OF)                                                                                              \
-  static __attribute__((noinline)) void NAME(dots_##WHICH)(const NAME(raw_rows) * key, int keys, const REAL *query,    \
-                                                           int64_t query_stride, int queries, int columns, REAL *to) { \
-    NAME(dots_of)(OF, key, keys, query, query_stride, queries, columns, to);                                           \
-  }                                                                                                                    \
-  static __attribute__((noinline)) void NAME(add_rows_##WHICH)(const NAME(raw_rows) * value, int keys,                 \
-                                                               const REAL *weights, const REAL *factor, int queries,   \
-                                                               int columns, REAL *o, int64_t o_row) {                  \
-    NAME(add_rows_of)(OF, value, keys, weights, factor, queries, columns, o, o_row);                                   \
+#define SA_FEW(WHICH, OF)                                                                                          \
+  static __attribute__((noinline)) void NAME(scores_##WHICH)(                                                      \
+      const NAME(raw_rows) * key, const NAME(raw_rows) * next, const NAME(course) * course, const REAL *query,     \
+      int64_t query_stride, int queries, int columns, const NAME(few_layout) * layout, REAL * to) {                \
+    NAME(scores_of)(OF, key, next, course, query, query_stride, queries, columns, layout, to);                     \
+  }                                                                                                                \
+  static __attribute__((noinline)) void NAME(rows_added_##WHICH)(                                                  \
+      const NAME(raw_rows) * value, const NAME(raw_rows) * next, const NAME(course) * course,                      \
+      const NAME(few_layout) * layout, const REAL *weights, const REAL *factor, int queries, int columns, REAL *o, \
+      int64_t o_row) {                                                                                             \
+    NAME(rows_added)(OF, value, next, course, layout, weights, factor, queries, columns, o, o_row);                \
   }
 SA_FEW(own, DTYPE)
 #if MANTISSA_BITS == 23
@@ -214,29 +282,94 @@ SA_FEW(bf16, SA_BF16)
 #endif
 #undef SA_FEW
 
+// Whether a stretch's scores lie dense: nothing looks at them but the softmax, and they are whole vectors.
+static bool NAME(lies_dense)(const NAME(block) * block, const sa_stretch *stretch) {
+  return block->few && block->plain && !stretch->pattern && !(block->p->dropout > 0) &&
+         stretch->count % (NAME(STREAMS) * NAME(DOT_KEYS)) == 0;
+}
+
 // S^T of a stretch, 0 in the lanes beyond the queries. `key`: K's rows, converted, when they are not readable.
 static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key, int64_t key_stride,
-                            const REAL *query, REAL *scores) {
+                            const REAL *query, bool dense, REAL *scores) {
   const sa_problem *p = block->p;
   NAME(raw_rows) rows = {(const char *)key, key_stride * (int64_t)sizeof *key, DTYPE};
   if (NAME(readable)(&p->k, p->width)) rows = NAME(raw_rows_of)(&p->k, block, stretch->first);
   if (!p->width) {
-    for (int r = 0; r < stretch->count; r++) memset(scores + r * NAME(ROW), 0, sizeof *scores * block->vectors * LANES);
+    memset(scores, 0, sizeof *scores * stretch->count * NAME(ROW));
     return;
   }
-  SA_FEW_OF(dots, rows.dtype)
-  (&rows, stretch->count, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), scores);
+  const NAME(raw_rows) next = NAME(raw_rows_of)(&p->v, block, stretch->first);
+  const NAME(course) course = NAME(course_of)(stretch->count, rows.stride);
+  const NAME(few_layout) layout = NAME(few_layout_of)(&course, dense);
+  SA_FEW_OF(scores, rows.dtype)
+  (&rows, &next, &course, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), &layout, scores);
 }
 
 // o = o * factor + P V, V's rows as they lie or of REAL.
 static void NAME(add_few_values)(const NAME(block) * block, const sa_stretch *stretch, const NAME(raw_rows) * value,
-                                 const REAL *weights, const REAL *factor, REAL *o) {
+                                 const REAL *weights, bool dense, const REAL *factor, REAL *o) {
   const sa_problem *p = block->p;
-  SA_FEW_OF(add_rows, value->dtype)
-  (value, stretch->count, weights, factor, block->count, NAME(columns)(p->value_width), o,
+  const NAME(raw_rows) next = NAME(raw_rows_of)(&p->k, block, stretch->first + stretch->count);
+  const NAME(course) course = NAME(course_of)(stretch->count, value->stride);
+  const NAME(few_layout) layout = NAME(few_layout_of)(&course, dense);
+  SA_FEW_OF(rows_added, value->dtype)
+  (value, &next, &course, &layout, weights, factor, block->count, NAME(columns)(p->value_width), o,
    NAME(padded)(p->value_width));
 }
 #undef SA_FEW_OF
+
+// Lane i of the result is lane i + by, going round.
+static inline __attribute__((always_inline)) NAME(vector) NAME(rotated)(NAME(vector) x, int by) {
+  NAME(order) pick;
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) pick[i] = (BITS)((i + by) % LANES);
+  return __builtin_shuffle(x, pick);
+}
+
+// What DOT_QUERIES queries have, in the lanes of each.
+static inline __attribute__((always_inline)) NAME(vector) NAME(spread)(const REAL *from) {
+  NAME(order) pick;
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) pick[i] = (BITS)(i % NAME(DOT_QUERIES));
+  return __builtin_shuffle(NAME(load)(from), pick);
+}
+
+// P^T in place of S^T that lies dense, with the running peak, sum and the factor that the old peak costs, as `soften`
+// does it where every query has a column of vectors.
+static void NAME(soften_few)(const NAME(block) * block, int keys, REAL *scores, NAME(gathered) * gathered,
+                             REAL *factor) {
+  const NAME(vector) lowest = NAME(set)(-(REAL)INFINITY);
+  const int some = NAME(DOT_QUERIES) * sizeof(REAL);
+  for (int q = 0; q < block->count; q += NAME(DOT_QUERIES), scores += keys * NAME(DOT_QUERIES)) {
+    const NAME(vector) old = NAME(spread)(gathered->peak + q);
+    NAME(vector) tops[4] = {old, old, old, old}, sums[4] = {NAME(set)(0), NAME(set)(0), NAME(set)(0), NAME(set)(0)};
+    REAL *const end = scores + keys * NAME(DOT_QUERIES);
+    for (const REAL *at = scores; at < end; at += 4 * LANES) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) tops[k] = NAME(max)(NAME(load)(at + k * LANES), tops[k]);
+    }
+    NAME(vector) top = NAME(max)(NAME(max)(tops[0], tops[1]), NAME(max)(tops[2], tops[3]));
+#pragma GCC unroll 4
+    for (int n = NAME(DOT_QUERIES); n < LANES; n *= 2) top = NAME(max)(NAME(rotated)(top, n), top);
+    const NAME(vector) base = NAME(select)(NAME(below_or_equal)(top, lowest), NAME(set)(0), top);
+    const NAME(vector) decay = NAME(exp2)(old - base);
+    for (REAL *at = scores; at < end; at += 4 * LANES) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        const NAME(vector) w = NAME(exp2)(NAME(load)(at + k * LANES) - base);
+        NAME(store)(at + k * LANES, w);
+        sums[k] = sums[k] + w;
+      }
+    }
+    NAME(vector) total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma GCC unroll 4
+    for (int n = NAME(DOT_QUERIES); n < LANES; n *= 2) total = total + NAME(rotated)(total, n);
+    total = NAME(fma)(NAME(spread)(gathered->sum + q), decay, total);
+    memcpy(gathered->peak + q, &top, some);
+    memcpy(gathered->sum + q, &total, some);
+    memcpy(factor + q, &decay, some);
+  }
+}
 
 // Rows of Q in the order of K's elements, and rows of o out of that of V's.
 static void NAME(split_row)(REAL *row, int width) {

@@ -5,14 +5,6 @@
 // start and the end of register tiles. K and V of a long head do not fit into the second cache: with a pass over them
 // for every block of queries D128 came to 82 %.
 
-// What a block of queries has gathered: o unnormalised, relative to the running peak.
-typedef struct NAME(gathered) {
-  REAL *o;         // [QUERIES][value width, padded to vectors]
-  REAL *peak;      // [QUERIES], in the block's unit
-  REAL *sum;       // [QUERIES]
-  uint64_t alive;  // bits of the queries that saw a key
-} NAME(gathered);
-
 typedef struct NAME(forward_room) {
   NAME(forward_products) products;
   REAL *leaked;  // [QUERIES][value width, padded]
@@ -151,6 +143,11 @@ static bool NAME(advance)(NAME(passage) * passage, NAME(held_keys) * held, sa_fo
   if (!stretch.again) {
     held->stretch = stretch;
     held->key = NAME(key_rows)(block, stretch.first, stretch.count, room->products.rows, &held->stride);
+  }
+  if (NAME(pass_few)(block, &stretch, held->key, held->stride, passage->query, &room->products, room->stretch.scores,
+                     room->factor, passage->started, gathered)) {
+    passage->started = true;
+    return true;
   }
   if (forecast && !block->few) {
     NAME(foresee_all)(forecast, passage, &stretch);

@@ -275,7 +275,7 @@ static const REAL *NAME(key_rows)(const NAME(block) * block, int64_t first, int 
 static void NAME(score_product)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key,
                                 int64_t key_stride, const REAL *packed_query, REAL *scores, REAL *peak) {
   if (block->few) {
-    NAME(score_few)(block, stretch, key, key_stride, packed_query, scores);
+    NAME(score_few)(block, stretch, key, key_stride, packed_query, false, scores);
     return;
   }
   const int columns = block->vectors * LANES, keys = stretch->count;
@@ -313,8 +313,8 @@ static int64_t NAME(value_sums)(const sa_problem *p) {
 
 // The same as add_values, of few queries.
 static void NAME(add_few_rows)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
-                               const REAL *weights, const REAL *factor, const NAME(forward_products) * room, REAL *o,
-                               REAL *leaked) {
+                               const REAL *weights, bool dense, const REAL *factor, const NAME(forward_products) * room,
+                               REAL *o, REAL *leaked) {
   const sa_operand *v = &block->p->v;
   const int width = (int)block->p->value_width, keys = stretch->count;
   const int64_t padded = NAME(padded)(width);
@@ -334,7 +334,19 @@ static void NAME(add_few_rows)(const NAME(block) * block, const sa_stretch *stre
       }
     }
   }
-  NAME(add_few_values)(block, stretch, &rows, weights, factor, o);
+  NAME(add_few_values)(block, stretch, &rows, weights, dense, factor, o);
+}
+
+// All of a stretch at once for few queries, when its scores lie dense; false when they do not. `factor` is room.
+static bool NAME(pass_few)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key, int64_t key_stride,
+                           const REAL *query, const NAME(forward_products) * room, REAL *scores, REAL *factor,
+                           bool started, NAME(gathered) * gathered) {
+  if (!NAME(lies_dense)(block, stretch)) return false;
+  NAME(score_few)(block, stretch, key, key_stride, query, true, scores);
+  NAME(soften_few)(block, stretch->count, scores, gathered, factor);
+  NAME(add_few_rows)(block, stretch, NULL, scores, true, started ? factor : NULL, room, gathered->o, NULL);
+  gathered->alive = ~UINT64_C(0);
+  return true;
 }
 
 // o = o * factor + P V, where `factor` is one of each query; NULL: o starts. With `leaked`, which gets what is not
@@ -346,7 +358,7 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
   const int64_t padded = NAME(padded)(width);
   const sa_product_start start = factor ? SA_FROM_SCALED : SA_FROM_ZERO;
   if (block->few) {
-    NAME(add_few_rows)(block, stretch, visible, weights, factor, room, o, leaked);
+    NAME(add_few_rows)(block, stretch, visible, weights, false, factor, room, o, leaked);
     return visible;
   }
   int64_t stride = padded;

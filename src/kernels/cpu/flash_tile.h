@@ -229,6 +229,14 @@ typedef struct NAME(gradient) {
   REAL *tail;   // [LANES] a row; may be NULL
 } NAME(gradient);
 
+// What a block of queries has gathered: o unnormalised, relative to the running peak.
+typedef struct NAME(gathered) {
+  REAL *o;         // [QUERIES][value width, padded to vectors]
+  REAL *peak;      // [QUERIES], in the block's unit
+  REAL *sum;       // [QUERIES]
+  uint64_t alive;  // bits of the queries that saw a key
+} NAME(gathered);
+
 #if defined(OWN_PRODUCTS)
 #include "kernels/cpu/amx_product.h"
 #else
