@@ -225,6 +225,38 @@ describe("what is visible reaches exactly who sees it:", function()
     end
   end)
 
+  it("nothing, where a bias masks all pairs, whatever stands there", function()
+    for _, dtype in ipairs(dtypes) do
+      for _, engine in ipairs(cases.engines) do
+        cases.with(engine, function()
+          local of = {dtype = dtype, device = engine.device}
+          local x = sa.full({7, 8}, nan, of)
+          local run = sa.forward(x, x, x, {backend = engine.backend, bias = sa.full({1}, -inf, of), softcap = 3,
+            alibi = sa.ones({1}, of), sinks = sa.ones({1}, of)})
+          for name, gradient in pairs(run:backward(x)) do
+            assert.equal(gradient:numel(), gradient:stats().zero, name .. " " .. dtype .. " " .. run.kernel)
+          end
+        end)
+      end
+    end
+  end)
+
+  it("a NaN row stays one where dropout keeps none of its weights", function()
+    for _, dtype in ipairs(dtypes) do
+      for _, engine in ipairs(cases.engines) do
+        cases.with(engine, function()
+          local q = sa.ones({40, 8}, {dtype = dtype, device = engine.device})
+          local options = {backend = engine.backend, dropout = 0.5, seed = 1}
+          local dropped = sa.forward(q, q:narrow(1, 1, 2), q:narrow(1, 1, 2), options).out:eq(0):sum():item()
+          assert.is_true(dropped > 0 and dropped < 40 * 8)
+          q:narrow(1, 1, 2):fill(nan)
+          assert.equal(40 * 8, sa.forward(q, q:narrow(1, 1, 2), sa.ones({2, 8}, {dtype = dtype, device = engine.device}),
+            options).out:stats().nan)
+        end)
+      end
+    end
+  end)
+
   it("a NaN in one head or batch stays there", function()
     for _, dtype in ipairs(dtypes) do
       local c = cases.complete {dtype = dtype, batch = 2, heads = 4, key_heads = 2, queries = 30, keys = 40}

@@ -167,7 +167,8 @@ local function differentiate(p, b, h, i, w, count, out, head)
   row:free()
 end
 
--- The output. A dropped key adds nothing, whatever its value is: only the kept ones are summed.
+-- The output. A dropped key adds nothing, whatever its value is: only the kept ones are summed. A NaN row is one even
+-- when there are none.
 local function sum_of_values(p, w, count, head)
   if p.dropout == 0 then return weighted_rows(w.p, head.v, head.v_step, p.Ev, w.key, count) end
   local key, factor, kept = integers(count), doubles(count), 0
@@ -177,7 +178,9 @@ local function sum_of_values(p, w, count, head)
       kept = kept + 1
     end
   end
-  return weighted_rows(factor, head.v, head.v_step, p.Ev, key, kept)
+  local out = weighted_rows(factor, head.v, head.v_step, p.Ev, key, kept)
+  for d = 0, w.lse ~= w.lse and p.Ev - 1 or -1 do out[d] = w.lse end
+  return out
 end
 
 --- Computes a row into the lists of `w`, which the next row overwrites.

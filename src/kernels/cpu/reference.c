@@ -191,6 +191,8 @@ static void attend_row(const sa_problem *p, row *r, const scratch *s) {
   score_row(p, r, s);
   softmax_row(p, r, s);
   drop_out_row(p, r, s);
+  // A NaN row is one even when all of its weights are dropped.
+  for (int64_t d = 0; isnan(r->lse) && d < p->value_width; d++) s->out[d] = NAN;
   for (int64_t n = 0; n < r->count; n++)
     add_scaled(s->out, keep(s->keep[n], s->p[n]), s->v + s->key[n] * p->value_width, p->value_width);
 }

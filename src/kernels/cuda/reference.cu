@@ -161,7 +161,8 @@ static __device__ double out_column(const reference_job &job, const row_place &a
   __shared__ bool seen[THREADS];
   const sa_problem &p = job.p;
   const int64_t column = first + threadIdx.x;
-  double out = 0, slope;
+  // A NaN row is one even when all of its weights are dropped.
+  double out = row.count && isnan(row.sum) ? row.sum : 0, slope;
   for (int64_t tile = 0; tile < p.keys; tile += SA_TILE) {
     const int64_t key = tile + threadIdx.x;
     seen[threadIdx.x] = visible(job, at, key);
