@@ -356,6 +356,24 @@ describe("backward", function()
 end)
 
 describe("no_grad", function()
+  it("ends where its coroutine yields, and goes on with it", function()
+    local x = leaf {1, 2}
+    local function steps()
+      return sa.no_grad(function(...)
+        local first = coroutine.yield((x * 2).requires_grad, ...)
+        return (x * 2).requires_grad, coroutine.yield(first)
+      end, "given")
+    end
+    local run = coroutine.create(steps)
+    assert.same({true, false, "given"}, {coroutine.resume(run)})
+    assert.is_true((x * 2).requires_grad)
+    sa.no_grad(function() assert.same({true, "a"}, {coroutine.resume(run, "a")}) end)
+    assert.is_true((x * 2).requires_grad)
+    assert.same({true, false, "b"}, {coroutine.resume(run, "b")})
+    assert.is_true((x * 2).requires_grad)
+    assert.equal("dead", coroutine.status(run))
+  end)
+
   it("records nothing, passes arguments and results, and ends on errors", function()
     local x = leaf {2}
     local y, three = sa.no_grad(function(a, b) return a * b, 3 end, x, 5)
@@ -398,6 +416,16 @@ describe("changes in place", function()
     sa.no_grad(function() x:view(2, 1):fill(3) end)
     assert.equal("safeattn.backward: f64[2], which mul needs for its gradient, was changed in place after it was"
       .. " recorded", helper.message_of(y.backward, y))
+  end)
+
+  it("that fail change nothing", function()
+    local weights, ids = leaf {{1, 2}, {3, 4}}, sa.tensor({2}, {dtype = "i32"})
+    local y = sa.embedding(weights, ids):sum()
+    assert.is_false(pcall(ids.copy, ids, sa.ones {3}))
+    assert.is_false(pcall(ids.fill, ids, 0.5))
+    assert.is_false(pcall(ids.set, ids, 1, 0.5))
+    y:backward()
+    assert.same({{0, 0}, {1, 1}}, weights.grad:totable())
   end)
 
   it("of what it does not need are fine", function()

@@ -26,12 +26,35 @@ local function restore(before, succeeded, ...)
   return ...
 end
 
---- Calls fn(...) without recording anything and returns its results.
-function autograd.no_grad(fn, ...)
-  if type(fn) ~= "function" then fail("no_grad", nil, "fn: got %s, wanted a function", core.describe(fn)) end
+local function unrecorded(fn, ...)
   local before = recording
   recording = false
   return restore(before, pcall(fn, ...))
+end
+
+-- In a coroutine fn may yield; who runs meanwhile records as before. So it gets a coroutine of its own, whose yields
+-- are handed on.
+local run_coroutine
+
+local function handed_on(thread, before, succeeded, ...)
+  recording = before
+  if not succeeded then error((...), 0) end
+  if coroutine.status(thread) == "dead" then return ... end
+  return run_coroutine(thread, coroutine.yield(...))
+end
+
+function run_coroutine(thread, ...)
+  local before = recording
+  recording = false
+  return handed_on(thread, before, coroutine.resume(thread, ...))
+end
+
+--- Calls fn(...) without recording anything and returns its results.
+function autograd.no_grad(fn, ...)
+  if type(fn) ~= "function" then fail("no_grad", nil, "fn: got %s, wanted a function", core.describe(fn)) end
+  local running, is_main = coroutine.running()
+  if running and not is_main then return run_coroutine(coroutine.create(fn), ...) end
+  return unrecorded(fn, ...)
 end
 
 -- Lists of inputs may have holes.
@@ -109,13 +132,15 @@ function autograd.record(name, outputs, inputs, backward, saved)
   if autograd.observer then autograd.observer.recorded(node) end
 end
 
-local function mark_changed(t)
+--- Notes that the contents of t were changed in place.
+function autograd.mark_changed(t)
   local storage = tensor.storage(t)
   storage.version = storage.version + 1
 end
+local mark_changed = autograd.mark_changed
 
---- Raises unless the contents of t may be changed in place, and notes that they were.
-function autograd.change(fname, argument, t)
+--- Raises unless the contents of t may be changed in place.
+function autograd.check_change(fname, argument, t)
   if recording then
     if t.node then
       fail(fname, nil, "%s: got the result of a recorded %s, wanted a tensor that the tape does not know"
@@ -128,6 +153,11 @@ function autograd.change(fname, argument, t)
   if tensor.storage(t).constant then
     fail(fname, nil, "%s: got a tensor on memory that was given as const, wanted one that may be written", argument)
   end
+end
+
+--- Raises unless the contents of t may be changed in place, and notes that they are.
+function autograd.change(fname, argument, t)
+  autograd.check_change(fname, argument, t)
   mark_changed(t)
 end
 
@@ -300,7 +330,7 @@ function tensor.methods.backward(t, gradient)
     fail("backward", nil, "gradient: got %s, wanted %s", core.describe(gradient), core.describe(t))
   end
   local node, slot = node_of(t)
-  autograd.no_grad(carry_back, node, slot, gradient)
+  unrecorded(carry_back, node, slot, gradient)
 end
 
 return autograd

@@ -99,7 +99,7 @@ function methods.set(t, ...)
   if n == 0 then fail("set", nil, "value: got nothing, wanted a value after the indices") end
   local value = check_value("set", (select(n, ...)), handle.dtype)
   locate("set", handle, n - 1, ...)
-  autograd.change("set", "t", t)
+  autograd.check_change("set", "t", t)
   if type(value) == "cdata" then
     call("set", lib.sa_set_integer, handle, position, value)
   elseif type(value) == "boolean" then
@@ -107,13 +107,14 @@ function methods.set(t, ...)
   else
     call("set", lib.sa_set, handle, position, value)
   end
+  autograd.mark_changed(t)
 end
 
 --- Sets every element to one number (or boolean). Returns t.
 function methods.fill(t, value)
   local handle = pointer(t, "fill", "t")
   value = check_value("fill", value, handle.dtype)
-  autograd.change("fill", "t", t)
+  autograd.check_change("fill", "t", t)
   if type(value) == "boolean" then value = value and 1 or 0 end
   if type(value) == "cdata" then
     local one = tensor.new("fill", I64, lib.SA_CPU, 0, nil)
@@ -122,14 +123,16 @@ function methods.fill(t, value)
   else
     call("fill", lib.sa_fill, handle, value)
   end
+  autograd.mark_changed(t)
   return t
 end
 
 --- Copies the elements of another tensor, cast and broadcast, into t. Returns t. The tape does not see it.
 function methods.copy(t, from)
   local handle, source = pointer(t, "copy", "t"), pointer(from, "copy", "from")
-  autograd.change("copy", "t", t)
+  autograd.check_change("copy", "t", t)
   call("copy", lib.sa_copy, handle, source)
+  autograd.mark_changed(t)
   return t
 end
 
