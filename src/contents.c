@@ -22,11 +22,12 @@ static int copy_by_host(const char *function, const sa_backend *backend, sa_tens
   return status;
 }
 
-// A device knows how to copy to, from and within itself.
+// A device knows how to copy to, from and within itself, but not what is strided on the host.
 static int copy_apart(const char *function, sa_tensor *to, const sa_tensor *from) {
   const sa_backend *backend = sa_backend_of(function, to->device == SA_CPU ? from->device : to->device);
   if (!backend) return SA_NO_DEVICE;
-  if (to->device != from->device && !sa_tensor_contiguous(to->device == SA_CPU ? to : from))
+  const sa_tensor *on_host = to->device == SA_CPU ? to : from;
+  if (to->device != from->device && on_host->device == SA_CPU && !sa_tensor_contiguous(on_host))
     return copy_by_host(function, backend, to, from);
   return backend->copy(to, from);
 }
