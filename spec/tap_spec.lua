@@ -185,7 +185,7 @@ describe("docs/debugging-nan.md", function()
     local results = {pcall(setfenv(chunk, environment))}
     if not results[1] then return (results[2]:gsub("^%S+:%d+: ", "")) end
     for n = 1, #results do results[n] = tostring(results[n]) end
-    return table.concat(results, " ", 2)
+    return table.concat(results, "\n", 2)
   end
 
   -- The lines after prompts, each with the lines of output under it.
