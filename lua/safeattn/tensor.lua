@@ -126,6 +126,7 @@ function tensor.handle()
 end
 
 --- Makes a Lua tensor of a filled handle, which from now on gives its memory back when it is garbage.
+-- @param handle
 -- @param storage what tensors on the same memory share (see tensor.storage); nil for memory of its own
 function tensor.adopt(handle, storage)
   return (setmetatable({
