@@ -175,8 +175,7 @@ int sa_mask_window(sa_mask **out, int64_t left, int64_t right, int align) {
 int sa_mask_random(sa_mask **out, double probability, uint64_t seed) {
   if (check_out(__func__, out)) return SA_INVALID;
   if (!(probability >= 0 && probability <= 1))
-    return sa_fail(SA_INVALID, __func__, "probability: is %g, wanted 0 to 1",
-                   isnan(probability) ? fabs(probability) : probability);  // never "-nan"
+    return sa_fail(SA_INVALID, __func__, "probability: is %g, wanted 0 to 1", probability);
   sa_mask *mask = new_mask(__func__, "random", SA_MASK_RANDOM);
   if (!mask) return SA_NO_MEMORY;
   // n / 2^24 < probability is n < probability * 2^24, which no rounding touches.

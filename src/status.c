@@ -40,6 +40,11 @@ const char *sa_status_name(int status) {
   }
 }
 
+// The sign of a NaN is chance: 0/0 has one here and none there.
+static void unsign_nan(char *message) {
+  for (char *at; (at = strstr(message, " -nan"));) memmove(at + 1, at + 2, strlen(at + 1));
+}
+
 int sa_fail(int status, const char *function, const char *format, ...) {
   // Written aside first: an argument may be sa_last_error() itself.
   char message[MESSAGE_BYTES];
@@ -48,6 +53,7 @@ int sa_fail(int status, const char *function, const char *format, ...) {
   va_start(arguments, format);
   vsnprintf(message + prefix, sizeof message - (size_t)prefix, format, arguments);
   va_end(arguments);
+  unsign_nan(message);
   memcpy(last_error, message, sizeof message);
   return status;
 }
