@@ -20,6 +20,8 @@ end
 -- name -> {function, inputs}: every operation that has a gradient
 local operations = {
   ["add"] = {function(a, b) return a + b end, {random({2, 3}, 1), random({2, 3}, 2)}},
+  ["sum, of a sum that keeps dims, beside another use"] = {
+    function(a) return sa.sum(a, 1) * sa.sum(sa.sum(a, 2, {keep = true})) end, {random({3, 4}, 1)}},
   ["add, broadcast"] = {function(a, b) return a + b end, {random({2, 1, 3}, 1), random({4, 1}, 2)}},
   ["add a number"] = {function(a) return 2 + a + 3 end, {random({3}, 1)}},
   ["sub"] = {function(a, b) return a - b end, {random({2, 3}, 1), random({3}, 2)}},

@@ -228,10 +228,18 @@ local function keep(leaf, g, owned)
   if owned then g:free() end
 end
 
--- Whether the memory of result i belongs to it alone: it may be (a view of) a gradient that came, or stand twice.
+local function is_expanded(handle)
+  for d = 0, handle.ndim - 1 do
+    if handle.stride[d] == 0 and handle.shape[d] > 1 then return true end
+  end
+  return false
+end
+
+-- Whether every element of result i has memory of its own: it may be (a view of) a gradient that came, stand twice, or
+-- repeat what it has.
 local function is_fresh(results, i, n, came)
   local block = results[i].handle.block
-  if block == nil then return false end
+  if block == nil or is_expanded(results[i].handle) then return false end
   for k = 1, n do
     if k ~= i and results[k] and results[k].handle.block == block then return false end
   end
