@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(cons
       mbarrier_init(shared_address(&shared.bias_empty), FORWARD_CONSUMERS * 4);
     }
     mbarrier_init(shared_address(&shared.found), 1);
-    mbarrier_init(shared_address(&shared.begun), 1);
+    mbarrier_init(shared_address(&shared.asked), 1);
     mbarrier_init_fence();
     shared.flagged = -1;
     for (int i = 0; i < FORWARD_ITEMS; i++) shared.flagged_number[i] = 0;

@@ -17,10 +17,13 @@ enum {
   // 128 * 40 + 256 * 232 are the 384 * 168 registers that a block is launched with.
   FORWARD_PRODUCER_REGISTERS = 40,
   FORWARD_CONSUMER_REGISTERS = 232,
-  // Items on their way through a block at once. The next is found once this one is begun, which needs the buffer of Q
+  // Items on their way through a block at once. The next is found after this one is begun, which needs the buffer of Q
   // of the third before it; the one before that has then been written, so six would do.
   FORWARD_ITEMS = 8,
   FORWARD_GROUPS = 256,  // of heads, that are put in order
+  // A block takes its next item when so many steps of the one at hand are left to load: soon enough to look it up, but
+  // not so soon that a block has an item waiting for it that others are free for.
+  FORWARD_AHEAD = 4,
   // Named barriers.
   FORWARD_CLEANED = 1,
   FORWARD_ALL_DONE = 2,
@@ -90,6 +93,7 @@ typedef struct forward_item {
   int32_t work;  // -1: the end of the stream
   int32_t batch, head, key_head, tile;
   int32_t count;  // of runs
+  int32_t tiles;  // of them, those of the first 32 runs at least
   const sa_run *runs;
   void *out;  // its first row
   float *lse;
@@ -124,7 +128,7 @@ struct forward_shared : forward_bias<SHAPE> {
   alignas(8) uint64_t q_full[SHAPE::q_slots], q_empty[SHAPE::q_slots];
   uint64_t k_full[FORWARD_STAGES], k_empty[FORWARD_STAGES], v_full[FORWARD_STAGES], v_empty[FORWARD_STAGES];
   alignas(16) uint32_t zeros[SHAPE::value_width / 2];  // a row of a tile that sees no key
-  uint64_t found, begun;                               // an item: by the warp that finds them, by the one that loads
+  uint64_t found, asked;  // an item by the warp that finds them, for one by the warp that loads
 };
 
 // A place in a ring of buffers, and the parity of its mbarriers' phase.

@@ -3,7 +3,7 @@
 #define SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_PRODUCER_CUH
 #include "kernels/cuda/hopper_forward_call.cuh"
 
-// The warp that takes work items from the counter and looks them up, one ahead of the warp that loads.
+// The warp that takes work items from the counter and looks them up, shortly before the warp that loads needs them.
 template <class SHAPE>
 struct forward_finder {
   const forward_call &c;
@@ -37,7 +37,9 @@ struct forward_finder {
     if (count == 0) return false;
     forward_item &item = shared.item[number % FORWARD_ITEMS];
     const sa_run *runs = c.plan.row_runs + first;
-    if (lane < count) shared.runs[number % 2][lane] = runs[lane];
+    const sa_run run = lane < count ? runs[lane] : sa_run{};
+    const int tiles = __reduce_add_sync(~0u, run.count);
+    if (lane < count) shared.runs[number % 2][lane] = run;
     if (lane < SA_TILE / 16) item.dead[lane] = dead_rows(batch, head, tile * SA_TILE + lane * 16);
     if (lane == 0) {
       item.work = work;
@@ -46,6 +48,7 @@ struct forward_finder {
       item.key_head = head / (c.heads / c.key_heads);
       item.tile = tile;
       item.count = count;
+      item.tiles = tiles;
       item.runs = runs;
       item.out = (uint16_t *)c.out.data + forward_offset(c.out, batch, head, tile);
       item.lse = c.lse.data ? (float *)c.lse.data + forward_offset(c.lse, batch, head, tile) : NULL;
@@ -65,7 +68,7 @@ struct forward_finder {
   __device__ __forceinline__ void hand_over() {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared_address(&shared.found));
-    mbarrier_wait(shared_address(&shared.begun), number & 1);
+    mbarrier_wait(shared_address(&shared.asked), number & 1);
     number++;
   }
 
@@ -100,6 +103,7 @@ struct forward_loader {
   forward_ring<FORWARD_STAGES> k, v;
   forward_ring<1> bias;
   int number = 0;  // of items sent
+  int left;        // steps of the item at hand that are not sent, or fewer
 
   __device__ __forceinline__ forward_loader(const forward_call &call, forward_shared<SHAPE> &memory)
       : c(call), shared(memory) {}
@@ -186,9 +190,20 @@ struct forward_loader {
   // False at the end of the stream.
   __device__ __forceinline__ bool begin_item() {
     mbarrier_wait(shared_address(&shared.found), number & 1);
+    const bool more = item().work >= 0;
+    left = more ? item().tiles * SHAPE::steps : 0;
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared_address(&shared.begun));
-    return item().work >= 0;
+    if (left <= FORWARD_AHEAD) ask_next();
+    return more;
+  }
+
+  // The next item may be taken from the counter.
+  __device__ __forceinline__ void ask_next() {
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.asked));
+  }
+
+  __device__ __forceinline__ void count_step() {
+    if (--left == FORWARD_AHEAD) ask_next();
   }
 
   __device__ __forceinline__ void send_end() {
@@ -210,6 +225,7 @@ struct forward_loader {
         const int steps = run.count * SHAPE::steps;
         for (int n = 0; n < steps; n++) {
           const int key = run.first * SA_TILE + n * SHAPE::keys;
+          count_step();
           send_keys(key, run.pattern,
                     (run.pattern >= 0 ? FORWARD_PARTIAL : 0) | (r == runs - 1 && n == steps - 1 ? FORWARD_LAST : 0) |
                         (n % SHAPE::steps ? FORWARD_SECOND_HALF : 0));
