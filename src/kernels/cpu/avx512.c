@@ -34,6 +34,9 @@ static inline __m512d fma_f64(__m512d a, __m512d b, __m512d c) {
 static inline __m512d max_f64(__m512d a, __m512d b) {
   return _mm512_max_pd(a, b);
 }
+static inline __m512d max_where_f64(uint64_t lanes, __m512d a, __m512d b) {
+  return _mm512_mask_max_pd(b, (__mmask8)lanes, a, b);
+}
 static inline __m512d magnitude_f64(__m512d x) {
   return _mm512_abs_pd(x);
 }
@@ -46,7 +49,7 @@ static inline uint64_t below_or_equal_f64(__m512d a, __m512d b) {
 // 2^x = 2^n 2^(i/16) 2^f, x rounded to sixteenths by adding a number whose last bit is one; then the low 4 bits of the
 // sum are i and those above are n. The table's entries carry -i where n is added, so that one addition makes both of
 // them the exponent. 16 instructions with a subtraction and a sum, where a polynomial for all of [-1/2, 1/2] took 20.
-static inline __m512d exp2_f64(__m512d x) {
+static inline __m512d power_f64(__m512d x, __mmask8 lanes) {
   static const uint64_t sixteenths[16]
       __attribute__((aligned(64))) = {0x3ff0000000000000, 0x3fefb5586cf9890f, 0x3fef72b83c7d517b, 0x3fef387a6e756238,
                                       0x3fef06fe0a31b715, 0x3feedea64c123422, 0x3feebfdad5362a27, 0x3feeab07dd485429,
@@ -60,8 +63,13 @@ static inline __m512d exp2_f64(__m512d x) {
   const __m512d power = _mm512_castsi512_pd(_mm512_add_epi64(entry, _mm512_slli_epi64(bits, 48)));
   __m512d rest = _mm512_set1_pd(terms[0]);
   for (int k = 1; k < (int)(sizeof terms / sizeof *terms); k++) rest = fma_f64(rest, part, _mm512_set1_pd(terms[k]));
-  const __mmask8 normal = _mm512_cmp_pd_mask(x, _mm512_set1_pd(LOWEST_EXPONENT), _CMP_NLT_UQ);
-  return _mm512_maskz_fmadd_pd(normal, power, rest * part, power);
+  return _mm512_maskz_fmadd_pd(lanes, power, rest * part, power);
+}
+static inline __m512d exp2_f64(__m512d x) {
+  return power_f64(x, _mm512_cmp_pd_mask(x, _mm512_set1_pd(LOWEST_EXPONENT), _CMP_NLT_UQ));
+}
+static inline __m512d exp2_where_f64(uint64_t lanes, __m512d x) {
+  return power_f64(x, _mm512_mask_cmp_pd_mask((__mmask8)lanes, x, _mm512_set1_pd(LOWEST_EXPONENT), _CMP_NLT_UQ));
 }
 #include "kernels/cpu/flash.h"
 #include "kernels/cpu/real_end.h"

@@ -36,11 +36,13 @@ typedef struct NAME(held_keys) {
   int64_t stride;
 } NAME(held_keys);
 
-// P^T in place of S^T, with the running peak, sum and the factor that the old peak costs. Weights that dropout does not
-// keep (`kept` NULL: it keeps all) count in the sum and are then 0, whatever they were, NaN too.
+// P^T in place of S^T, with the running peak, sum and the factor that the old peak costs. Masked pairs (`visible` NULL:
+// there are none) give 0, whatever their scores. Weights that dropout does not keep (`kept` NULL: it keeps all) count
+// in the sum and are then 0, whatever they were, NaN too.
 static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(block) * block, int keys, REAL *scores,
                                                                   const REAL *peak, NAME(gathered) * gathered,
-                                                                  REAL *factor, bool plain, const uint64_t *kept) {
+                                                                  REAL *factor, bool plain, const uint64_t *visible,
+                                                                  const uint64_t *kept) {
   const NAME(vector) unit = NAME(set)(block->unit), lowest = NAME(set)(-(REAL)INFINITY), zero = NAME(set)(0);
   for (int j = 0; j < block->vectors; j++) {
     const NAME(vector) old = NAME(load)(gathered->peak + j * LANES);
@@ -56,13 +58,14 @@ static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(blo
       for (int k = 0; k < 4; k++) {
         NAME(vector) x = NAME(load)(column + (r + k) * NAME(ROW)) - base;
         if (!plain) x = x * unit;
-        const NAME(vector) w = NAME(exp2)(x);
+        const NAME(vector) w = visible ? NAME(exp2_where)(visible[r + k] >> (j * LANES), x) : NAME(exp2)(x);
         NAME(store)(column + (r + k) * NAME(ROW), kept ? NAME(select)(kept[r + k] >> (j * LANES), w, zero) : w);
         sum[k] = sum[k] + w;
       }
     }
     for (; r < keys; r++) {
-      const NAME(vector) w = NAME(exp2)((NAME(load)(column + r * NAME(ROW)) - base) * unit);
+      const NAME(vector) x = (NAME(load)(column + r * NAME(ROW)) - base) * unit;
+      const NAME(vector) w = visible ? NAME(exp2_where)(visible[r] >> (j * LANES), x) : NAME(exp2)(x);
       NAME(store)(column + r * NAME(ROW), kept ? NAME(select)(kept[r] >> (j * LANES), w, zero) : w);
       sum[0] = sum[0] + w;
     }
@@ -75,13 +78,17 @@ static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(blo
 
 // A loop for each of its uses, so that none asks what it is for at every vector.
 static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, const REAL *peak, NAME(gathered) * gathered,
-                         REAL *factor, const uint64_t *kept) {
-  if (kept)
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, kept);
-  else if (block->plain)
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, NULL);
+                         REAL *factor, const uint64_t *visible, const uint64_t *kept) {
+  if (block->plain && !visible && !kept)
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, NULL, NULL);
+  else if (block->plain && !kept)
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, visible, NULL);
+  else if (block->plain && !visible)
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, NULL, kept);
+  else if (!visible && !kept)
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, NULL, NULL);
   else
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, NULL);
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, visible, kept);
 }
 
 static NAME(passage)
@@ -164,7 +171,7 @@ static bool NAME(advance)(NAME(passage) * passage, NAME(held_keys) * held, sa_fo
   }
   REAL *weights = room->stretch.scores;
   const uint64_t *kept = NAME(keep)(block, &stretch, &room->stretch);
-  NAME(soften)(block, stretch.count, weights, room->peak, gathered, room->factor, kept);
+  NAME(soften)(block, stretch.count, weights, room->peak, gathered, room->factor, visible, kept);
   passage->leaks |= NAME(add_values)(block, &stretch, visible, weights, passage->started ? room->factor : NULL,
                                      &room->products, gathered->o, passage->careful ? room->leaked : NULL);
   passage->started = true;
@@ -280,14 +287,19 @@ static void NAME(scale_rows)(const NAME(block) * block, NAME(gathered) * gathere
   const sa_problem *p = block->p;
   const double kept = 1 / (1 - p->dropout), natural = block->plain ? 0.6931471805599453 : 1;
   if (!p->sinks.data) {
+    // Copies, of which the compiler knows that nothing else is stored there: else it makes no vectors.
+    REAL peak[QUERIES], sum[QUERIES];
+    memcpy(peak, gathered->peak, sizeof peak);
+    memcpy(sum, gathered->sum, sizeof sum);
     for (int i = 0; i < QUERIES; i++) {
-      const REAL sum = gathered->sum[i];
+      const REAL own = sum[i];
       // A sum of 0 of scores that are all -inf: the definition gives 0/0.
-      const double factor = sum > 0 ? 1 / (double)sum : NAN;
-      lse[i] = sum > 0 ? (REAL)(gathered->peak[i] * natural + LOG(sum)) : (REAL)NAN;
+      const double factor = own > 0 ? 1 / (double)own : NAN;
+      lse[i] = own > 0 ? (REAL)(peak[i] * natural + LOG(own)) : (REAL)NAN;
       scale[i] = (REAL)(factor * kept);
-      gathered->sum[i] = (REAL)factor;
+      sum[i] = (REAL)factor;
     }
+    memcpy(gathered->sum, sum, sizeof sum);
     return;
   }
   for (int i = 0; i < block->count; i++) {
@@ -345,6 +357,7 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(element) *
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
     int64_t stride;
     const NAME(element) *key = NAME(key_rows)(block, stretch.first, stretch.count, room->products.rows, &stride);
+    stretch.outline = NAME(outline)(block, &stretch, &room->stretch);
     const uint64_t *visible = NAME(score)(block, &stretch, key, stride, query, &room->stretch, NULL);
     NAME(weigh)(block, stretch.count, visible, gathered->peak, gathered->sum, room->stretch.scores);
     for (int i = 0; i < block->count; i++) {

@@ -37,8 +37,10 @@ static void NAME(gather_again)(const NAME(backward_job) * job, const NAME(block)
     int64_t stride;
     const NAME(element) *key = NAME(key_rows)(block, stretch.first, stretch.count, room->products.key_rows, &stride);
     memcpy(room->factor, again.peak, sizeof *room->factor * block->vectors * LANES);
-    NAME(score)(block, &stretch, key, stride, room->packed_query, &room->stretch, room->factor);
-    NAME(soften)(block, stretch.count, room->stretch.scores, room->factor, &again, room->delta, NULL);
+    stretch.outline = NAME(outline)(block, &stretch, &room->stretch);
+    const uint64_t *visible =
+        NAME(score)(block, &stretch, key, stride, room->packed_query, &room->stretch, room->factor);
+    NAME(soften)(block, stretch.count, room->stretch.scores, room->factor, &again, room->delta, visible, NULL);
   }
 }
 

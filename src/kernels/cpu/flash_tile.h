@@ -305,21 +305,25 @@ static bool NAME(load_bias)(const NAME(block) * block, const sa_stretch *stretch
   return masks;
 }
 
-// The word of a pattern that holds a key's bits for the block: those of one head, for each of its heads.
-static inline uint64_t NAME(visible_word)(const NAME(block) * block, const uint64_t *words) {
-  const uint64_t word = words[block->query % SA_TILE / QUERIES];
-  if (block->each == block->count) return word;
-  const uint64_t own = word & ((UINT64_C(1) << block->each) - 1);
-  uint64_t all = 0;
-  for (int i = 0; i < block->count; i += block->each) all |= own << i;
-  return all;
+// The words of a masked stretch's visible pairs: of a pattern's, those that hold the block's queries, for each of its
+// heads.
+static void NAME(see)(const NAME(block) * block, const sa_stretch *stretch, uint64_t *visible) {
+  const int half = (int)(block->query % SA_TILE / QUERIES), keys = stretch->count;
+  for (int r = 0; r < keys; r++) visible[r] = stretch->pattern[r][half];
+  if (block->each == block->count) return;
+  for (int r = 0; r < keys; r++) {
+    const uint64_t own = visible[r] & ((UINT64_C(1) << block->each) - 1);
+    visible[r] = 0;
+    for (int i = 0; i < block->count; i += block->each) visible[r] |= own << i;
+  }
 }
 
-// A masked stretch's outline, drawn in the room; NULL: nothing can be left out.
+// Sees a masked stretch and draws its outline, in the room; NULL: nothing can be left out.
 static const sa_outline *NAME(outline)(const NAME(block) * block, const sa_stretch *stretch,
                                        const NAME(stretch_room) * room) {
-  if (!stretch->pattern || block->few) return NULL;
-  for (int r = 0; r < stretch->count; r++) room->visible[r] = NAME(visible_word)(block, stretch->pattern[r]);
+  if (!stretch->pattern) return NULL;
+  NAME(see)(block, stretch, room->visible);
+  if (block->few) return NULL;
   return sa_draw_outline(room->visible, stretch->count, block->count, room->outline) ? room->outline : NULL;
 }
 
@@ -381,9 +385,30 @@ static bool NAME(add_bias)(const NAME(block) * block, int keys, const REAL *rows
   return hides;
 }
 
-// S^T of a stretch into room->scores, in the block's unit. `peak` (NULL: nobody asks, and what masked pairs have may be
-// anything) is raised to the largest score of each query, and masked pairs are -inf. Returns the words of visible
-// pairs, or NULL when every pair is visible.
+// Raises `peak` to the largest visible score of each query. Four maxima in turn, since each waits for its last.
+static void NAME(raise_peak)(const NAME(block) * block, int keys, const uint64_t *visible, const REAL *scores,
+                             REAL *peak) {
+  for (int j = 0; j < block->vectors; j++) {
+    const REAL *column = scores + j * LANES;
+    const NAME(vector) old = NAME(load)(peak + j * LANES);
+    NAME(vector) top[4] = {old, old, old, old};
+    int r = 0;
+    for (; r + 4 <= keys; r += 4) {
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+        top[k] = NAME(max_where)(visible[r + k] >> (j * LANES), NAME(load)(column + (r + k) * NAME(ROW)), top[k]);
+      }
+    }
+    for (; r < keys; r++) {
+      top[0] = NAME(max_where)(visible[r] >> (j * LANES), NAME(load)(column + r * NAME(ROW)), top[0]);
+    }
+    NAME(store)(peak + j * LANES, NAME(max)(NAME(max)(top[0], top[1]), NAME(max)(top[2], top[3])));
+  }
+}
+
+// S^T of a stretch whose outline is drawn into room->scores, in the block's unit; what masked pairs have may be
+// anything. `peak` (NULL: nobody asks) is raised to the largest visible score of each query. Returns the words of
+// visible pairs, or NULL when every pair is visible.
 static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *stretch, const NAME(element) * key,
                                    int64_t key_stride, const NAME(element) * packed_query,
                                    const NAME(stretch_room) * room, REAL *peak) {
@@ -398,12 +423,12 @@ static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *
         NAME(add_bias)(block, stretch->count, plain_bias, p->bias.stride[2], room->scores, room->visible, peak);
     return some ? room->visible : NULL;
   }
-  if (masked) {
-    for (int r = 0; r < stretch->count; r++) {
-      room->visible[r] = stretch->pattern ? NAME(visible_word)(block, stretch->pattern[r]) : ~UINT64_C(0);
-    }
+  for (int r = 0; hides && !stretch->pattern && r < stretch->count; r++) room->visible[r] = ~UINT64_C(0);
+  if (block->plain && masked) {
+    if (peak) NAME(raise_peak)(block, stretch->count, room->visible, room->scores, peak);
+    return room->visible;
   }
-  if (block->plain && !peak) return masked ? room->visible : NULL;
+  if (block->plain && !peak) return NULL;
   const NAME(vector) nothing = NAME(set)(-(REAL)INFINITY);
   const NAME(vector) cap = NAME(set)((REAL)p->softcap), slope = NAME(set)(block->slope);
   REAL lanes[LANES];

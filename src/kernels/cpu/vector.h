@@ -59,6 +59,11 @@ static inline NAME(vector) NAME(max)(NAME(vector) a, NAME(vector) b) {
 #endif
 }
 
+// That in the lanes whose bit is set, else the second.
+static inline NAME(vector) NAME(max_where)(uint64_t lanes, NAME(vector) a, NAME(vector) b) {
+  return NAME(select)(lanes, NAME(max)(a, b), b);
+}
+
 static inline NAME(vector) NAME(magnitude)(NAME(vector) x) {
   return (NAME(vector))((NAME(bits))x & (~(NAME(bits)){0} >> 1));
 }
@@ -81,4 +86,9 @@ static inline NAME(vector) NAME(exp2)(NAME(vector) x) {
   const NAME(vector) scaled = power * (NAME(vector))(exponent << MANTISSA_BITS);
   return NAME(choose)((NAME(bits))(x < NAME(set)(LOWEST_EXPONENT)), NAME(set)(0), scaled);
 #endif
+}
+
+// That in the lanes whose bit is set, else 0, whatever x is.
+static inline NAME(vector) NAME(exp2_where)(uint64_t lanes, NAME(vector) x) {
+  return NAME(select)(lanes, NAME(exp2)(x), NAME(set)(0));
 }
