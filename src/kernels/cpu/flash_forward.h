@@ -23,17 +23,19 @@ typedef struct NAME(passage) {
   const NAME(element) * query;
   NAME(gathered) * gathered;
   sa_walk walk;
+  sa_stretch next;            // when there is `more`
   const NAME(block) * after;  // whose queries are wanted next; may be NULL
-  bool leads;                 // is the first to read the keys
-  bool careful, started;
+  bool more, careful, started;
   bool leaks;  // a non-finite value can have leaked
 } NAME(passage);
 
-// The stretch that was looked at last, and its rows of K.
+// The stretch that was looked at last, its rows of K, and the keys that were called for or looked at lately.
 typedef struct NAME(held_keys) {
   sa_stretch stretch;
   const NAME(element) * key;
   int64_t stride;
+  sa_extent lately[32];
+  int looks;
 } NAME(held_keys);
 
 // P^T in place of S^T, with the running peak, sum and the factor that the old peak costs. Masked pairs (`visible` NULL:
@@ -101,13 +103,16 @@ static NAME(passage)
     gathered->sum[i] = 0;
   }
   if (careful) memset(room->leaked, 0, sizeof *room->leaked * QUERIES * NAME(padded)(p->value_width));
-  return (NAME(passage)){
+  NAME(passage)
+  passage = {
       .block = block,
       .query = query,
       .gathered = gathered,
       .walk = sa_walk_start(p->plan, block->plane, block->query, block->each, tile_first, tile_end, STRETCH),
       .careful = careful,
   };
+  passage.more = sa_walk_next(&passage.walk, &passage.next);
+  return passage;
 }
 
 static void NAME(foresee)(sa_forecast *forecast, const sa_operand *x, const void *first, int64_t width, int64_t rows) {
@@ -122,13 +127,30 @@ static void NAME(foresee_keys)(sa_forecast *forecast, const NAME(block) * block,
   NAME(foresee)(forecast, &p->v, sa_at(&p->v, block->batch, block->key_head, first, 0), p->value_width, count);
 }
 
-// What will be wanted while a passage's stretch is at work and after it. Without a forecast each of these rows is a
-// wait for the third cache: a tenth of the time, when sequences or documents are short.
-static void NAME(foresee_all)(sa_forecast *forecast, const NAME(passage) * passage, const sa_stretch *stretch) {
+// Whether keys were called for or looked at lately; they will have been now.
+static bool NAME(lately)(NAME(held_keys) * held, const sa_stretch *stretch) {
+  enum { KEPT = sizeof held->lately / sizeof *held->lately };
+  const int64_t first = stretch->first / SEGMENT, end = (stretch->first + stretch->count + SEGMENT - 1) / SEGMENT;
+  for (int i = 0; i < KEPT; i++) {
+    if (held->lately[i].first <= first && end <= held->lately[i].end) return true;
+  }
+  held->lately[held->looks++ % KEPT] = (sa_extent){(int)first, (int)end};
+  return false;
+}
+
+// What will be wanted while a passage's stretch is at work and after it: the keys of the stretch that is `coming` (may
+// be NULL), of this passage or another. Without a forecast each of these rows is a wait for the third cache: a tenth of
+// the time, when sequences or documents are short.
+static void NAME(foresee_all)(sa_forecast *forecast, const NAME(passage) * passage, NAME(held_keys) * held,
+                              const sa_stretch *stretch, const sa_stretch *coming) {
   const NAME(block) *block = passage->block, *after = passage->after;
   const sa_problem *p = block->p;
-  if (passage->started && !passage->leads) return;
+  NAME(lately)(held, stretch);
+  const bool calls = coming && !NAME(lately)(held, coming);
+  if (passage->started && !calls) return;
+  const sa_forecast before = *forecast;
   *forecast = (sa_forecast){0};
+  if (calls) NAME(foresee_keys)(forecast, block, coming->first, coming->count);
   if (!passage->started) {
     if (after) NAME(foresee)(forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->each);
     NAME(foresee)(forecast, &p->out, NAME(row_at)(&p->out, block, 0), p->value_width, block->each);
@@ -136,16 +158,17 @@ static void NAME(foresee_all)(sa_forecast *forecast, const NAME(passage) * passa
       NAME(foresee_keys)(forecast, after, 0, p->keys);
     }
   }
-  if (passage->leads) NAME(foresee_keys)(forecast, block, stretch->first + stretch->count, stretch->count);
+  sa_forecast_append(forecast, &before, 0);
 }
 
-// The next stretch of keys; false when there is none.
-static bool NAME(advance)(NAME(passage) * passage, NAME(held_keys) * held, sa_forecast *forecast,
-                          const NAME(forward_room) * room) {
+// The next stretch of keys; the `last` of the passage's turn, after which, or when it has no more, the `other` (may be
+// NULL) takes over.
+static void NAME(advance)(NAME(passage) * passage, const NAME(passage) * other, bool last, NAME(held_keys) * held,
+                          sa_forecast *forecast, const NAME(forward_room) * room) {
   const NAME(block) *block = passage->block;
   NAME(gathered) *gathered = passage->gathered;
-  sa_stretch stretch;
-  if (!sa_walk_next(&passage->walk, &stretch)) return false;
+  sa_stretch stretch = passage->next;
+  passage->more = sa_walk_next(&passage->walk, &passage->next);
   stretch.again = stretch.first == held->stretch.first && stretch.count == held->stretch.count;
   if (!stretch.again) {
     held->stretch = stretch;
@@ -154,10 +177,11 @@ static bool NAME(advance)(NAME(passage) * passage, NAME(held_keys) * held, sa_fo
   if (NAME(pass_few)(block, &stretch, held->key, held->stride, passage->query, &room->products, room->stretch.scores,
                      room->factor, passage->started, gathered)) {
     passage->started = true;
-    return true;
+    return;
   }
   if (forecast && !block->few) {
-    NAME(foresee_all)(forecast, passage, &stretch);
+    if (!last && passage->more) other = passage;
+    NAME(foresee_all)(forecast, passage, held, &stretch, other && other->more ? &other->next : NULL);
     stretch.forecast = forecast;
   }
   stretch.outline = NAME(outline)(block, &stretch, &room->stretch);
@@ -175,7 +199,6 @@ static bool NAME(advance)(NAME(passage) * passage, NAME(held_keys) * held, sa_fo
   passage->leaks |= NAME(add_values)(block, &stretch, visible, weights, passage->started ? room->factor : NULL,
                                      &room->products, gathered->o, passage->careful ? room->leaked : NULL);
   passage->started = true;
-  return true;
 }
 
 static void NAME(arrive)(const NAME(passage) * passage, const NAME(forward_room) * room) {
@@ -196,20 +219,20 @@ static void NAME(gather)(const NAME(block) * blocks, int count, const NAME(block
                          int64_t tile_end, const NAME(forward_room) * room, NAME(gathered) * gathered) {
   NAME(passage) passages[GROUP];
   NAME(held_keys) held = {0};
-  sa_forecast forecast;
+  sa_forecast forecast = {0};
+  for (int i = 0; i < count; i++) {
+    passages[i] = NAME(set_out)(&blocks[i], tile_first, tile_end, false, room->query[i], &gathered[i], room);
+    passages[i].after = i + 1 < count ? &blocks[i + 1] : after;
+  }
   for (bool more = true, begun = false; more; begun = true) {
     more = false;
     for (int i = 0; i < count; i++) {
       NAME(passage) *passage = &passages[i];
-      if (!begun) {
-        NAME(pack_query)(&blocks[i], 0, room->query[i]);
-        *passage = NAME(set_out)(&blocks[i], tile_first, tile_end, false, room->query[i], &gathered[i], room);
-        passage->after = i + 1 < count ? &blocks[i + 1] : after;
-        passage->leads = i == 0;
+      if (!begun) NAME(pack_query)(&blocks[i], 0, room->query[i]);
+      for (int left = turn; left && passage->more; left--) {
+        NAME(advance)(passage, &passages[(i + 1) % count], left == 1, &held, &forecast, room);
       }
-      int left = turn;
-      while (left && NAME(advance)(passage, &held, &forecast, room)) left--;
-      more |= !left;
+      more |= passage->more;
     }
   }
   for (int i = 0; i < count; i++) {
@@ -218,7 +241,7 @@ static void NAME(gather)(const NAME(block) * blocks, int count, const NAME(block
     const int width = (int)blocks[i].p->value_width;
     if (!passage->leaks || !NAME(has_nonfinite)(gathered[i].o, NAME(padded)(width), blocks[i].count, width)) continue;
     *passage = NAME(set_out)(&blocks[i], tile_first, tile_end, true, room->query[i], &gathered[i], room);
-    while (NAME(advance)(passage, &held, NULL, room)) continue;
+    while (passage->more) NAME(advance)(passage, NULL, false, &held, NULL, room);
     NAME(arrive)(passage, room);
   }
 }
