@@ -374,6 +374,17 @@ static void amx_scale(const NAME(block) * block, int keys, REAL *scores, REAL *p
   }
 }
 
+// Calls for the part of the bias that the next stretch reads and that belongs to queries [first, end). Its rows are
+// pages apart, too far for the hardware to foresee, and all at once they would wait for one another.
+static void NAME(call_bias)(const NAME(block) * block, const sa_stretch *stretch, int first, int end) {
+  const sa_operand *bias = &block->p->bias;
+  const int64_t bytes = stretch->count * sa_size_of(bias->dtype);
+  for (int i = first; i < end && i < block->count; i++) {
+    const char *row = sa_at(bias, block->batch, block->head, block->query + i, stretch->first);
+    for (int64_t byte = bytes; byte < 2 * bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
 // Two tiles of keys at a time, scaled while the processor multiplies the next.
 static void NAME(score_product)(const NAME(block) * block, const sa_stretch *stretch, const uint16_t *key,
                                 int64_t stride, const uint16_t *packed_query, REAL *scores, REAL *peak) {

@@ -127,6 +127,17 @@ static void NAME(foresee_keys)(sa_forecast *forecast, const NAME(block) * block,
   NAME(foresee)(forecast, &p->v, sa_at(&p->v, block->batch, block->key_head, first, 0), p->value_width, count);
 }
 
+// The part of the bias that a block reads with keys [first, first + count). Its rows are pages apart, too far for the
+// hardware to foresee.
+static void NAME(foresee_bias)(sa_forecast *forecast, const NAME(block) * block, int64_t first, int64_t count) {
+  const sa_problem *p = block->p;
+  const sa_operand *bias = &p->bias;
+  if (!bias->data || !bias->stride[3]) return;
+  if (count > p->keys - first) count = p->keys - first;
+  const void *rows = sa_at(bias, block->batch, block->head, block->query, first);
+  NAME(foresee)(forecast, bias, rows, count, bias->stride[2] ? block->count : 1);
+}
+
 // Whether keys were called for or looked at lately; they will have been now.
 static bool NAME(lately)(NAME(held_keys) * held, const sa_stretch *stretch) {
   enum { KEPT = sizeof held->lately / sizeof *held->lately };
@@ -138,18 +149,20 @@ static bool NAME(lately)(NAME(held_keys) * held, const sa_stretch *stretch) {
   return false;
 }
 
-// What will be wanted while a passage's stretch is at work and after it: the keys of the stretch that is `coming` (may
-// be NULL), of this passage or another. Without a forecast each of these rows is a wait for the third cache: a tenth of
-// the time, when sequences or documents are short.
+// What will be wanted while a passage's stretch is at work and after it: the next stretch's keys and bias of the
+// passage that `takes_over` (may be NULL; the same that goes on). Without a forecast each of these rows is a wait for
+// the third cache: a tenth of the time, when sequences or documents are short.
 static void NAME(foresee_all)(sa_forecast *forecast, const NAME(passage) * passage, NAME(held_keys) * held,
-                              const sa_stretch *stretch, const sa_stretch *coming) {
+                              const sa_stretch *stretch, const NAME(passage) * takes_over) {
   const NAME(block) *block = passage->block, *after = passage->after;
   const sa_problem *p = block->p;
   NAME(lately)(held, stretch);
+  const sa_stretch *coming = takes_over && takes_over->more ? &takes_over->next : NULL;
   const bool calls = coming && !NAME(lately)(held, coming);
-  if (passage->started && !calls) return;
+  if (passage->started && !calls && !(coming && p->bias.data)) return;
   const sa_forecast before = *forecast;
   *forecast = (sa_forecast){0};
+  if (coming) NAME(foresee_bias)(forecast, takes_over->block, coming->first, coming->count);
   if (calls) NAME(foresee_keys)(forecast, block, coming->first, coming->count);
   if (!passage->started) {
     if (after) NAME(foresee)(forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->each);
@@ -181,7 +194,7 @@ static void NAME(advance)(NAME(passage) * passage, const NAME(passage) * other, 
   }
   if (forecast && !block->few) {
     if (!last && passage->more) other = passage;
-    NAME(foresee_all)(forecast, passage, held, &stretch, other && other->more ? &other->next : NULL);
+    NAME(foresee_all)(forecast, passage, held, &stretch, other);
     stretch.forecast = forecast;
   }
   stretch.outline = NAME(outline)(block, &stretch, &room->stretch);

@@ -78,16 +78,18 @@ static REAL *NAME(dbias_row)(const NAME(backward_job) * job, int64_t batch, int6
   return job->dbias + ((batch * shape[1] + head) * shape[2] + query) * shape[3];
 }
 
-// The rows of dBias that a stretch adds to, too far apart for the hardware to foresee.
-static sa_forecast NAME(foresee_dbias)(const NAME(backward_job) * job, const NAME(block) * block,
-                                       const sa_stretch *stretch) {
+// The rows of dBias that a stretch adds to, and those of the bias that the keys behind it read.
+static sa_forecast NAME(foresee_biases)(const NAME(backward_job) * job, const NAME(block) * block,
+                                        const sa_stretch *stretch) {
   const int64_t *shape = job->p->bias_shape;
   sa_forecast forecast = {0};
-  if (shape[2] == 1 || shape[3] == 1) return forecast;
-  const REAL *rows = NAME(dbias_row)(job, block->batch, block->head, block->query);
-  const int64_t stride = job->dbias ? shape[3] : job->p->dbias.stride[2];
-  sa_forecast_add(&forecast, rows + stretch->first, stride * (int64_t)sizeof *rows,
-                  stretch->count * (int64_t)sizeof *rows, block->count);
+  if (job->p->dbias.data && shape[2] != 1 && shape[3] != 1) {
+    const REAL *rows = NAME(dbias_row)(job, block->batch, block->head, block->query);
+    const int64_t stride = job->dbias ? shape[3] : job->p->dbias.stride[2];
+    sa_forecast_add(&forecast, rows + stretch->first, stride * (int64_t)sizeof *rows,
+                    stretch->count * (int64_t)sizeof *rows, block->count);
+  }
+  NAME(foresee_bias)(&forecast, block, stretch->first + stretch->count, stretch->count);
   return forecast;
 }
 
@@ -184,8 +186,8 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   stretch->outline = NAME(outline)(block, stretch, &room->stretch);
   sa_stretch scored = *stretch;
   sa_forecast forecast;
-  if (p->dbias.data && stretch->forecast) {
-    forecast = NAME(foresee_dbias)(job, block, stretch);
+  if (p->bias.data && stretch->forecast) {
+    forecast = NAME(foresee_biases)(job, block, stretch);
     scored.forecast = &forecast;
   }
   const uint64_t *visible = NAME(score)(block, &scored, key, key_stride, room->packed_query, &room->stretch, NULL);
@@ -197,7 +199,7 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
     NAME(clear_gradients)(chunk, offset, keys);
     fresh = false;
   }
-  NAME(dweight_product)(block, stretch, &room->products, dscores);
+  NAME(dweight_product)(block, &scored, &room->products, dscores);
   const uint64_t *kept = NAME(keep)(block, stretch, &room->stretch);
   const NAME(pairing) by = {visible, kept, room->base, factor ? room->factor : NULL, room->delta};
   NAME(differentiate)(block, keys, &by, weights, dscores);

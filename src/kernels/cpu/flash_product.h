@@ -279,17 +279,11 @@ static void NAME(score_product)(const NAME(block) * block, const sa_stretch *str
     return;
   }
   const int columns = block->vectors * LANES, keys = stretch->count;
-  const bool calls = block->p->bias.data && block->p->bias.stride[3];
-  const int step = calls ? 12 : keys;
-  for (int r = 0; r < keys; r += step) {
-    const int rows = keys - r < step ? keys - r : step;
-    if (stretch->outline) NAME(product_within)
-    (stretch->outline->queries + r / ROWS, false, key + r * key_stride, key_stride, 1, packed_query, NAME(ROW),
-     scores + r * NAME(ROW), NAME(ROW), rows, columns, (int)block->p->width, SA_FROM_ZERO, NULL, stretch->forecast);
-    else NAME(product)(key + r * key_stride, key_stride, 1, packed_query, NAME(ROW), scores + r * NAME(ROW), NAME(ROW),
-                       rows, columns, (int)block->p->width, SA_FROM_ZERO, NULL, peak, stretch->forecast);
-    if (calls) NAME(call_bias)(block, stretch, r * QUERIES / keys, (r + rows) * QUERIES / keys);
-  }
+  if (stretch->outline) NAME(product_within)
+  (stretch->outline->queries, false, key, key_stride, 1, packed_query, NAME(ROW), scores, NAME(ROW), keys, columns,
+   (int)block->p->width, SA_FROM_ZERO, NULL, stretch->forecast);
+  else NAME(product)(key, key_stride, 1, packed_query, NAME(ROW), scores, NAME(ROW), keys, columns,
+                     (int)block->p->width, SA_FROM_ZERO, NULL, peak, stretch->forecast);
 }
 
 // What the products of the forward need in a worker's room.

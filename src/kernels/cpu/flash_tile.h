@@ -209,17 +209,6 @@ static REAL *NAME(take)(sa_room *room, int64_t count) {
   return sa_room_take(room, count * (int64_t)sizeof(REAL));
 }
 
-// Calls for the part of the bias that the next stretch reads and that belongs to queries [first, end). Its rows are
-// pages apart, too far for the hardware to foresee, and all at once they would wait for one another.
-static void NAME(call_bias)(const NAME(block) * block, const sa_stretch *stretch, int first, int end) {
-  const sa_operand *bias = &block->p->bias;
-  const int64_t bytes = stretch->count * sa_size_of(bias->dtype);
-  for (int i = first; i < end && i < block->count; i++) {
-    const char *row = sa_at(bias, block->batch, block->head, block->query + i, stretch->first);
-    for (int64_t byte = bytes; byte < 2 * bytes; byte += 64) __builtin_prefetch(row + byte);
-  }
-}
-
 // Where the rows of a gradient of keys are gathered: all of their whole vectors, and, where rows that are wanted end
 // within a vector and are gathered in place, what is beyond the last whole one.
 typedef struct NAME(gradient) {
