@@ -256,7 +256,8 @@ local cases = {
     {"options", "unknown option eps", "epsilon", function() sa.layernorm(t, nil, nil, {eps = 1}) end},
   },
   embedding = {
-    {"weights", "nil", "a tensor", function() sa.embedding() end},
+    {"table", "nil", "a tensor", function() sa.embedding() end},
+    {"table", "f32[]", "dims", function() sa.embedding(sa.ones({}), ids) end},
     {"ids", "1", "a tensor", function() sa.embedding(t, 1) end},
     {"ids", "f32", "i32 or i64", function() sa.embedding(t, t) end},
     {"ids", "0", "1", function() sa.embedding(t, sa.tensor({0}, {dtype = "i32"})) end},

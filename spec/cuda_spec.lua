@@ -111,6 +111,14 @@ helper.describe_cuda("CUDA tensors", function()
     assert.same({2, 2}, {again:min():item(), again:max():item()})
   end)
 
+  it("go with tensors on the same device only", function()
+    local here, elsewhere = sa.ones({2, 3}, {device = "cuda"}), sa.full({3}, true)
+    local _, message = pcall(here.masked_fill, here, elsewhere, 1)
+    assert.matches("mask: got bool[3], wanted a bool tensor that broadcasts to f32[2,3] on cuda:0", message, 1, true)
+    _, message = pcall(sa.add, here, sa.ones {3})
+    assert.matches("b: got a tensor on cpu, wanted cuda:0 like a", message, 1, true)
+  end)
+
   it("on another device than the current one are attended to there", function()
     if not sa.devices()[3] then return pending("there is one device") end
     local shape, options = {1, 2, 70, 64}, {mask = sa.mask.random(0.5, 1)}
@@ -239,6 +247,7 @@ helper.describe_cuda("streams", function()
       assert.equal(-n, other:get(10000))
     end
     assert.has_error(function() stream:use(function() error("inside") end) end)
+    assert.equal("safeattn.stream:use: fn: got 3, wanted a function", helper.message_of(stream.use, stream, 3))
     stream:release()
     assert.matches("was released", helper.message_of(stream.synchronize, stream))
   end)

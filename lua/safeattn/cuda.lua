@@ -93,6 +93,7 @@ end
 --- Calls fn(...) with the stream in use for this thread, and gives back what it returns.
 function Stream:use(fn, ...)
   local pointer = handle_of(self, "stream:use")
+  if type(fn) ~= "function" then fail("stream:use", nil, "fn: got %s, wanted a function", core.describe(fn)) end
   local before = slot_type()
   call("stream:use", lib.sa_cuda_stream, self.code, before)
   call("stream:use", lib.sa_cuda_stream_use, self.code, pointer)

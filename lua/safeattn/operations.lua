@@ -160,7 +160,7 @@ function operations.masked_fill(x, mask, value)
   for d = 0, fits and mask_handle.ndim - 1 or -1 do
     fits = fits and (mask_handle.shape[d] == 1 or mask_handle.shape[d] == handle.shape[lead + d])
   end
-  if not fits or mask_handle.dtype ~= lib.SA_BOOL then
+  if not fits or mask_handle.dtype ~= lib.SA_BOOL or mask_handle.device ~= handle.device then
     fail("masked_fill", nil, "mask: got %s, wanted a bool tensor that broadcasts to %s", core.describe(mask),
       core.describe(x))
   end
@@ -347,18 +347,18 @@ end
 -- Ids count from 1 here; C reports them as they came when it is told so.
 local ID_BASE = 1
 
---- Rows of `weights` [n,..] by ids (i32 or i64, from 1): [ids..,..].
-function operations.embedding(weights, ids)
-  local handle, id_handle = pointer(weights, "embedding", "weights"), pointer(ids, "embedding", "ids")
+--- Rows of `table` [n,..] by ids (i32 or i64, from 1): [ids..,..].
+function operations.embedding(table, ids)
+  local handle, id_handle = pointer(table, "embedding", "table"), pointer(ids, "embedding", "ids")
   local out = new_handle()
   local y = made("embedding", out, lib.sa_embedding, handle, id_handle, ID_BASE, out)
-  if wanted {weights} then
+  if wanted {table} then
     local ndim, shape = handle.ndim, ffi.new("int64_t[8]", handle.shape)
     local dtype, device = handle.dtype, handle.device
-    record("embedding", {y}, {weights}, function(g)
-      local dweights = tensor.new("backward", dtype, device, ndim, shape)
-      call("backward", lib.sa_embedding_backward, id_handle, ID_BASE, g.handle, dweights.handle)
-      return {dweights}
+    record("embedding", {y}, {table}, function(g)
+      local dtable = tensor.new("backward", dtype, device, ndim, shape)
+      call("backward", lib.sa_embedding_backward, id_handle, ID_BASE, g.handle, dtable.handle)
+      return {dtable}
     end, {ids})
   end
   return y
