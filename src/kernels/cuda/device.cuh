@@ -24,6 +24,10 @@ const sa_cuda_properties *sa_cuda_properties_of(int device);
 void *sa_cuda_scratch(const char *function, int device, int64_t bytes);
 void sa_cuda_scratch_release(int device, void *memory);
 
+// SA_CUDA_ZEROS zeros of the current stream, for its launches to count with: each leaves them 0.
+enum { SA_CUDA_ZEROS = 1024 };
+int sa_cuda_zeros(const char *function, int device, int32_t **zeros);
+
 // A grid of blocks of 256 threads for loops that step by the whole grid: 32 blocks a multiprocessor are enough.
 static inline int sa_cuda_blocks(int device, int64_t threads) {
   const int64_t wanted = (threads + 255) / 256, most = (int64_t)sa_cuda_properties_of(device)->processors * 32;

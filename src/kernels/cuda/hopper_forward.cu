@@ -3,47 +3,8 @@
 
 #include <float.h>
 
-#include <atomic>
-#include <mutex>
-
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/hopper_operands.cuh"
-
-enum { COUNTERS = 256 };
-
-static __device__ int32_t counters[COUNTERS][2];
-
-// The counters of a stream, whose launches follow each other; NULL when more streams than COUNTERS are in use.
-static int stream_counter(const char *function, int device, cudaStream_t stream, int32_t **counter) {
-  static std::mutex mutex;
-  static struct {
-    int device;
-    cudaStream_t stream;
-  } owner[COUNTERS];
-  static int owners;
-  *counter = NULL;
-  int at = 0;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    while (at < owners && (owner[at].device != device || owner[at].stream != stream)) at++;
-    if (at == COUNTERS) return SA_OK;
-    if (at == owners) {
-      owner[at].device = device;
-      owner[at].stream = stream;
-      owners++;
-    }
-  }
-  // Found once a device, which is the current one: whoever finds it finds the same.
-  static std::atomic<void *> bases[SA_CUDA_DEVICES];
-  void *base = bases[device - SA_CUDA].load(std::memory_order_relaxed);
-  if (!base) {
-    const int status = sa_cuda_check(function, cudaGetSymbolAddress(&base, counters));
-    if (status) return status;
-    bases[device - SA_CUDA].store(base, std::memory_order_relaxed);
-  }
-  *counter = (int32_t *)base + 2 * at;
-  return SA_OK;
-}
 
 // A kernel's widths: those of q and v are rounded up to them with zeros, which TMA adds.
 typedef struct shape_entry {
@@ -209,21 +170,13 @@ int sa_cuda_hopper_forward(const sa_problem *p) {
   c.items = (int32_t)(p->batch * p->heads * row_tiles(p));
   group_heads(p, &c);
   status = tensor_maps(function, p, shape, &c);
-  if (!status) status = stream_counter(function, p->device, stream, &c.counter);
+  if (!status) status = sa_cuda_zeros(function, p->device, &c.counter);
   if (status) return status;
-  const int64_t list_bytes = (int64_t)c.items * sizeof(int32_t);
-  void *scratch = sa_cuda_scratch(function, p->device, list_bytes + 2 * sizeof(int32_t));
-  if (!scratch) return SA_NO_MEMORY;
-  c.flagged_next = (int32_t *)scratch;
-  if (!c.counter) {
-    c.counter = c.flagged_next + c.items;
-    status = sa_cuda_check(function, cudaMemsetAsync(c.counter, 0, 2 * sizeof(int32_t), stream));
-  }
+  c.flagged_next = (int32_t *)sa_cuda_scratch(function, p->device, (int64_t)c.items * sizeof(int32_t));
+  if (!c.flagged_next) return SA_NO_MEMORY;
   const int processors = sa_cuda_properties_of(p->device)->processors;
   const int blocks = c.items < processors ? c.items : processors;
-  if (!status) {
-    status = (p->dtype == SA_BF16 ? shape->bf16 : shape->f16)(function, c, blocks, stream);
-  }
-  sa_cuda_scratch_release(p->device, scratch);
+  status = (p->dtype == SA_BF16 ? shape->bf16 : shape->f16)(function, c, blocks, stream);
+  sa_cuda_scratch_release(p->device, c.flagged_next);
   return status;
 }

@@ -52,6 +52,7 @@ enum { STREAMS = 32 };
 typedef struct stream_list {
   cudaStream_t stream[STREAMS];  // [0] is the default stream
   bool own[STREAMS];             // made here
+  int32_t *zeros[STREAMS];       // NULL: not asked for yet
   int count;
 } stream_list;
 
@@ -103,6 +104,27 @@ int sa_cuda_use(const char *function, int device, cudaStream_t *stream) {
   return sa_cuda_check(function, cudaSetDevice(device - SA_CUDA));
 }
 
+int sa_cuda_zeros(const char *function, int device, int32_t **zeros) {
+  const cudaStream_t *streams, stream = current[device - SA_CUDA];
+  sa_cuda_streams_lock(device, &streams);
+  stream_list *list = &lists[device - SA_CUDA];
+  int32_t **own = &list->zeros[find(list, stream)];
+  int status = SA_OK;
+  if (!*own) {
+    const size_t bytes = SA_CUDA_ZEROS * sizeof **own;
+    void *memory = NULL;
+    status = sa_cuda_check(function, cudaMalloc(&memory, bytes));
+    if (!status) status = sa_cuda_check(function, cudaMemsetAsync(memory, 0, bytes, stream));
+    if (status)
+      cudaFree(memory);
+    else
+      *own = (int32_t *)memory;
+  }
+  *zeros = *own;
+  sa_cuda_streams_unlock();
+  return status;
+}
+
 int sa_cuda_synchronize(const char *function, int device) {
   const int status = sa_cuda_check(function, cudaSetDevice(device - SA_CUDA));
   return status ? status : sa_cuda_check(function, cudaDeviceSynchronize());
@@ -147,6 +169,9 @@ int sa_cuda_stream_forget(const char *function, int device, void *stream) {
   const int at = find(list, (cudaStream_t)stream);
   const bool own = at && list->own[at];
   if (at) {
+    cudaFree(list->zeros[at]);
+    list->zeros[at] = list->zeros[count - 1];
+    list->zeros[count - 1] = NULL;
     list->stream[at] = list->stream[count - 1];
     list->own[at] = list->own[count - 1];
     list->count = count - 1;
