@@ -109,6 +109,9 @@ function Problem.new(fname, q, k, v, options, dout)
   for name in pairs(kept_options) do known[name] = true end
   for _, name in ipairs {"mask", "out", "lse", "weights"} do known[name] = true end
   options = core.options(fname, options, known)
+  -- What sdpa gives besides is not wanted here, but may stand in options that serve both.
+  for _, name in ipairs {"lse", "weights"} do core.boolean(fname, name, options[name]) end
+  if options.out ~= nil then tensor.pointer(options.out, fname, "out") end
 
   local p = setmetatable({rank = q:dim(), plans = {}, empty_rows = {}, empty_keys = {}, options = {}}, Problem)
   for name in pairs(known) do
