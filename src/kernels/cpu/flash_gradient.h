@@ -39,9 +39,10 @@ static inline __attribute__((always_inline)) void NAME(differentiate_so)(const N
     for (int r = 0; r < keys; r++, s += NAME(ROW), ds += NAME(ROW)) {
       NAME(vector) x = NAME(load)(s) - base;
       if (!plain) x = x * unit;
-      NAME(vector) weight = NAME(exp2)(x);
+      NAME(vector) weight = by.visible ? NAME(exp2_where)(by.visible[r] >> (j * LANES), x) : NAME(exp2)(x);
       if (by.factor) weight = weight * factor;
-      if (by.visible) weight = NAME(select)(by.visible[r] >> (j * LANES), weight, zero);
+      // A row's factor can be NaN.
+      if (by.factor && by.visible) weight = NAME(select)(by.visible[r] >> (j * LANES), weight, zero);
       NAME(vector) dweight = NAME(load)(ds), shown = weight;
       if (by.kept) {
         dweight = NAME(select)(by.kept[r] >> (j * LANES), dweight * more, zero);
@@ -55,17 +56,18 @@ static inline __attribute__((always_inline)) void NAME(differentiate_so)(const N
 }
 
 // P^T in place of S^T, and dS^T = P^T (dP^T - delta) in place of dP^T, both 0 for masked pairs. Dropout acts on P in dV
-// and on dP in dS: `scores` becomes what dV wants.
+// and on dP in dS: `scores` becomes what dV wants. A loop for what is common, so that it asks nothing at every vector.
 static void NAME(differentiate)(const NAME(block) * block, int keys, const NAME(pairing) * by, REAL *scores,
                                 REAL *dscores) {
-  NAME(pairing) own = *by;
-  if (block->plain && !own.visible && !own.kept && !own.factor) {
-    own.visible = own.kept = NULL;
-    own.factor = NULL;
-    NAME(differentiate_so)(block, keys, own, true, scores, dscores);
-  } else {
-    NAME(differentiate_so)(block, keys, own, block->plain, scores, dscores);
-  }
+  const NAME(pairing) common = {NULL, NULL, by->base, NULL, by->delta};
+  NAME(pairing) masked = common;
+  masked.visible = by->visible;
+  if (!block->plain || by->kept || by->factor)
+    NAME(differentiate_so)(block, keys, *by, block->plain, scores, dscores);
+  else if (by->visible)
+    NAME(differentiate_so)(block, keys, masked, true, scores, dscores);
+  else
+    NAME(differentiate_so)(block, keys, common, true, scores, dscores);
 }
 
 // Where dBias of a query of the plane is gathered.
