@@ -23,8 +23,9 @@ typedef struct NAME(passage) {
   const NAME(element) * query;
   NAME(gathered) * gathered;
   sa_walk walk;
-  sa_stretch next;            // when there is `more`
-  const NAME(block) * after;  // whose queries are wanted next; may be NULL
+  sa_stretch next;             // when there is `more`
+  const NAME(block) * after;   // whose queries are wanted next; may be NULL
+  const NAME(block) * beyond;  // of the last passage: what the worker will have next; may be NULL
   bool more, careful, started;
   bool leaks;  // a non-finite value can have leaked
 } NAME(passage);
@@ -149,6 +150,15 @@ static bool NAME(lately)(NAME(held_keys) * held, const sa_stretch *stretch) {
   return false;
 }
 
+// A block's queries and the keys that it begins with.
+static void NAME(foresee_start)(sa_forecast *forecast, const NAME(block) * block) {
+  const sa_problem *p = block->p;
+  NAME(foresee)(forecast, &p->q, NAME(row_at)(&p->q, block, 0), p->width, block->each);
+  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->each, 0, p->plan->col_tiles, STRETCH);
+  sa_stretch stretch;
+  if (sa_walk_next(&walk, &stretch)) NAME(foresee_keys)(forecast, block, stretch.first, stretch.count);
+}
+
 // What will be wanted while a passage's stretch is at work and after it: the next stretch's keys and bias of the
 // passage that `takes_over` (may be NULL; the same that goes on). Without a forecast each of these rows is a wait for
 // the third cache: a tenth of the time, when sequences or documents are short.
@@ -159,7 +169,8 @@ static void NAME(foresee_all)(sa_forecast *forecast, const NAME(passage) * passa
   NAME(lately)(held, stretch);
   const sa_stretch *coming = takes_over && takes_over->more ? &takes_over->next : NULL;
   const bool calls = coming && !NAME(lately)(held, coming);
-  if (passage->started && !calls && !(coming && p->bias.data)) return;
+  const NAME(block) *beyond = coming ? NULL : passage->beyond;
+  if (passage->started && !calls && !beyond && !(coming && p->bias.data)) return;
   const sa_forecast before = *forecast;
   *forecast = (sa_forecast){0};
   if (coming) NAME(foresee_bias)(forecast, takes_over->block, coming->first, coming->count);
@@ -167,10 +178,8 @@ static void NAME(foresee_all)(sa_forecast *forecast, const NAME(passage) * passa
   if (!passage->started) {
     if (after) NAME(foresee)(forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->each);
     NAME(foresee)(forecast, &p->out, NAME(row_at)(&p->out, block, 0), p->value_width, block->each);
-    if (after && (after->batch != block->batch || after->key_head != block->key_head)) {
-      NAME(foresee_keys)(forecast, after, 0, p->keys);
-    }
   }
+  if (beyond) NAME(foresee_start)(forecast, beyond);
   sa_forecast_append(forecast, &before, 0);
 }
 
@@ -235,7 +244,8 @@ static void NAME(gather)(const NAME(block) * blocks, int count, const NAME(block
   sa_forecast forecast = {0};
   for (int i = 0; i < count; i++) {
     passages[i] = NAME(set_out)(&blocks[i], tile_first, tile_end, false, room->query[i], &gathered[i], room);
-    passages[i].after = i + 1 < count ? &blocks[i + 1] : after;
+    passages[i].after = i + 1 < count ? &blocks[i + 1] : NULL;
+    passages[i].beyond = i + 1 < count ? NULL : after;
   }
   for (bool more = true, begun = false; more; begun = true) {
     more = false;
@@ -465,8 +475,7 @@ static void NAME(forward_whole)(void *argument, int64_t item, int worker) {
   NAME(forward_room) room = NAME(worker_room)(job, worker);
   NAME(block) blocks[GROUP], next[GROUP];
   const int count = NAME(item_blocks)(job, item, blocks);
-  // Long keys would be gone again before the next item looks at them.
-  const bool foresees = item + job->workers < job->items && job->p->keys <= job->turn * STRETCH;
+  const bool foresees = item + job->workers < job->items;
   if (foresees) NAME(item_blocks)(job, item + job->workers, next);
   NAME(gather)
   (blocks, count, foresees ? next : NULL, job->turn, 0, job->p->plan->col_tiles, &room, room.own);
