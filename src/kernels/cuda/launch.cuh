@@ -3,6 +3,8 @@
 #define SAFEATTN_KERNELS_CUDA_LAUNCH_CUH
 #include <cuda_runtime.h>
 
+#include "safeattn.h"
+
 // SA_OK, or SA_NO_MEMORY for a refused allocation, or SA_NO_DEVICE; the host is told CUDA's own text, in the name of
 // `function`.
 int sa_cuda_check(const char *function, cudaError_t error);
@@ -36,20 +38,31 @@ static inline int sa_cuda_allow_shared(const char *function, const void *kernel,
 
 template <class... Parameters>
 static int sa_cuda_launch_as(const char *function, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                             cudaStream_t stream, const Parameters &...parameters) {
+                             cudaStream_t stream, bool early, const Parameters &...parameters) {
   void *list[] = {(void *)&parameters..., NULL};
-  return sa_cuda_check(function, cudaLaunchKernel((const void *)kernel, grid, block, list, shared, stream));
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return sa_cuda_check(function, cudaLaunchKernelExC(&config, (const void *)kernel, list));
 }
 
-// kernel<<<grid, block, shared, stream>>>(arguments...), with its error.
-template <class... Parameters, class... Arguments>
+// kernel<<<grid, block, shared, stream>>>(arguments...), with its error. EARLY (sm_90 and newer): it is brought to the
+// device while the launch before it ends, and waits for that itself, by dependency_wait().
+template <bool EARLY = false, class... Parameters, class... Arguments>
 static int sa_cuda_launch(const char *function, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
                           cudaStream_t stream, const Arguments &...arguments) {
   if (shared > 48 << 10) {
     const int status = sa_cuda_allow_shared(function, (const void *)kernel, shared);
     if (status) return status;
   }
-  return sa_cuda_launch_as<Parameters...>(function, kernel, grid, block, shared, stream, arguments...);
+  return sa_cuda_launch_as<Parameters...>(function, kernel, grid, block, shared, stream, EARLY, arguments...);
 }
 
 #endif

@@ -10,7 +10,7 @@ static inline T *dynamic_shared() {
 
 int sa_cuda_check(const char *function, cudaError_t error);
 
-template <class... Parameters, class... Arguments>
+template <bool EARLY = false, class... Parameters, class... Arguments>
 static int sa_cuda_launch(const char *function, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
                           cudaStream_t stream, Arguments... arguments) {
   if (shared > 48 << 10) {
