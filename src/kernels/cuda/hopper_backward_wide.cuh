@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(HOPPER_WIDE_THREADS, 1)
     mbarrier_init_fence();
   }
   __syncthreads();
-  // Shared memory is another's from here on. No warp has ended by then: synccheck wants all of them at a barrier.
+  // Shared memory is another's from here on.
   const auto between = []() {
     async_proxy_fence();
     named_barrier_sync(HOPPER_WIDE_BETWEEN, HOPPER_WIDE_THREADS);
