@@ -39,10 +39,7 @@
 template <class SHAPE, bool CAREFUL, bool KEYS, bool QUERIES>
 __global__ void __launch_bounds__(HOPPER_WIDE_THREADS, 1)
     hopper_wide_passes(const __grid_constant__ hopper_backward_call c) {
-  if (CAREFUL) {
-    dependency_wait();
-    if (!*c.flagged) return;
-  }
+  if (CAREFUL && !*c.flagged) return;
   const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
   const bool keys = KEYS && (c.dk_out.data || c.dv_out.data), queries = QUERIES && c.dq_out.data;
   const uint32_t base = hopper_block_memory();
@@ -76,17 +73,13 @@ template <class SHAPE>
 int hopper_wide_launch(const char *function, const hopper_backward_call &c, int processors, cudaStream_t stream) {
   const int row_tiles = c.batch * c.heads * c.plan.row_tiles, jobs = c.jobs > row_tiles ? c.jobs : row_tiles;
   const unsigned blocks = (unsigned)(jobs < processors ? jobs : processors);
-  const bool keys = c.dk_out.data || c.dv_out.data, queries = c.dq_out.data;
-  int status = SA_OK;
-  if (keys || queries) {
-    status = sa_cuda_launch(function, hopper_wide_passes<SHAPE, false, true, true>, blocks, HOPPER_WIDE_THREADS,
-                            HOPPER_WIDE_BYTES, stream, c);
-  }
-  const auto launch_careful = [&](void (*kernel)(hopper_backward_call)) {
-    return sa_cuda_launch<true>(function, kernel, blocks, HOPPER_WIDE_THREADS, HOPPER_WIDE_BYTES, stream, c);
+  const auto launch = [&](void (*kernel)(hopper_backward_call)) {
+    return sa_cuda_launch(function, kernel, blocks, HOPPER_WIDE_THREADS, HOPPER_WIDE_BYTES, stream, c);
   };
-  if (!status && keys) status = launch_careful(hopper_wide_passes<SHAPE, true, true, false>);
-  if (!status && queries) status = launch_careful(hopper_wide_passes<SHAPE, true, false, true>);
+  const bool keys = c.dk_out.data || c.dv_out.data, queries = c.dq_out.data;
+  int status = keys || queries ? launch(hopper_wide_passes<SHAPE, false, true, true>) : SA_OK;
+  if (!status && keys) status = launch(hopper_wide_passes<SHAPE, true, true, false>);
+  if (!status && queries) status = launch(hopper_wide_passes<SHAPE, true, false, true>);
   return status;
 }
 
