@@ -145,6 +145,12 @@ helper.describe_cuda("attention on a CUDA device", function()
     for name, t in pairs(attend(0 / 0)) do assert.tensor.bitwise(clean[name], t) end
   end)
 
+  -- 64 tiles of a column of keys are found at once.
+  it("of few keys and so many queries that a column of tiles is found in parts", function()
+    cases.check({dtype = "bf16", width = 64, batch = 1, heads = 1, key_heads = 1, queries = 8300, keys = 70,
+      seed = 6, mask = "dead"}, engines)
+  end)
+
   it("says which kernels served a call", function()
     local function kernel(options, width)
       local q = sa.randn({1, 2, 160, width or 64}, {seed = 1, dtype = "bf16", device = "cuda"})

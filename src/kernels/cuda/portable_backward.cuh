@@ -1,19 +1,16 @@
 // the fused backward on mma.sync, for any dtype: its shapes and launches
 //
-// Deterministic without atomics and without turns: one kernel owns keys (dK and dV stay in registers while it walks the
-// queries of all heads that share them), one owns queries (dQ, and the slopes of ALiBi), one owns tiles of the bias.
-// Each makes the scores it needs again, with the very bits of the forward: 7 products of matrices instead of 5, and in
-// return no second copy of dQ and no block that waits for another.
+// Half types without options go by portable_backward_once.cuh. The rest is deterministic without atomics and without
+// turns: one kernel owns keys (dK and dV stay in registers while it walks the queries of all heads that share them),
+// one owns queries (dQ, and the slopes of ALiBi), one owns tiles of the bias. Each makes the scores it needs again,
+// with the very bits of the forward: 7 products of matrices instead of 5, and in return no second copy of dQ and no
+// block that waits for another.
 //
-// P^T and dS^T never leave the registers: an accumulator of mma.sync is the left operand of the next one.
+// P^T and dS^T never leave the registers there: an accumulator of mma.sync is the left operand of the next one.
 //
-// 0 * NaN could leak through the products that sum over pairs: P^T dO into dV, dS^T Q into dK, dS K into dQ. A block
-// whose result is not finite, and that met masked pairs, is made once more with 0 in place of what is not finite in dO,
-// Q and K in these products; then it is given to the pairs that see it.
-//
-// bf16 at D128 and N8192 on an H200: 175 TFLOP/s of the five products; reads of shared memory are the limit. Places
-// found by constants took it from 137 to 154; dQ by 32 queries a warp instead of 16 gave nothing until what is rare
-// went out of line, then 175. dK and dV by 32 keys of two warps that exchange P and dS read less, but spill: 157.
+// 0 * NaN could leak through the products that sum over pairs: P^T dO into dV, dS^T Q into dK, dS K into dQ. What comes
+// out not finite, of pairs of which some were masked, is made once more with 0 in place of what is not finite in dO, Q
+// and K in these products; then it is given to the pairs that see it.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_CUH
 #include <limits.h>
@@ -25,6 +22,7 @@
 #include "kernels/cuda/portable_backward_bases.cuh"
 #include "kernels/cuda/portable_backward_bias.cuh"
 #include "kernels/cuda/portable_backward_keys.cuh"
+#include "kernels/cuda/portable_backward_once.cuh"
 
 static const char backward_name[] = "sa_backward";
 
@@ -143,13 +141,76 @@ static int launch_gradients(const backward_job &job, const backward_rows<typenam
   return status;
 }
 
+template <class C>
+static int launch_once(const backward_job &job, const backward_rows<float> &rows) {
+  const sa_problem &p = job.p;
+  backward_sums sums = {};
+  sums.jobs = p.batch * p.key_heads * job.plan.col_tiles * C::PARTS;
+  // Each head has some eight columns at work then: more wait for each other where they begin.
+  sums.mixed = sa_cuda_properties_of(p.device)->processors / 8;
+  if (sums.mixed < 1) sums.mixed = 1;
+  // Without a width a product is an empty sum, whatever 1/sqrt(0) makes of the scale.
+  sums.scale_log2 = p.width ? (float)(p.scale * 1.4426950408889634) : 0;
+  unsigned grid;
+  int status = backward_grid(sums.jobs, &grid);
+  if (status) return status;
+  const int64_t chunks = p.dq.data ? p.batch * p.heads * rows.padded / C::QUERIES : 0;
+  const int64_t sum_bytes = chunks * C::QUERIES * C::WIDTH * 4;
+  const int64_t zero_bytes = (chunks * (C::WARPS + 1) + sums.jobs + 3) * 4;
+  char *const memory = (char *)sa_cuda_scratch(backward_name, p.device, sum_bytes + zero_bytes);
+  if (!memory) return SA_NO_MEMORY;
+  sums.sums = (float4 *)memory;
+  sums.turn = (int *)(memory + sum_bytes);
+  sums.bad_query = sums.turn + chunks * C::WARPS;
+  sums.bad_key = sums.bad_query + chunks;
+  sums.flagged = sums.bad_key + sums.jobs;
+  sums.next_job = sums.flagged + 1;
+  status = sa_cuda_check(backward_name, cudaMemsetAsync(sums.turn, 0, (size_t)zero_bytes, job.stream));
+  if (!status)
+    status = sa_cuda_launch(backward_name, backward_once<C, false>, dim3(grid), dim3(C::THREADS), C::SHARED, job.stream,
+                            p, job.plan, rows, job.aligned, sums);
+  if (!status)
+    status = sa_cuda_launch(backward_name, backward_once<C, true>, dim3(grid), dim3(C::THREADS), C::SHARED, job.stream,
+                            p, job.plan, rows, job.aligned, sums);
+  sa_cuda_scratch_release(p.device, memory);
+  return status;
+}
+
+// The kernels for what has no option that acts on scores or weights: whether they do, and their launches.
+template <class PLAIN>
+struct plain_kernels {
+  typedef backward_rows<typename PLAIN::products::real> known;
+  static bool fit(const backward_job &, const known &) { return true; }
+  static int launch(const backward_job &job, const known &rows) { return launch_gradients<PLAIN, false>(job, rows); }
+};
+
+template <class Half, int WIDTH, int WARPS, int DOUT_STAGES, int RESIDENT>
+struct plain_kernels<once_shape<Half, WIDTH, WARPS, DOUT_STAGES, RESIDENT>> {
+  typedef once_shape<Half, WIDTH, WARPS, DOUT_STAGES, RESIDENT> shape;
+
+  static bool fit(const backward_job &job, const backward_rows<float> &rows) {
+    const sa_problem &p = job.p;
+    // Without keys nobody writes dQ, without heads nobody dK.
+    if (!p.key_heads || !p.heads || !p.keys) return false;
+    if (sa_cuda_properties_of(p.device)->shared_bytes < shape::SHARED) return false;
+    if (p.queries > INT_MAX / 2 || p.keys > INT_MAX / 2) return false;
+    const int64_t chunks = p.batch * p.heads * rows.padded / shape::QUERIES;
+    // Sums of many short heads are mostly padding.
+    if (p.queries < shape::QUERIES && chunks * shape::QUERIES * WIDTH * 4 > (int64_t)1 << 30) return false;
+    return chunks * WARPS <= INT_MAX;
+  }
+
+  static int launch(const backward_job &job, const backward_rows<float> &rows) { return launch_once<shape>(job, rows); }
+};
+
 // PLAIN serves what has no option that acts on scores or weights, unless it is void: then GENERAL does.
 template <class PLAIN, class GENERAL>
 static int launch_backward(const backward_job &job, const backward_rows<typename GENERAL::products::real> &rows) {
   int status = launch_bases<GENERAL>(job, rows);
   if (status) return status;
   if constexpr (!std::is_void<PLAIN>::value) {
-    if (plain_scores(job.p) && !(job.p.dropout > 0)) return launch_gradients<PLAIN, false>(job, rows);
+    if (plain_scores(job.p) && !(job.p.dropout > 0) && plain_kernels<PLAIN>::fit(job, rows))
+      return plain_kernels<PLAIN>::launch(job, rows);
   }
   status = launch_gradients<GENERAL, true>(job, rows);
   if (!status && job.p.dbias.data) status = launch_bias<GENERAL>(job, rows);

@@ -5,7 +5,7 @@
 #include "kernels/cuda/portable_backward.cuh"
 
 int sa_cuda_backward_f16_128(const backward_job &job, const backward_rows<float> &rows) {
-  typedef backward_shape<products_f16, 128, 4, 64, 2, 4, 32, 2, 128, 128, 2> plain;
+  typedef once_shape<__half, 128, 8, 2, 1> once;
   typedef backward_shape<products_f16, 128, 4, 32, 2, 4, 32, 2, 128, 128> general;
-  return launch_backward<plain, general>(job, rows);
+  return launch_backward<once, general>(job, rows);
 }

@@ -158,23 +158,34 @@ static __device__ __forceinline__ bool all_finite(const Real (&x)[FOLD][BLOCKS][
   return finite;
 }
 
-// Writes a warp's accumulators: rows `row` + g and + 8 of `count`, columns from `column` on.
+// Writes a warp's accumulators: rows `row` + g and + 8 of `count`, columns from `column` on; two at once where they can
+// be.
 template <class Element, class Real, int BLOCKS>
 static __device__ __forceinline__ void write_rows(const sa_operand &to, int64_t batch, int64_t head, int64_t row,
                                                   int64_t count, int64_t width, int column, Real factor,
                                                   const Real (&x)[BLOCKS][4]) {
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  struct alignas(2 * sizeof(Element)) element_pair {
+    Element x[2];
+  };
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int64_t at = row + g + 8 * half;
     if (at >= count) continue;
-    Element *line = (Element *)to.data + batch * to.stride[0] + head * to.stride[1] + at * to.stride[2];
+    Element *line =
+        (Element *)to.data + batch * to.stride[0] + head * to.stride[1] + at * to.stride[2] + column + 2 * t;
+    const int rest = (int)width - column - 2 * t;
+    const bool pairs = (uintptr_t)line % sizeof(element_pair) == 0;
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int d = column + 8 * n + 2 * t + i;
-        if (d < width) put_real(line + d, x[n][2 * half + i] * factor);
+      element_pair pair;
+      put_real(&pair.x[0], x[n][2 * half] * factor);
+      put_real(&pair.x[1], x[n][2 * half + 1] * factor);
+      if (pairs && 8 * n + 1 < rest) {
+        *(element_pair *)(line + 8 * n) = pair;
+      } else {
+        if (8 * n < rest) line[8 * n] = pair.x[0];
+        if (8 * n + 1 < rest) line[8 * n + 1] = pair.x[1];
       }
     }
   }

@@ -1,4 +1,4 @@
-// instructions of sm_80 and newer that C++ has no words for: matrix products, matrix loads, copies, ex2, rcp
+// instructions of sm_80 and newer that C++ has no words for: matrix products and loads, copies, ordered words, ex2, rcp
 #ifndef SAFEATTN_KERNELS_CUDA_PTX_CUH
 #define SAFEATTN_KERNELS_CUDA_PTX_CUH
 #include <cuda_bf16.h>
@@ -73,6 +73,28 @@ static __device__ __forceinline__ void copy_async_commit() {
 template <int PENDING>
 static __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Words that blocks wait for. What came before a release is seen by who acquires what it stored.
+
+static __device__ __forceinline__ int load_relaxed(const int *p) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
+static __device__ __forceinline__ int load_acquire(const int *p) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+
+static __device__ __forceinline__ void store_relaxed(int *p, int value) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+
+static __device__ __forceinline__ void store_release(int *p, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 
 // 2^x to 2 ulp; results below the smallest normal number are 0.

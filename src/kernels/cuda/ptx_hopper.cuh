@@ -247,26 +247,6 @@ static __device__ __forceinline__ void store_matrices_transposed(uint32_t to, co
                : "memory");
 }
 
-static __device__ __forceinline__ int load_relaxed(const int *p) {
-  int value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
-  return value;
-}
-
-static __device__ __forceinline__ int load_acquire(const int *p) {
-  int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
-  return value;
-}
-
-static __device__ __forceinline__ void store_relaxed(int *p, int value) {
-  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
-}
-
-static __device__ __forceinline__ void store_release(int *p, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
-}
-
 // After this, the next kernel of the stream may start where it was launched as a programmatic dependent.
 static __device__ __forceinline__ void dependents_launch() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

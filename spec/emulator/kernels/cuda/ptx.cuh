@@ -154,6 +154,22 @@ static inline void copy_async_wait() {
   emulator::current()->copies.finish(PENDING, emulator::do_copy);
 }
 
+// Who reads with these may wait for another thread.
+static inline int load_relaxed(const int *p) {
+  emulator::pause();
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+static inline int load_acquire(const int *p) {
+  emulator::pause();
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+static inline void store_relaxed(int *p, int value) {
+  __atomic_store_n(p, value, __ATOMIC_RELAXED);
+}
+static inline void store_release(int *p, int value) {
+  __atomic_store_n(p, value, __ATOMIC_RELEASE);
+}
+
 static inline float exp2_fast(float x) {
   const float y = exp2f(fabsf(x) < 0x1p-126f ? 0 : x);
   return fabsf(y) < 0x1p-126f ? 0 : y;

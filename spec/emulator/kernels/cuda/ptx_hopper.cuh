@@ -151,22 +151,6 @@ static inline void store_matrices_transposed(uint32_t to, const uint32_t *r) {
   emulator::store_matrices(to, r, true);
 }
 
-// Who reads with these may wait for another thread.
-static inline int load_relaxed(const int *p) {
-  emulator::pause();
-  return __atomic_load_n(p, __ATOMIC_RELAXED);
-}
-static inline int load_acquire(const int *p) {
-  emulator::pause();
-  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
-}
-static inline void store_relaxed(int *p, int value) {
-  __atomic_store_n(p, value, __ATOMIC_RELAXED);
-}
-static inline void store_release(int *p, int value) {
-  __atomic_store_n(p, value, __ATOMIC_RELEASE);
-}
-
 static inline void dependents_launch() {}
 static inline void dependency_wait() {}
 
