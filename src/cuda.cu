@@ -30,32 +30,22 @@ static bool hopper_allowed(int device) {
 static bool hopper_forward(const sa_problem *p) {
   return sa_cuda_hopper_forward && hopper_allowed(p->device) && sa_cuda_hopper_forward_covers(p);
 }
+
 // A small problem's launches take the host longer than the device takes for its products.
 static bool hopper_backward(const sa_problem *p) {
   if (sa_cuda_portable_backward_small && sa_cuda_portable_backward_small(p)) return false;
   return sa_cuda_hopper_backward && hopper_allowed(p->device) && sa_cuda_hopper_backward_covers(p);
 }
 
-static int forward(const sa_problem *p) {
-  return hopper_forward(p) ? sa_cuda_hopper_forward(p) : sa_cuda_portable_forward(p);
-}
-static int backward(const sa_problem *p) {
-  return hopper_backward(p) ? sa_cuda_hopper_backward(p) : sa_cuda_portable_backward(p);
-}
+#define PORTABLE(dtype) \
+  { "portable-" dtype, sa_cuda_portable_forward, sa_cuda_portable_backward }
+static const sa_attention_kernels portable[] = {PORTABLE("f32"), PORTABLE("f64"), PORTABLE("f16"), PORTABLE("bf16")};
 
-static const sa_attention_kernels portable[] = {{"portable-f32", forward, backward},
-                                                {"portable-f64", forward, backward},
-                                                {"portable-f16", forward, backward},
-                                                {"portable-bf16", forward, backward}};
-
-#define HOPPER(dtype)                                                                               \
-  {                                                                                                 \
-    {"hopper-" dtype "-64", forward, backward}, {"hopper-" dtype "-96", forward, backward},         \
-        {"hopper-" dtype "-128", forward, backward}, {"hopper-" dtype "-192", forward, backward}, { \
-      "hopper-" dtype "-256", forward, backward                                                     \
-    }                                                                                               \
-  }
-static const sa_attention_kernels hopper[2][5] = {HOPPER("f16"), HOPPER("bf16")};
+#define HOPPER(dtype, width) \
+  { "hopper-" dtype "-" width, sa_cuda_hopper_forward, sa_cuda_hopper_backward }
+#define HOPPERS(dtype) \
+  { HOPPER(dtype, "64"), HOPPER(dtype, "96"), HOPPER(dtype, "128"), HOPPER(dtype, "192"), HOPPER(dtype, "256") }
+static const sa_attention_kernels hopper[2][5] = {HOPPERS("f16"), HOPPERS("bf16")};
 
 // The width that a problem is padded to.
 static int hopper_width(const sa_problem *p) {
