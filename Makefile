@@ -147,8 +147,8 @@ test-asan: needs-test
 		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" busted $(BUSTED_FLAGS)
 
 # The specs that run on a CUDA device as they do on the CPU; those of the CPU's own threads, files and pictures do not.
-GPU_SPECS = $(foreach name,cuda cuda_attention attention masked property forward softmax pointwise reduce matmul merge \
-	layers autograd gradcheck random tensor cast view optim hooks,spec/$(name)_spec.lua)
+GPU_SPECS = $(foreach name,cuda cuda_attention cuda_decoding attention masked property forward softmax pointwise reduce \
+	matmul merge layers autograd gradcheck random tensor cast view optim hooks,spec/$(name)_spec.lua)
 
 ##> the properties of attention and of the tape on a CUDA device (BUSTED_FLAGS="spec/masked_spec.lua" for a part)
 .PHONY: test-gpu
