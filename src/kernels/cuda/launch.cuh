@@ -16,23 +16,25 @@ static __device__ __forceinline__ T *dynamic_shared() {
   return (T *)sa_cuda_dynamic_shared;
 }
 
-// A kernel has one size of shared memory. More than 48 KiB have to be asked for, once a kernel and device: a thread
-// remembers for which it has, as asking takes as long as a good part of a launch.
+// More than 48 KiB of shared memory have to be asked for, once a kernel and device: a thread remembers the greatest
+// size that it has asked for, as asking takes as long as a good part of a launch.
 static inline int sa_cuda_allow_shared(const char *function, const void *kernel, size_t shared) {
   enum { REMEMBERED = 64 };
   static thread_local struct {
     const void *kernel;
     int device;
+    size_t shared;
   } allowed[REMEMBERED];
   int device;
   int status = sa_cuda_check(function, cudaGetDevice(&device));
   auto *place = &allowed[((uintptr_t)kernel >> 4) % REMEMBERED];
-  if (status || (place->kernel == kernel && place->device == device)) return status;
+  if (status || (place->kernel == kernel && place->device == device && place->shared >= shared)) return status;
   status =
       sa_cuda_check(function, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
   if (status) return status;
   place->kernel = kernel;
   place->device = device;
+  place->shared = shared;
   return SA_OK;
 }
 
