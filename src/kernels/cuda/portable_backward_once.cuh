@@ -6,8 +6,8 @@
 // dV, 163 KiB. At 64: 64 keys, 4 warps, 168 registers, three blocks a multiprocessor, 59 KiB each. What spills
 // is read once a step, outside the loops of products.
 //
-// bf16 at D128 and N8192 on an H200: 234 TFLOP/s, where two passes with seven products reach 167; latencies between
-// products are the limit, and turns (without them 262). docs/hopper.md has what was tried.
+// bf16 at D128 and N8192 on an H200: 228 to 234 TFLOP/s, where two passes with seven products reach 167; latencies
+// between products are the limit, and turns (without them 262). docs/hopper.md has what was tried.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
 #include "kernels/cuda/portable_backward_sums.cuh"
