@@ -93,7 +93,8 @@ struct forward_finder {
   }
 };
 
-// The warp that loads.
+// The warp that loads. Its first lane alone waits for a buffer: what it then sends may end the next phase before
+// another lane has looked at this one.
 template <class SHAPE>
 struct forward_loader {
   const forward_call &c;
@@ -112,8 +113,8 @@ struct forward_loader {
   __device__ __forceinline__ const forward_item &item() { return shared.item[number % FORWARD_ITEMS]; }
 
   __device__ __forceinline__ void send_query() {
-    mbarrier_wait(shared_address(&shared.q_empty[q.at]), q.parity ^ 1);
     if (lane == 0) {
+      mbarrier_wait(shared_address(&shared.q_empty[q.at]), q.parity ^ 1);
       const uint32_t barrier = shared_address(&shared.q_full[q.at]);
       const uint64_t policy = cache_policy_first_out();
       mbarrier_arrive_expect(barrier, SHAPE::panels * SHAPE::q_panel_bytes);
@@ -128,8 +129,8 @@ struct forward_loader {
   }
 
   __device__ __forceinline__ void send_keys(int key, int pattern, int step) {
-    mbarrier_wait(shared_address(&shared.k_empty[k.at]), k.parity ^ 1);
     if (lane == 0) {
+      mbarrier_wait(shared_address(&shared.k_empty[k.at]), k.parity ^ 1);
       const uint32_t barrier = shared_address(&shared.k_full[k.at]);
       const uint64_t policy = cache_policy_last_out();
       shared.step[k.at] = step;
@@ -153,8 +154,8 @@ struct forward_loader {
   // Of item `of`.
   __device__ __forceinline__ void send_values(int of, int key) {
     const forward_item &owner = shared.item[of % FORWARD_ITEMS];
-    mbarrier_wait(shared_address(&shared.v_empty[v.at]), v.parity ^ 1);
     if (lane == 0) {
+      mbarrier_wait(shared_address(&shared.v_empty[v.at]), v.parity ^ 1);
       const uint32_t barrier = shared_address(&shared.v_full[v.at]);
       const uint64_t policy = cache_policy_last_out();
       mbarrier_arrive_expect(barrier, SHAPE::value_panels * SHAPE::panel_bytes);
@@ -171,8 +172,8 @@ struct forward_loader {
   // Of the item at hand.
   __device__ __forceinline__ void send_bias(int key) {
     if constexpr (SHAPE::stages_bias) {
-      mbarrier_wait(shared_address(&shared.bias_empty), bias.parity ^ 1);
       if (lane == 0) {
+        mbarrier_wait(shared_address(&shared.bias_empty), bias.parity ^ 1);
         const uint32_t barrier = shared_address(&shared.bias_full);
         mbarrier_arrive_expect(barrier, c.bias_row_step ? (int)sizeof shared.bias : SHAPE::keys * 2);
 #pragma unroll
@@ -207,8 +208,10 @@ struct forward_loader {
   }
 
   __device__ __forceinline__ void send_end() {
-    mbarrier_wait(shared_address(&shared.q_empty[q.at]), q.parity ^ 1);
-    if (lane == 0) mbarrier_arrive(shared_address(&shared.q_full[q.at]));
+    if (lane == 0) {
+      mbarrier_wait(shared_address(&shared.q_empty[q.at]), q.parity ^ 1);
+      mbarrier_arrive(shared_address(&shared.q_full[q.at]));
+    }
     __syncwarp();
     q.next();
     number++;
