@@ -66,16 +66,6 @@ typedef struct hopper_bias_sums {
   float *part;       // [parts][elements], or NULL: dBias itself is written
 } hopper_bias_sums;
 
-// A place in a ring of buffers, and the parity of its mbarriers' phase.
-template <int SIZE>
-struct hopper_bias_ring {
-  int at = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++at == SIZE) at = 0, parity ^= 1;
-  }
-};
-
 // Warp 0 of warpgroup 0.
 template <class SHAPE>
 struct hopper_bias_producer {
@@ -83,8 +73,8 @@ struct hopper_bias_producer {
   const hopper_bias_sums &sums;
   const uint32_t base;
   const int lane = threadIdx.x % 32;
-  hopper_bias_ring<SHAPE::slots> slot;
-  hopper_bias_ring<HOPPER_BIAS_NOTES> note;
+  hopper_ring<SHAPE::slots> slot;
+  hopper_ring<HOPPER_BIAS_NOTES> note;
 
   __device__ __forceinline__ hopper_bias_producer(const hopper_backward_call &call, const hopper_bias_sums &all,
                                                   uint32_t start)
@@ -222,8 +212,8 @@ struct hopper_bias_consumer {
   const int lane = threadIdx.x % 32, w = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 - 4;
   float sum[pairs];
   uint2 open;  // pairs whose bias is not -inf, in the order of the plan's row_bits
-  hopper_bias_ring<SHAPE::slots> slot;
-  hopper_bias_ring<HOPPER_BIAS_NOTES> note;
+  hopper_ring<SHAPE::slots> slot;
+  hopper_ring<HOPPER_BIAS_NOTES> note;
 
   __device__ __forceinline__ hopper_bias_consumer(const hopper_backward_call &call, const hopper_bias_sums &all,
                                                   uint32_t start)

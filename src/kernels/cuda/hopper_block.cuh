@@ -1,4 +1,4 @@
-// how blocks of the Hopper kernels begin: where their shared memory is, the mbarriers of its buffers
+// how blocks of the Hopper kernels begin: where their shared memory is, its rings of buffers and their mbarriers
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_BLOCK_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_BLOCK_CUH
 #include "kernels/cuda/launch.cuh"
@@ -23,5 +23,15 @@ static __device__ __forceinline__ void hopper_block_slots(uint32_t full, uint32_
   hopper_block_mbarriers(full, slots, 1);
   hopper_block_mbarriers(empty, slots, readers);
 }
+
+// A place in a ring of buffers, and the parity of its mbarriers' phase.
+template <int SIZE>
+struct hopper_ring {
+  int at = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++at == SIZE) at = 0, parity ^= 1;
+  }
+};
 
 #endif

@@ -2,6 +2,7 @@
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_CALL_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_CALL_CUH
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/hopper_block.cuh"
 #include "kernels/cuda/hopper_scores.cuh"
 #include "kernels/cuda/plan.cuh"
 #include "kernels/cuda/ptx.cuh"
@@ -129,16 +130,6 @@ struct forward_shared : forward_bias<SHAPE> {
   uint64_t k_full[FORWARD_STAGES], k_empty[FORWARD_STAGES], v_full[FORWARD_STAGES], v_empty[FORWARD_STAGES];
   alignas(16) uint32_t zeros[SHAPE::value_width / 2];  // a row of a tile that sees no key
   uint64_t found, asked;  // an item by the warp that finds them, for one by the warp that loads
-};
-
-// A place in a ring of buffers, and the parity of its mbarriers' phase.
-template <int SIZE>
-struct forward_ring {
-  int at = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++at == SIZE) at = 0, parity ^= 1;
-  }
 };
 
 static __device__ __forceinline__ float forward_minus_infinity() {

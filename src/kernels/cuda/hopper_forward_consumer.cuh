@@ -22,9 +22,9 @@ struct forward_consumer {
   int number = 0;         // of the item at hand
   int done, done_before;  // its steps, and those of the item before
   bool last, begins;      // the step at hand is its item's last, begins an item
-  forward_ring<SHAPE::q_slots> q;
-  forward_ring<FORWARD_STAGES> k, v;
-  forward_ring<1> staged;  // bias
+  hopper_ring<SHAPE::q_slots> q;
+  hopper_ring<FORWARD_STAGES> k, v;
+  hopper_ring<1> staged;  // bias
 
   // Extras: the thread's first key of the step, the bias of the step (of halves, two a register) and which weights
   // dropout keeps.

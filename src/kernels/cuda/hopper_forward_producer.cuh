@@ -100,9 +100,9 @@ struct forward_loader {
   const forward_call &c;
   forward_shared<SHAPE> &shared;
   const int lane = threadIdx.x % 32;
-  forward_ring<SHAPE::q_slots> q;
-  forward_ring<FORWARD_STAGES> k, v;
-  forward_ring<1> bias;
+  hopper_ring<SHAPE::q_slots> q;
+  hopper_ring<FORWARD_STAGES> k, v;
+  hopper_ring<1> bias;
   int number = 0;  // of items sent
   int left;        // steps of the item at hand that are not sent, or fewer
 
