@@ -150,6 +150,7 @@ local function forward(fname, q, k, v, options, wants_lse, for_backward)
 
   -- What every run has is there at once: a table that grows costs as much as all of this.
   local run = setmetatable({
+    false, false, -- the gradients that a backward in hand reads
     q = q, k = k, v = v, attention = a, out = given or adopt(out), lse = adopted(lse),
     backend = a.used == lib.SA_REFERENCE and "reference" or "fused", kernel = ffi.string(a.kernel),
   }, Run)
@@ -173,13 +174,13 @@ local function gradients(fname, run, dout, dlse, wanted)
   a.dout = dout ~= nil and pointer(dout, fname, "dout") or nil
   a.dlse = dlse ~= nil and pointer(dlse, fname, "dlse") or nil
   -- The struct keeps nothing alive, and LuaJIT keeps no local variable that is not read again.
-  run.dout, run.dlse = dout, dlse
+  run[1], run[2] = dout or false, dlse or false
   local dq = wanted.q and new_handle() or nil
   local dk, dv = output(wanted.k), output(wanted.v)
   local dbias, dsinks, dalibi = output(wanted.bias), output(wanted.sinks), output(wanted.alibi)
   a.dq, a.dk, a.dv, a.dbias, a.dsinks, a.dalibi = dq, dk, dv, dbias, dsinks, dalibi
   call(fname, lib.sa_backward, a)
-  run.dout, run.dlse = nil, nil
+  run[1], run[2] = false, false
   return {dq = adopted(dq), dk = adopted(dk), dv = adopted(dv), dbias = adopted(dbias), dsinks = adopted(dsinks),
     dalibi = adopted(dalibi)}
 end
