@@ -23,7 +23,7 @@ typedef struct NAME(backward_job) {
   int stretch;                        // keys that a block looks at together, at most
   int64_t batch_groups, head_groups;  // items per chunk: planes that share a dBias are one item's, in order
   int workers;
-  char *rooms;
+  char *memory;  // a room for each worker, then what follows
   int64_t room_bytes;
   REAL *delta;        // [B,H,L]: dO . o - dLSE
   REAL *base;         // [B,H,L]: what scores are relative to, in the block's unit; the LSE, or
@@ -93,6 +93,11 @@ static const int32_t *NAME(turns_of)(const NAME(backward_job) * job, const NAME(
   return job->turn_of + row * (job->chunks + 1);
 }
 
+// Whether a block is prepared by the one chunk that looks at it, when its rows are in the caches anyway.
+static bool NAME(prepared_on_sight)(const NAME(backward_job) * job, const NAME(block) * block) {
+  return job->chunks == 1 || NAME(turns_of)(job, block)[job->chunks] == 1;
+}
+
 #include "kernels/cpu/flash_queries.h"
 
 #include "kernels/cpu/flash_gradient.h"
@@ -140,7 +145,8 @@ static sa_forecast NAME(foresee_block)(const NAME(backward_job) * job, const NAM
     const sa_operand *dout = &p->dout, *out = &p->out;
     NAME(foresee)(&forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->count);
     if (dout->data) NAME(foresee)(&forecast, dout, NAME(row_at)(dout, after, 0), p->value_width, after->count);
-    if (job->chunks == 1) NAME(foresee)(&forecast, out, NAME(row_at)(out, after, 0), p->value_width, after->count);
+    if (NAME(prepared_on_sight)(job, after))
+      NAME(foresee)(&forecast, out, NAME(row_at)(out, after, 0), p->value_width, after->count);
   }
   if (job->dq) {
     const int64_t row = p->width * (int64_t)sizeof(REAL), head = block->batch * p->heads + block->head;
@@ -171,24 +177,36 @@ static sa_forecast NAME(foresee_chunk)(const NAME(backward_job) * job, const NAM
   return forecast;
 }
 
+// What prepare_block found, and beyond the last query what makes weights of 0. Returns whether some row has a factor.
+static bool NAME(take_rows)(const NAME(backward_job) * job, const NAME(block) * block,
+                            const NAME(backward_room) * room) {
+  const int64_t first = (block->batch * job->p->heads + block->head) * job->p->queries + block->query;
+  bool factor = false;
+  for (int i = 0; i < block->count; i++) {
+    room->base[i] = job->base[first + i];
+    room->factor[i] = job->factor[first + i];
+    room->delta[i] = job->delta[first + i];
+    factor |= room->factor[i] != 1;
+  }
+  for (int i = block->count; i < block->vectors * LANES; i++) {
+    room->base[i] = (REAL)INFINITY;
+    room->factor[i] = 1;
+    room->delta[i] = 0;
+  }
+  return factor;
+}
+
 // One block of queries of one head against a whole chunk.
 static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(block) * block, NAME(chunk) * chunk,
                                  sa_forecast *forecast, const NAME(backward_room) * room, double *dslope) {
   const sa_problem *p = job->p;
   const int64_t tiles = job->chunk / SA_TILE;
-  if (job->chunks == 1) NAME(prepare_block)(job, block, room);
   // Whether the row of tiles looks at this chunk is the plan's word, the same for both halves of a tile.
-  if (NAME(turns_of)(job, block)[chunk->index] == NAME(UNSEEN)) return;
+  const bool looks = NAME(turns_of)(job, block)[chunk->index] != NAME(UNSEEN);
+  if (job->chunks == 1 || (looks && NAME(prepared_on_sight)(job, block))) NAME(prepare_block)(job, block, room);
+  if (!looks) return;
   const uint64_t dead = NAME(dead_rows)(block);
-  bool factor = false;
-  const int64_t rows = (block->batch * p->heads + block->head) * p->queries + block->query;
-  for (int i = 0; i < QUERIES; i++) {
-    const bool absent = dead >> i & 1;
-    room->base[i] = absent ? (REAL)INFINITY : job->base[rows + i];
-    room->factor[i] = absent ? 1 : job->factor[rows + i];
-    room->delta[i] = absent ? 0 : job->delta[rows + i];
-    factor |= room->factor[i] != 1;
-  }
+  const bool factor = NAME(take_rows)(job, block, room);
   NAME(pack_query)(block, dead, room->packed_query);
   const NAME(query_rows) query = NAME(rows_of_queries)(&p->q, block, (int)p->width, dead, room->query);
   const NAME(query_rows) dout = NAME(rows_of_queries)(&p->dout, block, (int)p->value_width, dead, room->dout);
@@ -297,7 +315,7 @@ static void NAME(backward_item)(void *argument, int64_t item, int worker) {
   const NAME(backward_job) *job = argument;
   const sa_problem *p = job->p;
   const NAME(backward_room) room =
-      NAME(take_backward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job);
+      NAME(take_backward)(&(sa_room){.memory = job->memory + worker * job->room_bytes}, job);
   const NAME(backward_share) share = NAME(share_of)(job, item);
   // What the worker will likely have next.
   const bool goes_on =
@@ -404,12 +422,22 @@ static int64_t NAME(measure_room)(NAME(backward_job) * job) {
   }
 }
 
+// The workers' rooms and what every call keeps beside them. Returns the bytes of all.
+static int64_t NAME(take_memory)(NAME(backward_job) * job) {
+  const sa_problem *p = job->p;
+  const int64_t rows = p->batch * p->heads * p->queries;
+  const int64_t row_tiles = p->plan->batch * p->plan->heads * p->plan->row_tiles;
+  sa_room room = {.memory = job->memory};
+  sa_room_take(&room, job->room_bytes * job->workers);
+  job->delta = NAME(take)(&room, rows);
+  job->base = NAME(take)(&room, rows);
+  job->factor = NAME(take)(&room, rows);
+  job->turn_of = sa_room_take(&room, row_tiles * (job->chunks + 1) * (int64_t)sizeof *job->turn_of);
+  return room.used;
+}
+
 static void NAME(free_backward)(NAME(backward_job) * job) {
-  sa_release(job->rooms);
-  sa_release(job->delta);
-  sa_release(job->base);
-  sa_release(job->factor);
-  sa_release(job->turn_of);
+  sa_release(job->memory);
   sa_release(job->turns);
   sa_release(job->dq);
   sa_release(job->dbias);
@@ -437,16 +465,12 @@ static int NAME(backward)(const sa_problem *p) {
   job.chunks = (p->keys + job.chunk - 1) / job.chunk;
   const double flops = 2 * sa_visible_pairs(p) * (3.0 * p->width + 2.0 * p->value_width);
   const int workers = job.workers = sa_workers(flops);
-  const int64_t rows = p->plan->batch * p->plan->heads * p->plan->row_tiles;
   const int64_t *shape = p->bias_shape;
   job.dbias_count = shape[0] * shape[1] * shape[2] * shape[3];
   const char *name = "sa_backward";
   const int64_t real = sizeof(REAL);
-  bool complete = (job.rooms = sa_allocate(name, job.room_bytes * workers)) &&
-                  (job.delta = sa_allocate(name, planes * p->queries * real)) &&
-                  (job.base = sa_allocate(name, planes * p->queries * real)) &&
-                  (job.factor = sa_allocate(name, planes * p->queries * real)) &&
-                  (job.turn_of = sa_allocate(name, rows * (job.chunks + 1) * (int64_t)sizeof *job.turn_of));
+  bool complete = (job.memory = sa_allocate(name, NAME(take_memory)(&job)));
+  if (complete) NAME(take_memory)(&job);
   if (complete && p->dq.data && job.chunks > 1) {
     complete = (job.turns = sa_allocate_zeroed(name, planes * job.blocks * (int64_t)sizeof *job.turns));
     if (complete && p->dq.dtype != DTYPE) {

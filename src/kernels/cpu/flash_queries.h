@@ -109,14 +109,15 @@ static void NAME(prepare_block)(const NAME(backward_job) * job, const NAME(block
   if (p->dsinks.data) job->dsinks[index] = dsink;
 }
 
-// First pass, where several chunks meet the same blocks.
+// First pass, of blocks that several chunks look at, or none.
 static void NAME(prepare)(void *argument, int64_t item, int worker) {
   const NAME(backward_job) *job = argument;
   const sa_problem *p = job->p;
   const int64_t head = item / job->blocks;
   const NAME(block) block = NAME(block_at)(p, head / p->heads, head % p->heads, item % job->blocks, 1);
+  if (NAME(prepared_on_sight)(job, &block)) return;
   const NAME(backward_room) room =
-      NAME(take_backward)(&(sa_room){.memory = job->rooms + worker * job->room_bytes}, job);
+      NAME(take_backward)(&(sa_room){.memory = job->memory + worker * job->room_bytes}, job);
   NAME(prepare_block)(job, &block, &room);
 }
 
