@@ -217,9 +217,8 @@ EMULATED_CFLAGS = -std=c++17 -O2 -g1 -march=x86-64-v3 -ffp-contract=off -fPIC -f
 	-Wno-psabi -Wno-array-bounds -Wno-aggressive-loop-optimizations -Wno-parentheses
 emulated: $(EMULATED)/cuda.so $(EMULATED)/libcublas.so
 
-$(EMULATED)/libcublas.so: spec/emulator/libraries/cublas.cpp src/cast.h
-	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O2 -Isrc -fPIC -shared -o $@ $<
+$(EMULATED)/libcublas.so: spec/emulator/libraries/cublas.cpp src/cast.h $(EMULATED)/cuda.so
+	$(CXX) -std=c++17 -O2 -Isrc -Ispec/emulator -fPIC -shared -o $@ $< -L$(EMULATED) -l:cuda.so -Wl,-rpath,'$$ORIGIN'
 
 $(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
 	$(CXX) -shared -pthread -Wl,-z,nodelete -o $@ $^

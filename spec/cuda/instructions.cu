@@ -1,4 +1,8 @@
 // checks the functions of ptx.cuh and the shuffles against their definitions, on the emulator or (built by nvcc) a GPU
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include "kernels/cuda/ptx.cuh"
 
 #include "check.h"
@@ -243,7 +247,28 @@ static void check_reciprocals() {
   }
 }
 
+// What the host does not reach on a GPU, it does not in the emulator either.
+static void check_memory() {
+  both<float> x(32);
+  x.send();
+  for (int write = 0; write < 2; write++) {
+    const pid_t child = fork();
+    if (child == 0) {
+      volatile float *at = x.device;
+      if (write) at[0] = 1;
+      _exit(at[0] == 0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    compare("the signal that ends a host that touches device memory", write, WIFSIGNALED(status) ? WTERMSIG(status) : 0,
+            SIGSEGV, 0);
+  }
+  x.fetch();
+  compare("device memory", 0, x.host[0], 0, 0);
+}
+
 int main() {
+  check_memory();
   check_products();
   check_loads();
   check_groups();

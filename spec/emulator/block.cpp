@@ -378,7 +378,9 @@ static struct sigaction handler_before;
 static void report_fault(int signal, siginfo_t *fault, void *context) {
   const uintptr_t here = (uintptr_t)((ucontext_t *)context)->uc_mcontext.gregs[REG_RSP];
   const uintptr_t address = (uintptr_t)fault->si_addr;
-  if (fault->si_code == SEGV_PKUERR) fprintf(stderr, "the host touches %#tx, memory of an emulated device\n", address);
+  const device_memory there = touch(address);
+  if (there == OPENED) return;
+  if (there == CLOSED) fprintf(stderr, "the host touches %#tx, memory of an emulated device\n", address);
   // No lock: the thread may hold it, and the list only grows while kernels begin.
   for (const memory &m : memory_all) {
     const auto on_stacks = [&](uintptr_t x) {
@@ -476,12 +478,12 @@ static void run_block(block *b, const memory &m, uint3 index) {
 void run_grid(const char *function, dim3 grid, dim3 size, size_t dynamic_bytes, const std::function<void()> &kernel) {
   static std::mutex one_at_a_time;
   std::lock_guard<std::mutex> lock(one_at_a_time);
+  const device_access access;
   function_at_work = function;
   kernel_at_work = &kernel;
   const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
   std::atomic<uint64_t> next(0);
   const auto work = [&] {
-    open_device_memory();
     const memory m = take_memory();
     std::vector<unsigned char> signal_stack(64 << 10);
     const stack_t fault_stack = {signal_stack.data(), 0, signal_stack.size()};

@@ -10,6 +10,7 @@
 
 #include <map>
 #include <mutex>
+#include <vector>
 
 #include "cuda.h"
 
@@ -28,12 +29,15 @@ struct allocation {
   size_t bytes, mapped;
   unsigned char *mapping;
   int device;  // -1: host memory
+  bool closed;
 };
 
 std::mutex lock;
 std::map<uintptr_t, allocation> allocations;
 std::map<const void *, int> dynamic_limits;
 size_t used[64];
+int at_work;                    // kernels and copies,
+std::vector<uintptr_t> opened;  // and the allocations that they touched
 
 // The thread's device and last error. Not thread_local: that is what shared memory is made of (block.cpp).
 struct thread_state {
@@ -75,21 +79,6 @@ double capability() {
   return value;
 }
 
-// Device memory has a protection key, which only threads that run kernels and the copies below may use: so the host
-// cannot read it by mistake. -1 where the machine has no such keys.
-int memory_key() {
-  static const int key = pkey_alloc(0, PKEY_DISABLE_ACCESS);
-  return key;
-}
-
-struct device_access {
-  device_access() { allow(0); }
-  ~device_access() { allow(PKEY_DISABLE_ACCESS); }
-  static void allow(unsigned rights) {
-    if (memory_key() >= 0) pkey_set(memory_key(), rights);
-  }
-};
-
 bool is_device(int device) {
   return device >= 0 && device < device_count();
 }
@@ -100,6 +89,12 @@ const allocation *holder(const void *p, size_t bytes) {
   if (after == allocations.begin()) return NULL;
   const auto at = --after;
   return (uintptr_t)p + bytes <= at->first + at->second.bytes ? &at->second : NULL;
+}
+
+// Device memory is closed, so that the host cannot read it by mistake; what kernels and the copies below touch is
+// opened until they are done. (To open all of it each time takes ten times as long.)
+void close(allocation *a) {
+  a->closed = !mprotect(a->mapping + PAGE, a->mapped - 2 * PAGE, PROT_NONE);
 }
 
 bool is_device_memory(const void *p, size_t bytes) {
@@ -124,11 +119,12 @@ cudaError_t allocate(void **memory, size_t bytes, int device) {
   }
   unsigned char *p = mapping + PAGE + pages - room;
   emulator::poison(mapping + PAGE, pages);
-  allocations[(uintptr_t)p] = {bytes, pages + 2 * PAGE, mapping, device};
+  allocation *made = &allocations[(uintptr_t)p];
+  *made = {bytes, pages + 2 * PAGE, mapping, device, false};
   if (device >= 0) {
     used[device] += bytes;
     emulator::watch_for_faults();
-    if (memory_key() >= 0) pkey_mprotect(mapping + PAGE, pages, PROT_READ | PROT_WRITE, memory_key());
+    close(made);
   }
   *memory = p;
   return done(cudaSuccess);
@@ -154,7 +150,7 @@ cudaError_t copy(void *to, const void *from, size_t bytes, cudaMemcpyKind kind) 
     if ((kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice) && !is_device_memory(from, bytes))
       return done(cudaErrorInvalidValue);
   }
-  const device_access access;
+  const emulator::device_access access;
   memmove(to, from, bytes);
   return done(cudaSuccess);
 }
@@ -167,8 +163,33 @@ void emulator::poison(void *memory, size_t bytes) {
   for (size_t i = 0; i < bytes; i++) ((unsigned char *)memory)[i] = nan[i % 2];
 }
 
-void emulator::open_device_memory() {
-  device_access::allow(0);
+emulator::device_access::device_access() {
+  std::lock_guard<std::mutex> guard(lock);
+  at_work++;
+}
+
+emulator::device_access::~device_access() {
+  std::lock_guard<std::mutex> guard(lock);
+  if (--at_work) return;
+  for (uintptr_t p : opened) {
+    const auto at = allocations.find(p);
+    if (at != allocations.end()) close(&at->second);
+  }
+  opened.clear();
+}
+
+// Called where a thread faulted, which holds no lock then: not in allocate() and the like.
+emulator::device_memory emulator::touch(uintptr_t address) {
+  std::lock_guard<std::mutex> guard(lock);
+  auto at = allocations.upper_bound(address + PAGE);  // an allocation begins in its first page
+  if (at == allocations.begin()) return NONE;
+  allocation *a = &(--at)->second;
+  if (a->device < 0 || address - (uintptr_t)(a->mapping + PAGE) >= a->mapped - 2 * PAGE) return NONE;
+  if (!a->closed) return OPENED;  // by another thread, meanwhile
+  if (!at_work || mprotect(a->mapping + PAGE, a->mapped - 2 * PAGE, PROT_READ | PROT_WRITE)) return CLOSED;
+  a->closed = false;
+  opened.push_back(at->first);
+  return OPENED;
 }
 
 // Errors
@@ -393,7 +414,7 @@ cudaError_t cudaMemset(void *memory, int byte, size_t bytes) {
     std::lock_guard<std::mutex> guard(lock);
     if (!holder(memory, bytes)) return done(cudaErrorInvalidValue);
   }
-  const device_access access;
+  const emulator::device_access access;
   memset(memory, byte, bytes);
   return done(cudaSuccess);
 }

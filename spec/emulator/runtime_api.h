@@ -182,8 +182,17 @@ namespace emulator {
 // What CUDA would say of such a launch.
 cudaError_t check_launch(const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t stream);
 void poison(void *memory, size_t bytes);
-void open_device_memory();  // to the calling thread, which is to run kernels
-void watch_for_faults();    // from now on, who touches what is not there is named
+void watch_for_faults();  // from now on, who touches what is not there is named
+
+// What lies at an address that faulted: nothing, device memory that the host may not touch, or some that is open now.
+enum device_memory { NONE, CLOSED, OPENED };
+device_memory touch(uintptr_t address);
+
+// While one lives, device memory may be read and written. (Exported for libraries/.)
+struct __attribute__((visibility("default"))) device_access {
+  device_access();
+  ~device_access();
+};
 
 }  // namespace emulator
 

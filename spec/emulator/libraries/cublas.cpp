@@ -1,9 +1,9 @@
 // the few functions of cuBLAS that the CUDA part asks for, in plain loops: build/emulated/libcublas.so
 #include <stddef.h>
 #include <stdint.h>
-#include <sys/mman.h>
 
 #include "cast.h"
+#include "runtime_api.h"
 
 namespace {
 
@@ -38,27 +38,6 @@ void write(void *to, int type, int64_t at, double value) {
   }
 }
 
-// The emulator keeps the host out of device memory by a protection key, which this library does not know: while it
-// works, its thread may use all.
-struct device_access {
-  enum { KEYS = 16 };
-  int before[KEYS];
-  bool there;
-  device_access() {
-    const int key = pkey_alloc(0, 0);
-    there = key >= 0;
-    if (!there) return;
-    pkey_free(key);
-    for (int k = 1; k < KEYS; k++) {
-      before[k] = pkey_get(k);
-      pkey_set(k, 0);
-    }
-  }
-  ~device_access() {
-    for (int k = 1; there && k < KEYS; k++) pkey_set(k, before[k]);
-  }
-};
-
 }  // namespace
 
 extern "C" {
@@ -90,7 +69,7 @@ int cublasGemmStridedBatchedEx_64(void *, int transposed_a, int transposed_b, in
                                   const void *, const void *a, int a_type, int64_t a_step, long long a_batch,
                                   const void *b, int b_type, int64_t b_step, long long b_batch, const void *, void *c,
                                   int c_type, int64_t c_step, long long c_batch, int64_t count, int, int) {
-  const device_access access;
+  const emulator::device_access access;
   // 7: an argument is wrong
   if (a_step < (transposed_a ? k : m) || b_step < (transposed_b ? n : k) || c_step < m) return 7;
   for (int64_t batch = 0; batch < count; batch++)
