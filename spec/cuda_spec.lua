@@ -3,7 +3,9 @@
 local helper = require "spec.helper"
 local child = require "spec.child"
 local sa = require "safeattn"
+local core = require "safeattn.core"
 
+local ffi, lib = core.ffi, core.lib
 local nan = 0 / 0
 local dtypes = {"f32", "f64", "f16", "bf16", "bool", "i32", "i64"}
 local on = {device = "cuda"}
@@ -250,6 +252,31 @@ helper.describe_cuda("streams", function()
     assert.equal("safeattn.stream:use: fn: got 3, wanted a function", helper.message_of(stream.use, stream, 3))
     stream:release()
     assert.matches("was released", helper.message_of(stream.synchronize, stream))
+  end)
+
+  it("are left while their coroutine has yielded", function()
+    local stream = sa.cuda.stream()
+    local function current()
+      local slot = ffi.new("void *[1]")
+      assert.equal(0, lib.sa_cuda_stream(lib.SA_CUDA, slot))
+      return slot[0]
+    end
+    local usual = current()
+    local run = coroutine.wrap(function()
+      return stream:use(function()
+        coroutine.yield(current())
+        return current()
+      end)
+    end)
+    assert.is_true(run() == stream.pointer)
+    assert.is_true(current() == usual)
+    assert.is_true(run() == stream.pointer)
+    assert.is_true(current() == usual)
+    local interrupted = coroutine.wrap(function() stream:use(coroutine.yield) end)
+    interrupted()
+    stream:release()
+    assert.matches("^safeattn.stream:use: stream: got one that was released", helper.message_of(interrupted))
+    assert.is_true(current() == usual)
   end)
 
   it("of others are adopted by their pointer", function()

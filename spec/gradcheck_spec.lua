@@ -123,6 +123,25 @@ describe("gradcheck", function()
       random({2}, 5), random({2}, 6)}
   end
 
+  it("leaves the back ends of who runs while fn has yielded", function()
+    local q = sa.randn({4, 8}, {seed = 1})
+    local function run(x)
+      local got = sa.forward(x, x, x).backend
+      return coroutine.yield(got) or sa.sdpa(x, x, x)
+    end
+    local check = coroutine.wrap(function() return sa.gradcheck(run, {q}, {against = "reference"}) end)
+    local usual = sa.forward(q, q, q).backend
+    assert.not_equal("reference", usual)
+    local seen, got = {}, check()
+    while type(got) == "string" do
+      assert.equal(usual, sa.forward(q, q, q).backend)
+      seen[got] = true
+      got = check()
+    end
+    assert.is_true(got)
+    assert.same({[usual] = true, reference = true}, seen)
+  end)
+
   it("passes attention, by numbers and against the reference", function()
     assert.is_true((sa.gradcheck(attention(), attention_inputs())))
     for _, dtype in ipairs {"f32", "f64"} do

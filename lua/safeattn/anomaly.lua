@@ -4,6 +4,7 @@
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
 local autograd = require "safeattn.autograd"
+local scope = require "safeattn.scope"
 
 local fail, describe = core.fail, core.describe
 
@@ -127,10 +128,10 @@ function observer.carried(node, results)
   end
 end
 
-local function restore(before, succeeded, ...)
-  autograd.observer = before
-  if not succeeded then error((...), 0) end
-  return ...
+local function set_observer(value)
+  local before = autograd.observer
+  autograd.observer = value
+  return before
 end
 
 --- Calls fn(...), a forward and its backward, and raises at the first non-finite gradient that an operation gives. The
@@ -139,9 +140,7 @@ end
 -- @return what fn returned
 function M.detect_anomaly(fn, ...)
   if type(fn) ~= "function" then fail("detect_anomaly", nil, "fn: got %s, wanted a function", describe(fn)) end
-  local before = autograd.observer
-  autograd.observer = observer
-  return restore(before, pcall(fn, ...))
+  return scope(set_observer, observer, fn, ...)
 end
 
 return M

@@ -2,6 +2,7 @@
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
+local scope = require "safeattn.scope"
 
 local lib = core.lib
 local fail, call = core.fail, core.call
@@ -20,41 +21,16 @@ function autograd.enabled()
   return recording
 end
 
-local function restore(before, succeeded, ...)
-  recording = before
-  if not succeeded then error((...), 0) end
-  return ...
-end
-
-local function unrecorded(fn, ...)
+local function set_recording(value)
   local before = recording
-  recording = false
-  return restore(before, pcall(fn, ...))
-end
-
--- In a coroutine fn may yield; who runs meanwhile records as before. So it gets a coroutine of its own, whose yields
--- are handed on.
-local run_coroutine
-
-local function handed_on(thread, before, succeeded, ...)
-  recording = before
-  if not succeeded then error((...), 0) end
-  if coroutine.status(thread) == "dead" then return ... end
-  return run_coroutine(thread, coroutine.yield(...))
-end
-
-function run_coroutine(thread, ...)
-  local before = recording
-  recording = false
-  return handed_on(thread, before, coroutine.resume(thread, ...))
+  recording = value
+  return before
 end
 
 --- Calls fn(...) without recording anything and returns its results.
 function autograd.no_grad(fn, ...)
   if type(fn) ~= "function" then fail("no_grad", nil, "fn: got %s, wanted a function", core.describe(fn)) end
-  local running, is_main = coroutine.running()
-  if running and not is_main then return run_coroutine(coroutine.create(fn), ...) end
-  return unrecorded(fn, ...)
+  return scope(set_recording, false, fn, ...)
 end
 
 -- Lists of inputs may have holes.
@@ -338,7 +314,7 @@ function tensor.methods.backward(t, gradient)
     fail("backward", nil, "gradient: got %s, wanted %s", core.describe(gradient), core.describe(t))
   end
   local node, slot = node_of(t)
-  unrecorded(carry_back, node, slot, gradient)
+  scope(set_recording, false, carry_back, node, slot, gradient)
 end
 
 return autograd

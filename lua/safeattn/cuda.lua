@@ -1,6 +1,7 @@
 -- CUDA devices: their memory, their streams, and waiting for them
 
 local core = require "safeattn.core"
+local scope = require "safeattn.scope"
 
 local ffi, lib = core.ffi, core.lib
 local fail, call = core.fail, core.call
@@ -90,19 +91,21 @@ function cuda.stream(options)
   return setmetatable(stream, Stream)
 end
 
+-- Puts a stream in use, or the pointer of one that was.
+local function set_stream(code, stream)
+  local before = slot_type()
+  call("stream:use", lib.sa_cuda_stream, code, before)
+  call("stream:use", lib.sa_cuda_stream_use, code,
+    type(stream) == "table" and handle_of(stream, "stream:use") or stream)
+  return before[0]
+end
+
 --- Calls fn(...) with the stream in use for this thread, and gives back what it returns.
 function Stream:use(fn, ...)
-  local pointer = handle_of(self, "stream:use")
+  handle_of(self, "stream:use")
   if type(fn) ~= "function" then fail("stream:use", nil, "fn: got %s, wanted a function", core.describe(fn)) end
-  local before = slot_type()
-  call("stream:use", lib.sa_cuda_stream, self.code, before)
-  call("stream:use", lib.sa_cuda_stream_use, self.code, pointer)
-  local function restore(ok, ...)
-    call("stream:use", lib.sa_cuda_stream_use, self.code, before[0])
-    if not ok then error((...), 0) end
-    return ...
-  end
-  return restore(pcall(fn, ...))
+  local code = self.code
+  return scope(function(stream) return set_stream(code, stream) end, self, fn, ...)
 end
 
 --- Waits until all that was asked on the stream is done.

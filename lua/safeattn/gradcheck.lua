@@ -6,6 +6,7 @@ local autograd = require "safeattn.autograd"
 local create = require "safeattn.create"
 local contents = require "safeattn.contents"
 local sdpa = require "safeattn.sdpa"
+local scope = require "safeattn.scope"
 
 local fail = core.fail
 
@@ -158,14 +159,10 @@ function Check:gradients()
   return list, total
 end
 
--- With every sdpa of fn on the reference, whatever back end it asks for.
-local function on_reference(fn, ...)
+local function set_backend(value)
   local before = sdpa.backend
-  sdpa.backend = "reference"
-  local results = {pcall(fn, ...)}
-  sdpa.backend = before
-  if not results[1] then error(results[2], 0) end
-  return results[2]
+  sdpa.backend = value
+  return before
 end
 
 function Check:difference_quotient(x, index)
@@ -279,7 +276,8 @@ return function(fn, inputs, options)
   check.copies, check.checked = promoted(inputs, dtype)
 
   local gradients, total = check:gradients()
-  local reference = against == "reference" and on_reference(check.gradients, check) or nil
+  -- every sdpa of fn on the reference, whatever back end it asks for
+  local reference = against == "reference" and scope(set_backend, "reference", check.gradients, check) or nil
   local report = setmetatable(new_part(), Report)
   report.against, report.inputs = against, {}
   autograd.no_grad(function()

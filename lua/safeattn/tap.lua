@@ -12,6 +12,7 @@ local tensor = require "safeattn.tensor"
 local autograd = require "safeattn.autograd"
 local sdpa = require "safeattn.sdpa"
 local inspect = require "safeattn.inspect"
+local scope = require "safeattn.scope"
 
 local fail, describe = core.fail, core.describe
 
@@ -152,12 +153,6 @@ function Tap:clear()
   for n = #self.records, 1, -1 do release(self, table.remove(self.records, n)) end
 end
 
-local function restore(tap, scope, succeeded, ...)
-  tap.scope = scope
-  if not succeeded then error((...), 0) end
-  return ...
-end
-
 --- Names what is recorded: the next attention, or with fn all of those that fn(...) computes.
 -- @param name a string
 -- @param fn function or nil
@@ -170,9 +165,11 @@ function Tap:name(name, fn, ...)
     return
   end
   if type(fn) ~= "function" then fail("tap():name", nil, "fn: got %s, wanted a function", describe(fn)) end
-  local before = self.scope
-  self.scope = name
-  return restore(self, before, pcall(fn, ...))
+  return scope(function(value)
+    local before = self.scope
+    self.scope = value
+    return before
+  end, name, fn, ...)
 end
 
 -- Reading
