@@ -2,6 +2,7 @@
 -- wanted; arguments_attention_spec.lua does the same for masks and attention
 
 local helper = require "spec.helper"
+local child = require "spec.child"
 local ffi = require "ffi"
 local sa = require "safeattn"
 
@@ -453,5 +454,29 @@ describe("a call that fails", function()
     } do
       assert.matches("^safeattn%.%w+: .*cuda", helper.message_of(make):lower())
     end
+  end)
+end)
+
+describe("a function of the C face that gives back no status", function()
+  it("takes NULL", function()
+    assert.equal("alive\n", child.must_run([[
+local core = require "safeattn.core"
+local ffi, lib = core.ffi, core.lib
+local t, pointer = ffi.new "sa_tensor", ffi.new "const char *[1]"
+lib.sa_info(nil)
+lib.sa_memory(nil)
+lib.sa_attention_init(nil)
+lib.sa_blocks_release(nil, 1)
+lib.sa_tensor_retain(nil)
+lib.sa_tensor_release(nil)
+lib.sa_tensor_extent(nil, pointer, pointer)
+lib.sa_tensor_extent(t, nil, pointer)
+lib.sa_tensor_extent(t, pointer, nil)
+lib.sa_mask_retain(nil)
+lib.sa_mask_release(nil)
+lib.sa_plan_release(nil)
+lib.sa_plan_count(nil, nil)
+print "alive"
+]]))
   end)
 end)

@@ -128,6 +128,7 @@ int sa_set_isa(const char *name) {
 }
 
 void sa_info(sa_host_info *out) {
+  if (!out) return;
   memset(out, 0, sizeof *out);
   snprintf(out->isa, sizeof out->isa, "%s", tiers[tier_now()].name);
   out->threads = sa_threads(0);

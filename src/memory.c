@@ -396,6 +396,7 @@ void sa_block_release(sa_block *block) {
 }
 
 void sa_blocks_release(sa_block **blocks, int64_t count) {
+  if (!blocks) return;
   for (int64_t k = 0; k < count; k++) {
     sa_block_release(blocks[k]);
     blocks[k] = NULL;

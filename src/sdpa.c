@@ -404,6 +404,7 @@ static int backward(call *c) {
 }
 
 void sa_attention_init(sa_attention *a) {
+  if (!a) return;
   memset(a, 0, sizeof *a);
   a->window_left = a->window_right = -1;
   a->deterministic = 1;

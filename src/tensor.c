@@ -78,6 +78,7 @@ bool sa_tensor_contiguous(const sa_tensor *t) {
 }
 
 void sa_tensor_extent(const sa_tensor *t, const char **first, const char **last) {
+  if (!first || !last) return;
   *first = *last = t ? t->data : NULL;
   if (sa_tensor_numel(t) == 0) return;
   int64_t elements = 1;
