@@ -205,7 +205,7 @@ for _, fname in ipairs {"sdpa", "forward"} do
       for n, row in ipairs(rows_) do
         local ok, message = pcall(attend, q, k, v, {mask = row[1]})
         assert.is_false(ok, "mask " .. n)
-        assert.matches("^[^ ]+ safeattn%." .. fname .. ": .*" .. row[2] .. ".*wanted.*" .. row[3], message)
+        assert.matches("^[^ ]+ safeattn%." .. fname .. ": mask: .*" .. row[2] .. ".*wanted.*" .. row[3], message)
         local combined
         ok, combined = pcall(attend, q, k, v, {mask = m.all() - row[1] * m.causal()})
         assert.is_false(ok, "mask " .. n .. ", combined")

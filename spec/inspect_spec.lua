@@ -468,7 +468,7 @@ describe("inspect", function()
     wrong(": weights: got \"yes\", wanted true or false", q, q, q, {weights = "yes"})
     wrong(": out: got true, wanted a tensor", q, q, q, {out = true})
     wrong(": bias:", q, q, q, {bias = sa.zeros {3, 3}})
-    wrong(": documents: has ids of 2 keys, wanted 4", q, q, q, {mask = m.documents {1, 2}})
+    wrong(": mask: documents has ids of 2 keys, wanted 4", q, q, q, {mask = m.documents {1, 2}})
     local look = sa.inspect(q, q, q)
     for text, call in pairs {
       ["safeattn.inspect():row: h: got 3, wanted an integer from 1 to 2"] = function() look:row(1, 3, 1) end,

@@ -726,27 +726,27 @@ describe("wrong input", function()
     assert_error("sa_mask_plan: causal: is 3, wanted SA_NO_CAUSAL (0), SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)",
       plan(nil, 3, -1, -1, 1, 1, 1, 1))
     assert_error("sa_mask_plan: keys: is -1, wanted at least 0", plan(nil, 0, -1, -1, 1, 1, 1, -1))
-    assert_error("sa_mask_plan: padding: has 2 lengths, wanted 1 or 4 (the batch)",
+    assert_error("sa_mask_plan: mask: padding has 2 lengths, wanted 1 or as many as batches: 4",
       plan(padding, 0, -1, -1, 4, 1, 8, 8))
-    assert_error("sa_mask_plan: padding: batch 2 of 2 has 5 keys, wanted at most 4",
+    assert_error("sa_mask_plan: mask: padding: batch 2 of 2 has 5 keys, wanted at most 4",
       plan(construct("not", padding), 0, -1, -1, 2, 1, 8, 4))
-    assert_error("sa_mask_plan: padding: batch 2 of 2 has 4 queries, wanted at most 3",
+    assert_error("sa_mask_plan: mask: padding: batch 2 of 2 has 4 queries, wanted at most 3",
       plan(padding, 0, -1, -1, 2, 1, 3, 8))
-    assert_error("sa_mask_plan: prefix: batch 1 of 1 has 9 keys, wanted at most 8",
+    assert_error("sa_mask_plan: mask: prefix: batch 1 of 1 has 9 keys, wanted at most 8",
       plan(construct("prefix", lengths {9}, 1), 0, -1, -1, 2, 1, 3, 8))
     local ids = sa.zeros({2, 6}, {dtype = "i32"})
     local documents = construct("documents", nil, ids.handle)
-    assert_error("sa_mask_plan: documents: has 2 rows of ids, wanted 1 or 3 (the batch)",
+    assert_error("sa_mask_plan: mask: documents has 2 rows of ids, wanted 1 or as many as batches: 3",
       plan(documents, 0, -1, -1, 3, 1, 6, 6))
-    assert_error("sa_mask_plan: documents: has ids of 6 keys, wanted 7", plan(documents, 0, -1, -1, 2, 1, 6, 7))
-    assert_error("sa_mask_plan: documents: has ids of 6 queries (the same as of keys), wanted 5",
+    assert_error("sa_mask_plan: mask: documents has ids of 6 keys, wanted 7", plan(documents, 0, -1, -1, 2, 1, 6, 7))
+    assert_error("sa_mask_plan: mask: documents has ids of 6 queries (the same as of keys), wanted 5",
       plan(documents, 0, -1, -1, 2, 1, 5, 6))
-    assert_error("sa_mask_plan: documents: has ids of 6 queries, wanted 5",
+    assert_error("sa_mask_plan: mask: documents has ids of 6 queries, wanted 5",
       plan(construct("documents", ids.handle, ids.handle), 0, -1, -1, 2, 1, 5, 6))
     local flags = sa.zeros({3, 1, 4, 5}, {dtype = "bool"})
-    assert_error("sa_mask_plan: dense: has shape [3,1,4,5], wanted [2,2,4,5], or 1 for any of its dims",
+    assert_error("sa_mask_plan: mask: dense has shape [3,1,4,5], wanted [2,2,4,5], or 1 for any of its dims",
       plan(construct("dense", flags.handle), 0, -1, -1, 2, 2, 4, 5))
-    assert_error("sa_mask_plan: blocks: has shape [3,1,4,5], wanted [3,2,3,5], or 1 for any of its dims",
+    assert_error("sa_mask_plan: mask: blocks has shape [3,1,4,5], wanted [3,2,3,5], or 1 for any of its dims",
       plan(construct("blocks", flags.handle, 4), 0, -1, -1, 3, 2, 12, 17))
     assert_error("sa_mask_plan: keys: are 274877906817, wanted at most 274877906816",
       plan(nil, 0, -1, -1, 1, 1, 1, 2 ^ 38 - 127))

@@ -122,7 +122,7 @@ static int add_expression(sa_terms *all, const sa_mask *root) {
 
 static int check_batch(const char *function, const sa_mask *mask, const char *what, int64_t batch) {
   if (mask->batch == 1 || mask->batch == batch) return SA_OK;
-  return sa_fail(SA_INVALID, function, "%s: has %lld %s, wanted 1 or %lld (the batch)", mask->name,
+  return sa_fail(SA_INVALID, function, "mask: %s has %lld %s, wanted 1 or as many as batches: %lld", mask->name,
                  (long long)mask->batch, what, (long long)batch);
 }
 
@@ -131,19 +131,20 @@ static int check_corners(const sa_terms *all, const sa_mask *mask) {
     const sa_corner corner = mask->corners[b];
     const bool keys = corner.keys > all->keys;
     if (!keys && (corner.inside == SA_UNBOUNDED || corner.inside <= all->queries)) continue;
-    return sa_fail(SA_INVALID, all->function, "%s: batch %lld of %lld has %lld %s, wanted at most %lld", mask->name,
-                   (long long)b + 1, (long long)mask->batch, (long long)(keys ? corner.keys : corner.inside),
-                   keys ? "keys" : "queries", (long long)(keys ? all->keys : all->queries));
+    return sa_fail(SA_INVALID, all->function, "mask: %s: batch %lld of %lld has %lld %s, wanted at most %lld",
+                   mask->name, (long long)b + 1, (long long)mask->batch,
+                   (long long)(keys ? corner.keys : corner.inside), keys ? "keys" : "queries",
+                   (long long)(keys ? all->keys : all->queries));
   }
   return SA_OK;
 }
 
 static int check_documents(const sa_terms *all, const sa_mask *mask) {
   if (mask->key_ids.count != all->keys)
-    return sa_fail(SA_INVALID, all->function, "documents: has ids of %lld keys, wanted %lld",
+    return sa_fail(SA_INVALID, all->function, "mask: documents has ids of %lld keys, wanted %lld",
                    (long long)mask->key_ids.count, (long long)all->keys);
   if (mask->query_ids.count != all->queries)
-    return sa_fail(SA_INVALID, all->function, "documents: has ids of %lld queries%s, wanted %lld",
+    return sa_fail(SA_INVALID, all->function, "mask: documents has ids of %lld queries%s, wanted %lld",
                    (long long)mask->query_ids.count, mask->shared ? " (the same as of keys)" : "",
                    (long long)all->queries);
   return SA_OK;
@@ -156,8 +157,8 @@ static int check_grid(const sa_terms *all, const sa_mask *mask, int64_t batch, i
                              all->keys / size + (all->keys % size != 0)};
   for (int k = 0; k < 4; k++)
     if (grid->shape[k] != 1 && grid->shape[k] != wanted[k])
-      return sa_fail(SA_INVALID, all->function, "%s: has shape %s, wanted %s, or 1 for any of its dims", mask->name,
-                     sa_describe_shape(4, grid->shape), sa_describe_shape(4, wanted));
+      return sa_fail(SA_INVALID, all->function, "mask: %s has shape %s, wanted %s, or 1 for any of its dims",
+                     mask->name, sa_describe_shape(4, grid->shape), sa_describe_shape(4, wanted));
   return SA_OK;
 }
 
