@@ -282,7 +282,7 @@ local cases = {
     {"keep", "true without a dim", "a dim", function() t:argmax(nil, {keep = true}) end},
     {"keep", "1", "true or false", function() t:argmax(1, {keep = 1}) end},
     {"options", "unknown option keepdim", "keep", function() t:argmax(1, {keepdim = true}) end},
-    {"x", "f32[0]", "something to choose from", function() sa.zeros({0}):argmax(1) end},
+    {"x", "f32[0] with nothing to choose from", "something", function() sa.zeros({0}):argmax(1) end},
   },
   backward = {
     {"t", "f32[2,3]", "one that requires grad", function() t:backward() end},

@@ -14,18 +14,18 @@ static int check_reduce(const char *function, int op, const sa_tensor *x, uint32
   if (op == SA_ARGMAX && (dims == 0 || (dims & (dims - 1))))
     return sa_fail(SA_INVALID, function, "dims: got %d dims, wanted one for argmax", __builtin_popcount(dims));
   if (op == SA_SUM || op == SA_MEAN) return SA_OK;
-  bool results = true;
-  int empty = -1;
+  bool results = true, choice = true;
   for (int dim = 0; dim < x->ndim; dim++) {
     if (x->shape[dim] > 0) continue;
     if (dims >> dim & 1)
-      empty = dim;
+      choice = false;
     else
       results = false;
   }
-  if (!results || empty < 0) return SA_OK;
-  return sa_fail(SA_INVALID, function, "x: got %s with nothing in dim %d, wanted something to choose from",
-                 sa_describe(x), empty);
+  if (!results || choice) return SA_OK;
+  return sa_fail(SA_INVALID, function,
+                 "x: got %s with nothing to choose from, wanted something in every dim that is reduced",
+                 sa_describe(x));
 }
 
 int sa_reduce(int op, const sa_tensor *x, uint32_t dims, bool keep, sa_tensor *y) {

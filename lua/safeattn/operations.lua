@@ -271,9 +271,6 @@ function operations.argmax(x, dim, options)
     return operations.add(reduced("argmax", lib.SA_ARGMAX, flat.handle, 1, false), 1)
   end
   dim = core.dim("argmax", "dim", dim, handle.ndim)
-  if handle.shape[dim] == 0 then
-    fail("argmax", nil, "x: got %s, wanted something to choose from in dim %d", core.describe(x), dim + 1)
-  end
   return operations.add(reduced("argmax", lib.SA_ARGMAX, handle, 2 ^ dim, keep), 1)
 end
 
