@@ -1,5 +1,7 @@
--- several Lua states in several threads of one process, at once
+-- several Lua states in several threads of one process, at once, and the pool's threads, awake and asleep
 
+local ffi = require "ffi"
+local sa = require "safeattn"
 local child = require "spec.child"
 
 local script = [[
@@ -60,4 +62,27 @@ describe("Lua states in threads", function()
       assert.equal("0 bytes in 0 blocks are left", output:match "%d+ bytes in %d+ blocks are left")
     end)
   end
+end)
+
+ffi.cdef "int usleep(unsigned microseconds);"
+
+describe("the pool of threads", function()
+  local before = sa.threads()
+
+  after_each(function() sa.threads(before) end)
+
+  it("computes the same however many it calls, and however long they have waited", function()
+    local x = sa.randn({1, 5, 130, 32}, {seed = 1})
+    sa.threads(1)
+    local alone = sa.forward(x, x, x)
+    local gradients = alone:backward(x)
+    for round = 1, 240 do
+      sa.threads(1 + round * 5 % 7)
+      -- awake, about to lie down, asleep
+      ffi.C.usleep(({0, 40, 60, 400})[1 + round % 4])
+      local run = sa.forward(x, x, x)
+      assert(sa.equal(alone.out, run.out))
+      for name, gradient in pairs(run:backward(x)) do assert(sa.equal(gradients[name], gradient), name) end
+    end
+  end)
 end)

@@ -1,10 +1,12 @@
 // a small pool of threads that survives fork, blocks signals and never changes a result
-#include <errno.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -14,27 +16,32 @@
 
 enum {
   MAX_WORKERS = 256,
-  SPIN_ROUNDS = 2000  // about 20 us: waking a sleeping thread costs as much (5 to 80 us measured)
+  // A worker that waits spins so long before it lies down: waking it takes 5 to 40 us (virtual machines).
+  SPIN_NANOSECONDS = 50000,
+  SPIN_ROUNDS = 64  // between two looks at the clock, some 1 to 3 us
 };
 
-// One job at a time. A worker that wakes takes part while `wanted` says so; the caller is worker 0. What workers wait
-// for, what they all write, and what the caller waits for lie on cache lines of their own.
+// Where a worker waits: CALLED while the caller wants it at a job that it has not joined.
+enum { IDLE, ASLEEP, CALLED, AT_WORK };
+typedef struct seat {
+  _Alignas(64) _Atomic uint32_t state;  // what the worker waits for is on a cache line of its own
+  atomic_int core;                      // that the worker joined its job on
+} seat;
+
+// One job at a time. The caller is worker 0; worker w sits at seats[w], and jobs for few call the first ones: these are
+// awake, and the others are left alone.
 static struct {
   pthread_mutex_t owner;  // held by the thread whose job runs
-  pthread_mutex_t lock;   // guards the sleepers
-  pthread_cond_t wake;
-  int started;          // threads besides the caller; changed under `owner`
-  atomic_int sleepers;  // changed under `lock`
-  _Alignas(64) atomic_uint generation;
-  sa_task task;
+  int started;            // threads besides the caller; changed under `owner`
+  _Alignas(64) sa_task task;
   void *argument;
   int64_t items;
   int helpers;  // workers besides the caller
   unsigned int float_modes;
-  _Alignas(64) atomic_llong next;
-  _Alignas(64) atomic_int wanted;  // workers that may still join this job
-  _Alignas(64) atomic_int left;    // that finished
-} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+  atomic_int core;                 // that the caller was on
+  _Alignas(64) atomic_llong next;  // item
+  seat seats[MAX_WORKERS];
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER};
 
 static _Thread_local bool inside_task;
 
@@ -44,6 +51,12 @@ static inline void relax(void) {
 #elif defined(__aarch64__)
   __asm__ volatile("yield");
 #endif
+}
+
+static int64_t nanoseconds(void) {
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
 }
 
 static void take_items(int worker) {
@@ -57,49 +70,54 @@ static void take_items(int worker) {
   inside_task = was_inside;
 }
 
-// Joins the job in hand unless it has all the workers that it wants.
-static void join_job(void) {
-  int wanted = atomic_load(&pool.wanted);
-  while (wanted > 0) {
-    if (!atomic_compare_exchange_weak(&pool.wanted, &wanted, wanted - 1)) continue;
-    const int worker = 1 + pool.helpers - wanted;
+static bool change(seat *at, uint32_t from, uint32_t to) {
+  return atomic_compare_exchange_strong(&at->state, &from, to);
+}
+
+// Spins a moment while a seat is in a state. A worker often wakes on the caller's own core, where one that spins keeps
+// the other from its work; but to let anyone else run would be to lose the core for milliseconds.
+static bool stays(const seat *at, uint32_t state, const atomic_int *core) {
+  for (int round = 0; round < SPIN_ROUNDS; round++) {
+    if (atomic_load_explicit(&at->state, memory_order_acquire) != state) return false;
+    relax();
+  }
+  if (sched_getcpu() == atomic_load_explicit(core, memory_order_relaxed)) sched_yield();
+  return true;
+}
+
+static void wait_for_call(seat *own) {
+  const int64_t start = nanoseconds();
+  do {
+    if (!stays(own, IDLE, &pool.core)) return;
+  } while (nanoseconds() - start < SPIN_NANOSECONDS);
+  if (!change(own, IDLE, ASLEEP)) return;
+  while (atomic_load(&own->state) == ASLEEP) {
+    syscall(SYS_futex, &own->state, FUTEX_WAIT_PRIVATE, ASLEEP, NULL, NULL, 0);
+  }
+}
+
+static void *work(void *argument) {
+  seat *own = argument;
+  const int worker = (int)(own - pool.seats);
+  for (;;) {
+    wait_for_call(own);
+    if (!change(own, CALLED, AT_WORK)) continue;
+    atomic_store_explicit(&own->core, sched_getcpu(), memory_order_relaxed);
 #if defined(__SSE__)
     // The caller's rounding and denormal modes, so that a result cannot depend on which thread computed it.
     _mm_setcsr(pool.float_modes);
 #endif
     take_items(worker);
-    atomic_fetch_add(&pool.left, 1);
-    return;
+    atomic_store_explicit(&own->state, IDLE, memory_order_release);
   }
-}
-
-static void *work(void *unused) {
-  unsigned seen = 0;
-  for (;;) {
-    int spin = 0;
-    while (atomic_load_explicit(&pool.generation, memory_order_acquire) == seen && spin++ < SPIN_ROUNDS) relax();
-    if (atomic_load(&pool.generation) == seen) {
-      pthread_mutex_lock(&pool.lock);
-      atomic_fetch_add(&pool.sleepers, 1);
-      while (atomic_load(&pool.generation) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
-      atomic_fetch_sub(&pool.sleepers, 1);
-      pthread_mutex_unlock(&pool.lock);
-    }
-    seen = atomic_load(&pool.generation);
-    join_job();
-  }
-  return unused;
+  return NULL;
 }
 
 // A forked child has none of its parent's threads, and may have copied a lock that one of them held.
 static void forget_threads(void) {
   pthread_mutex_init(&pool.owner, NULL);
-  pthread_mutex_init(&pool.lock, NULL);
-  pthread_cond_init(&pool.wake, NULL);
   pool.started = 0;
-  atomic_store(&pool.generation, 0);
-  atomic_store(&pool.wanted, 0);
-  atomic_store(&pool.sleepers, 0);
+  for (int worker = 0; worker < MAX_WORKERS; worker++) atomic_store(&pool.seats[worker].state, IDLE);
   inside_task = false;
 }
 
@@ -117,11 +135,31 @@ static void start_threads(int count) {
   pthread_sigmask(SIG_SETMASK, &all, &before);
   while (pool.started < count) {
     pthread_t thread;
-    if (pthread_create(&thread, NULL, work, NULL)) break;
+    if (pthread_create(&thread, NULL, work, &pool.seats[pool.started + 1])) break;
     pthread_detach(thread);
     pool.started++;
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+// Wakes those who sleep one by one: where each woke two more, four of them had all come 3 us later.
+static void call_helpers(void) {
+  for (int worker = 1; worker <= pool.helpers; worker++) {
+    seat *at = &pool.seats[worker];
+    if (atomic_exchange(&at->state, CALLED) != ASLEEP) continue;
+    syscall(SYS_futex, &at->state, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+  }
+}
+
+// Nobody may join any more; waits for those who did.
+static void dismiss_helpers(void) {
+  for (int worker = 1; worker <= pool.helpers; worker++) {
+    seat *at = &pool.seats[worker];
+    if (change(at, CALLED, IDLE)) continue;
+    for (int64_t start = nanoseconds(); stays(at, AT_WORK, &at->core);) {
+      if (nanoseconds() - start > SPIN_NANOSECONDS) sched_yield();
+    }
+  }
 }
 
 void sa_parallel(int workers, int64_t items, sa_task task, void *argument) {
@@ -132,35 +170,18 @@ void sa_parallel(int workers, int64_t items, sa_task task, void *argument) {
     return;
   }
   start_threads(workers - 1);
-  const int helpers = pool.started < workers - 1 ? pool.started : workers - 1;
   pool.task = task;
   pool.argument = argument;
   pool.items = items;
-  pool.helpers = helpers;
-  atomic_store(&pool.next, 0);
-  atomic_store(&pool.left, 0);
+  pool.helpers = pool.started < workers - 1 ? pool.started : workers - 1;
 #if defined(__SSE__)
   pool.float_modes = _mm_getcsr();
 #endif
-  atomic_store(&pool.wanted, helpers);
-  atomic_fetch_add(&pool.generation, 1);
-  // Whoever lies down after this looks at `generation` once more.
-  if (atomic_load(&pool.sleepers)) {
-    pthread_mutex_lock(&pool.lock);
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
-  }
-
+  atomic_store_explicit(&pool.core, sched_getcpu(), memory_order_relaxed);
+  atomic_store(&pool.next, 0);
+  call_helpers();
   take_items(0);
-  // Nobody may join any more; wait for those who did.
-  const int absent = atomic_exchange(&pool.wanted, 0);
-  const int came = helpers - absent;
-  for (int spin = 0; atomic_load(&pool.left) < came; spin++) {
-    if (spin < SPIN_ROUNDS)
-      relax();
-    else
-      sched_yield();
-  }
+  dismiss_helpers();
   pthread_mutex_unlock(&pool.owner);
 }
 
