@@ -181,8 +181,11 @@ local function gradients(fname, run, dout, dlse, wanted)
   a.dq, a.dk, a.dv, a.dbias, a.dsinks, a.dalibi = dq, dk, dv, dbias, dsinks, dalibi
   call(fname, lib.sa_backward, a)
   run[1], run[2] = false, false
-  return {dq = adopted(dq), dk = adopted(dk), dv = adopted(dv), dbias = adopted(dbias), dsinks = adopted(dsinks),
-    dalibi = adopted(dalibi)}
+  local made = {dq = adopted(dq), dk = adopted(dk), dv = adopted(dv)}
+  if dbias then made.dbias = adopt(dbias) end
+  if dsinks then made.dsinks = adopt(dsinks) end
+  if dalibi then made.dalibi = adopt(dalibi) end
+  return made
 end
 
 --- The gradients of everything that forward read.
