@@ -241,6 +241,32 @@ describe("what is visible reaches exactly who sees it:", function()
     end
   end)
 
+  it("nothing, where a bias hides one key from all, however many queries there are", function()
+    for _, dtype in ipairs(dtypes) do
+      for _, engine in ipairs(cases.engines) do
+        cases.with(engine, function()
+          local of = {dtype = dtype, device = engine.device, seed = 1}
+          for _, queries in ipairs {1, 18, 40, 130} do
+            local q, k, v = sa.randn({queries, 8}, of), sa.randn({20, 8}, of), sa.randn({20, 8}, of)
+            local bias = sa.zeros({1, 20}, {dtype = dtype, device = engine.device})
+            bias:set(1, 3, -inf)
+            k:select(1, 3):fill(nan)
+            v:select(1, 3):fill(inf)
+            local run = sa.forward(q, k, v, {backend = engine.backend, bias = bias})
+            for name, gradient in pairs(run:backward(q)) do
+              local what = name .. " " .. queries .. " " .. dtype .. " " .. run.kernel
+              assert.equal(0, gradient:stats().nan, what)
+              if name ~= "dq" then
+                local key = name == "dbias" and gradient:select(2, 3) or gradient:select(1, 3)
+                assert.equal(key:numel(), key:stats().zero, what)
+              end
+            end
+          end
+        end)
+      end
+    end
+  end)
+
   it("a NaN row stays one where dropout keeps none of its weights", function()
     for _, dtype in ipairs(dtypes) do
       for _, engine in ipairs(cases.engines) do
