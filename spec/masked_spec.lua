@@ -208,6 +208,26 @@ describe("what is visible reaches exactly who sees it:", function()
     end
   end
 
+  it("Inf that meets Inf in a score: it has its sign, and is finite under a softcap", function()
+    for _, dtype in ipairs(dtypes) do
+      for _, mask in ipairs {"dense", "causal"} do
+        local c = cases.complete {dtype = dtype, batch = 1, heads = 2, key_heads = 1, queries = 70, keys = 150,
+          width = 24, mask = mask, softcap = 3}
+        local clean = cases.operands(c)
+        local o = cloned(clean)
+        o.q:set(1, 1, 40, 5, inf)
+        o.k:set(1, 1, 20, 5, -inf)
+        o.k:set(1, 1, 33, 5, inf)
+        local definition = cases.oracle(c, o)
+        assert.equal(0, definition.out:stats().nan)
+        for _, engine in ipairs(cases.engines) do
+          local problem = cases.compare(c, clean, engine, cases.run(c, o, engine), definition)
+          if problem then error(cases.line(c, engine) .. ": " .. problem, 0) end
+        end
+      end
+    end
+  end)
+
   it("visible scores that all overflow to -inf make a NaN row, not a dead one", function()
     for _, dtype in ipairs(dtypes) do
       local x = dtype == "f16" and 65504 or largest[dtype]

@@ -39,8 +39,10 @@ struct products_f32 {
     return __uint_as_float((254u << 23) - __float_as_uint(scale));
   }
 
-  // NaN and Inf make small NaN. CAREFUL: they are the small part, which meets the big one of the other factor alone:
-  // its small one may be 0, or of the other sign. (Inf times Inf is NaN then.)
+  // NaN and Inf make small NaN. CAREFUL: they are the small part, which meets the big one of the other factor alone, as
+  // its small one may be 0, or of the other sign. Beside them the big part is 1 with their sign, for an Inf of the
+  // other factor to meet; what it adds to finite numbers is finite, in sums that are Inf or NaN, or 0 where a pair is
+  // masked.
   template <bool CAREFUL>
   static __device__ __forceinline__ void split(float low, float high, uint32_t &big, uint32_t &small) {
     union {
@@ -48,7 +50,7 @@ struct products_f32 {
       uint32_t bits;
     } x, y;
     const bool low_finite = !CAREFUL || is_finite(low), high_finite = !CAREFUL || is_finite(high);
-    x.pair = __floats2half2_rn(low_finite ? low : 0, high_finite ? high : 0);
+    x.pair = __floats2half2_rn(low_finite ? low : copysignf(1, low), high_finite ? high : copysignf(1, high));
     y.pair = __floats2half2_rn(low - __low2float(x.pair), high - __high2float(x.pair));
     big = x.bits, small = y.bits;
   }
