@@ -42,14 +42,13 @@ static inline int backward_grid(int64_t blocks, unsigned *grid) {
 
 // The shapes of the kernels of one dtype and width. KEY_ and QUERY_STEP are what one step takes of the other side.
 template <class Products, int WIDTH_, int KEY_WARPS_, int KEY_STEP_, int KEY_STAGES_, int QUERY_WARPS_, int QUERY_STEP_,
-          int QUERY_STAGES_, int KEY_SLICE_, int QUERY_SLICE_, int QUERY_FOLD_ = 1>
+          int QUERY_STAGES_, int KEY_SLICE_, int QUERY_SLICE_>
 struct backward_shape {
   typedef Products products;
   static constexpr int ROW = WIDTH_ * (int)sizeof(typename Products::element);
   static constexpr int KEY_WARPS = KEY_WARPS_, KEY_STEP = KEY_STEP_, KEY_STAGES = KEY_STAGES_,
                        QUERY_WARPS = QUERY_WARPS_, QUERY_STEP = QUERY_STEP_, QUERY_STAGES = QUERY_STAGES_;
-  // Times 16 queries of a warp: twice halve how often K and V are read from shared memory.
-  static constexpr int QUERY_FOLD = QUERY_FOLD_, QUERIES = 16 * QUERY_FOLD * QUERY_WARPS;
+  static constexpr int QUERIES = 16 * QUERY_WARPS;
   // Columns of gradients that a block has in its registers; blocks share the width when they are fewer.
   static constexpr int KEY_SLICE = KEY_SLICE_, QUERY_SLICE = QUERY_SLICE_;
   static constexpr int KEY_SLICES = WIDTH_ / KEY_SLICE, QUERY_SLICES = WIDTH_ / QUERY_SLICE;
@@ -77,8 +76,8 @@ static int launch_queries(const backward_job &job, const backward_rows<typename 
   const int status = backward_grid(blocks, &grid);
   if (status || !grid) return status;
   return sa_cuda_launch(backward_name,
-                        backward_queries<typename C::products, C::ROW, C::QUERY_FOLD, C::QUERY_WARPS, C::QUERY_STEP,
-                                         C::QUERY_STAGES, C::QUERY_SLICE, GENERAL>,
+                        backward_queries<typename C::products, C::ROW, C::QUERY_WARPS, C::QUERY_STEP, C::QUERY_STAGES,
+                                         C::QUERY_SLICE, GENERAL>,
                         dim3(grid), dim3(32 * C::QUERY_WARPS), room::BYTES, job.stream, job.p, job.plan, rows,
                         job.aligned);
 }

@@ -48,8 +48,8 @@ static __device__ __forceinline__ void make_bases(const sa_problem &p, const sa_
       __syncthreads();
     }
     uint32_t visible = block.template visible<BLOCKS>(warp, pattern, offset);
-    Real product[1][BLOCKS][4], slope[BLOCKS][4], (&s)[BLOCKS][4] = product[0];
-    multiply_rows<P, ROW, false>(product, queries, query_scale, warp * 16, keys, key_scale);
+    Real s[BLOCKS][4], slope[BLOCKS][4];
+    multiply_rows<P, ROW, false>(s, queries, query_scale, warp * 16, keys, key_scale);
     make_scores<false>(rule, s, slope, query, first + 2 * t, visible);
 #pragma unroll
     for (int half = 0; half < 2; half++) {

@@ -83,16 +83,16 @@ static __global__ void __launch_bounds__(32 * WARPS)
       __syncthreads();
     }
     const int64_t query = first_query + warp * 16 + g, key = first_key + 2 * t;
-    lane_rows<Real> mine[1];
-    mine[0].read(rows, (batch * p.heads + head) * rows.padded + query);
-    uint32_t visible[1] = {block.template visible<BLOCKS>(warp, pattern, offset)};
-    Real ds[1][BLOCKS][4], slope[1][BLOCKS][4];
+    lane_rows<Real> mine;
+    mine.read(rows, (batch * p.heads + head) * rows.padded + query);
+    uint32_t visible = block.template visible<BLOCKS>(warp, pattern, offset);
+    Real ds[BLOCKS][4], slope[BLOCKS][4];
     differentiate_step<P, ROW, true>(p, score_rule_of<Real>(p, batch, head), mine, queries, douts, keys, values, scales,
                                      batch, head, query, key, false, visible, ds, slope);
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) total[n][i] += ds[0][n][i];
+      for (int i = 0; i < 4; i++) total[n][i] += ds[n][i];
   }
 
   // Through shared memory, where sums over queries and keys are made in order.

@@ -97,7 +97,7 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
     }
   };
 
-  Real dk[1][SLICE / 8][4], dv[1][SLICE / 8][4];
+  Real dk[SLICE / 8][4], dv[SLICE / 8][4];
 
   const auto compute = [&](const key_step &step, char *stage, bool careful) {
     char *const queries = stage, *const douts = stage + room::STEP_TILE;
@@ -113,19 +113,19 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
     if (BLOCKS < 8) visible &= (1u << (4 * BLOCKS & 31)) - 1;
     // To keys that a warp's queries see nothing of, nothing is added.
     const bool idle = step.pattern != SA_FULL && !__any_sync(~0u, visible != 0);
-    Real weights[1][BLOCKS][4], ds[1][BLOCKS][4];
+    Real weights[BLOCKS][4], ds[BLOCKS][4];
     if (!idle) {
       const score_rule<Real> rule = score_rule_of<Real>(p, batch, step.head);
       Real slope[GENERAL ? BLOCKS : 1][4];
       multiply_rows<P, ROW, true>(weights, keys, key_scale, warp * 16, queries, query_scale);
       const bool full = step.pattern == SA_FULL;
       make_weights<GENERAL, true>(
-          rule, weights[0], slope, query, key, visible, full, coarse, [&](int n, int i) { return base[8 * n + i % 2]; },
+          rule, weights, slope, query, key, visible, full, coarse, [&](int n, int i) { return base[8 * n + i % 2]; },
           [&](int n, int i) { return factor[8 * n + i % 2]; });
       uint32_t kept = ~0u;
       if (GENERAL && p.dropout > 0) kept = kept_pairs<true, BLOCKS>(dropout_rule_of(p, batch, step.head), query, key);
       multiply_rows<P, ROW, true>(ds, values, value_scale, warp * 16, douts, dout_scale);
-      differentiate_weights<GENERAL>(weights[0], ds[0], visible, full, kept, more,
+      differentiate_weights<GENERAL>(weights, ds, visible, full, kept, more,
                                      [&](int n, int i) { return delta[8 * n + i % 2]; });
       if constexpr (GENERAL) {
 #pragma unroll
@@ -133,8 +133,8 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             // A masked pair may hold NaN in its slope.
-            if (p.softcap > 0) ds[0][n][i] = visible >> (4 * n + i) & 1 ? ds[0][n][i] * slope[n][i] : 0;
-            weights[0][n][i] = kept >> (4 * n + i) & 1 ? weights[0][n][i] * more : 0;
+            if (p.softcap > 0) ds[n][i] = visible >> (4 * n + i) & 1 ? ds[n][i] * slope[n][i] : 0;
+            weights[n][i] = kept >> (4 * n + i) & 1 ? weights[n][i] * more : 0;
           }
       }
     }
@@ -149,8 +149,8 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
     if (idle) return;
     // Before the rest, so that the pairs need not be kept in registers.
     if (careful) {
-      give_nonfinite<P, SLICE>(dv[0], weights[0], visible, bad_dout, dout_source(step.head), step.first, column);
-      give_nonfinite<P, SLICE>(dk[0], ds[0], visible, bad_query, query_source(step.head), step.first, column);
+      give_nonfinite<P, SLICE>(dv, weights, visible, bad_dout, dout_source(step.head), step.first, column);
+      give_nonfinite<P, SLICE>(dk, ds, visible, bad_query, query_source(step.head), step.first, column);
     }
     multiply_columns<P, ROW, SLICE>(dv, weights, douts, dout_scale, column, careful);
     multiply_columns<P, ROW, SLICE>(dk, ds, queries, query_scale, column, careful);
@@ -215,8 +215,8 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
     if (careful || !(masked || P::SPLIT) || !__syncthreads_or(!all_finite(dk) || !all_finite(dv))) break;
   }
   const int64_t row = first_key + warp * 16;
-  if (p.dk.data) write_rows<Element>(p.dk, batch, key_head, row, p.keys, p.width, column, (Real)p.scale, dk[0]);
-  if (p.dv.data) write_rows<Element>(p.dv, batch, key_head, row, p.keys, p.value_width, column, (Real)1, dv[0]);
+  if (p.dk.data) write_rows<Element>(p.dk, batch, key_head, row, p.keys, p.width, column, (Real)p.scale, dk);
+  if (p.dv.data) write_rows<Element>(p.dv, batch, key_head, row, p.keys, p.value_width, column, (Real)1, dv);
 }
 
 template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>

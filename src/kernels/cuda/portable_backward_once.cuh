@@ -466,7 +466,7 @@ struct once_job {
     for (int f = 0; f < 2; f++)
       write_rows<Element>(p.dq, batch, head, first_of(step) + queries_at + 16 * f, p.queries, p.width, query_column,
                           (float)p.scale, dq[f]);
-    if (!CAREFUL && !all_finite(dq)) sums.bad_query[mine.chunk] = *sums.flagged = 1;
+    if (!CAREFUL && !(all_finite(dq[0]) && all_finite(dq[1]))) sums.bad_query[mine.chunk] = *sums.flagged = 1;
   }
 
   // A step, whose Q and dO have come; those of step `later` are called for.
@@ -548,7 +548,8 @@ struct once_job {
       if (p.dk.data) write_rows<Element>(p.dk, batch, key_head, row, p.keys, p.width, column, (float)p.scale, dk[f]);
       if (p.dv.data) write_rows<Element>(p.dv, batch, key_head, row, p.keys, p.value_width, column, 1.f, dv[f]);
     }
-    if (!CAREFUL && masked && !(all_finite(dk) && all_finite(dv))) sums.bad_key[job] = *sums.flagged = 1;
+    if (!CAREFUL && masked && !(all_finite(dk[0]) && all_finite(dk[1]) && all_finite(dv[0]) && all_finite(dv[1])))
+      sums.bad_key[job] = *sums.flagged = 1;
   }
 };
 

@@ -3,21 +3,20 @@
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_PRODUCTS_CUH
 #include "kernels/cuda/portable_split.cuh"
 
-// c = a b^T: FOLD times 16 rows of one tile from `row` on, against all rows of another. SWAPPED: the forward makes it
-// the other way round; the bits are the same.
-template <class P, int ROW, bool SWAPPED, int FOLD, int BLOCKS>
-static __device__ __forceinline__ void multiply_rows(typename P::real (&c)[FOLD][BLOCKS][4], const char *own,
+// c = a b^T: 16 rows of one tile from `row` on, against all rows of another. SWAPPED: the forward makes it the other
+// way round; the bits are the same.
+template <class P, int ROW, bool SWAPPED, int BLOCKS>
+static __device__ __forceinline__ void multiply_rows(typename P::real (&c)[BLOCKS][4], const char *own,
                                                      const float *own_scale, int row, const char *other,
                                                      const float *other_scale) {
   constexpr int STEPS = ROW / (int)sizeof(typename P::element) / P::DEPTH;
-  typename P::sum sum[FOLD][BLOCKS];
+  typename P::sum sum[BLOCKS];
   clear_sum(sum);
 #pragma unroll 4
   for (int step = 0; step < STEPS; step++) {
-    typename P::left a[FOLD];
+    typename P::left a;
     typename P::right b[BLOCKS];
-#pragma unroll
-    for (int f = 0; f < FOLD; f++) P::template left_rows<ROW>(a[f], own + row * ROW, 16 * f, step);
+    P::template left_rows<ROW>(a, own + row * ROW, 0, step);
 #pragma unroll
     for (int n = 0; n < BLOCKS; n += 2) {
       typename P::right pair[2];
@@ -27,49 +26,40 @@ static __device__ __forceinline__ void multiply_rows(typename P::real (&c)[FOLD]
 #pragma unroll
     for (int term = 0; term < P::TERMS; term++)
 #pragma unroll
-      for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-        for (int f = 0; f < FOLD; f++) P::template multiply_term<SWAPPED>(sum[f][n], a[f], b[n], term);
+      for (int n = 0; n < BLOCKS; n++) P::template multiply_term<SWAPPED>(sum[n], a, b[n], term);
   }
   const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int f = 0; f < FOLD; f++)
+  for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-    for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        c[f][n][i] = unsplit<P>(sum[f][n].value(i), own_scale, row + 16 * f + lane / 4 + i / 2 * 8, other_scale,
-                                8 * n + 2 * (lane & 3) + i % 2);
+    for (int i = 0; i < 4; i++)
+      c[n][i] = unsplit<P>(sum[n].value(i), own_scale, row + lane / 4 + i / 2 * 8, other_scale,
+                           8 * n + 2 * (lane & 3) + i % 2);
 }
 
 // to += pairs rows: accumulator blocks against all rows of a tile, for SLICE of its columns from `column` on.
-template <class P, int ROW, int SLICE, int FOLD, int BLOCKS>
-static __device__ __forceinline__ void multiply_columns(typename P::real (&to)[FOLD][SLICE / 8][4],
-                                                        const typename P::real (&pairs)[FOLD][BLOCKS][4],
-                                                        const char *tile, const float *scale, int column,
-                                                        bool careful) {
+template <class P, int ROW, int SLICE, int BLOCKS>
+static __device__ __forceinline__ void multiply_columns(typename P::real (&to)[SLICE / 8][4],
+                                                        const typename P::real (&pairs)[BLOCKS][4], const char *tile,
+                                                        const float *scale, int column, bool careful) {
   constexpr int STEPS = BLOCKS * 8 / P::DEPTH;
-  typename P::left a[FOLD][STEPS];
-  typename P::real unit[FOLD][2];
-#pragma unroll
-  for (int f = 0; f < FOLD; f++)
-    if (P::SPLIT && careful)
-      left_of_blocks<P, BLOCKS, P::SPLIT>(a[f], pairs[f], scale + 2 * (threadIdx.x & 3), unit[f]);
-    else
-      left_of_blocks<P, BLOCKS, false>(a[f], pairs[f], scale + 2 * (threadIdx.x & 3), unit[f]);
+  typename P::left a[STEPS];
+  typename P::real unit[2];
+  if (P::SPLIT && careful)
+    left_of_blocks<P, BLOCKS, P::SPLIT>(a, pairs, scale + 2 * (threadIdx.x & 3), unit);
+  else
+    left_of_blocks<P, BLOCKS, false>(a, pairs, scale + 2 * (threadIdx.x & 3), unit);
   // Sums that are made side by side: a product waits for the one before it of the same sum, 30 cycles or so.
-  constexpr int ABREAST = (P::FRESH ? 4 : 8) / FOLD;
+  constexpr int ABREAST = P::FRESH ? 4 : 8;
 #pragma unroll
   for (int first = 0; first < SLICE / 8; first += ABREAST) {
-    typename P::sum sum[FOLD][ABREAST];
+    typename P::sum sum[ABREAST];
     clear_sum(sum);
     if constexpr (!P::FRESH) {
 #pragma unroll
-      for (int f = 0; f < FOLD; f++)
+      for (int n = 0; n < ABREAST; n++)
 #pragma unroll
-        for (int n = 0; n < ABREAST; n++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) sum[f][n].d[i] = to[f][first + n][i];
+        for (int i = 0; i < 4; i++) sum[n].d[i] = to[first + n][i];
     }
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
@@ -83,18 +73,13 @@ static __device__ __forceinline__ void multiply_columns(typename P::real (&to)[F
 #pragma unroll
       for (int term = 0; term < P::TERMS; term++)
 #pragma unroll
-        for (int n = 0; n < ABREAST; n++)
-#pragma unroll
-          for (int f = 0; f < FOLD; f++) P::template multiply_term<false>(sum[f][n], a[f][step], b[n], term);
+        for (int n = 0; n < ABREAST; n++) P::template multiply_term<false>(sum[n], a[step], b[n], term);
     }
 #pragma unroll
-    for (int f = 0; f < FOLD; f++)
+    for (int n = 0; n < ABREAST; n++)
 #pragma unroll
-      for (int n = 0; n < ABREAST; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          to[f][first + n][i] =
-              P::FRESH ? to[f][first + n][i] + sum[f][n].value(i) * unit[f][i / 2] : sum[f][n].value(i);
+      for (int i = 0; i < 4; i++)
+        to[first + n][i] = P::FRESH ? to[first + n][i] + sum[n].value(i) * unit[i / 2] : sum[n].value(i);
   }
 }
 
@@ -146,15 +131,13 @@ static __device__ __forceinline__ void give_nonfinite(typename P::real (&to)[SLI
   memcpy(to, gift.to, sizeof gift.to);
 }
 
-template <class Real, int FOLD, int BLOCKS>
-static __device__ __forceinline__ bool all_finite(const Real (&x)[FOLD][BLOCKS][4]) {
+template <class Real, int BLOCKS>
+static __device__ __forceinline__ bool all_finite(const Real (&x)[BLOCKS][4]) {
   bool finite = true;
 #pragma unroll
-  for (int f = 0; f < FOLD; f++)
+  for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-    for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) finite = finite && is_finite(x[f][n][i]);
+    for (int i = 0; i < 4; i++) finite = finite && is_finite(x[n][i]);
   return finite;
 }
 

@@ -93,46 +93,42 @@ struct query_scales {
   }
 };
 
-// dS of one step into `ds`: its products from the rows of Q and dO at `own`, and of K and V at `keys` and `values`. A
-// warp has FOLD groups of 16 queries, the first element of its lane is (query, key).
-template <class P, int ROW, bool GENERAL, int FOLD, int BLOCKS>
-static __device__ __forceinline__ void differentiate_step(
-    const sa_problem &p, const score_rule<typename P::real> &rule, const lane_rows<typename P::real> (&rows)[FOLD],
-    const char *queries, const char *douts, const char *keys, const char *values, const query_scales &scales,
-    int64_t batch, int64_t head, int64_t query, int64_t key, bool full, uint32_t (&visible)[FOLD],
-    typename P::real (&ds)[FOLD][BLOCKS][4], typename P::real (&slope)[FOLD][GENERAL ? BLOCKS : 1][4]) {
+// dS of one step into `ds`: its products from the rows of Q and dO at `own`, and of K and V at `keys` and `values`. The
+// first element of a lane is (query, key).
+template <class P, int ROW, bool GENERAL, int BLOCKS>
+static __device__ __forceinline__ void differentiate_step(const sa_problem &p, const score_rule<typename P::real> &rule,
+                                                          const lane_rows<typename P::real> &rows, const char *queries,
+                                                          const char *douts, const char *keys, const char *values,
+                                                          const query_scales &scales, int64_t batch, int64_t head,
+                                                          int64_t query, int64_t key, bool full, uint32_t &visible,
+                                                          typename P::real (&ds)[BLOCKS][4],
+                                                          typename P::real (&slope)[GENERAL ? BLOCKS : 1][4]) {
   typedef typename P::real Real;
-  const int row = threadIdx.x / 32 * 16 * FOLD;
-  Real s[FOLD][BLOCKS][4];
+  const int row = threadIdx.x / 32 * 16;
+  Real s[BLOCKS][4];
   multiply_rows<P, ROW, false>(s, queries, scales.query, row, keys, scales.key);
-#pragma unroll
-  for (int f = 0; f < FOLD; f++)
-    make_weights<GENERAL, false>(
-        rule, s[f], slope[f], query + 16 * f, key, visible[f], full, rows[f].coarse,
-        [&](int, int i) { return rows[f].base[i / 2]; }, [&](int, int i) { return rows[f].factor[i / 2]; });
+  make_weights<GENERAL, false>(
+      rule, s, slope, query, key, visible, full, rows.coarse, [&](int, int i) { return rows.base[i / 2]; },
+      [&](int, int i) { return rows.factor[i / 2]; });
   multiply_rows<P, ROW, false>(ds, douts, scales.dout, row, values, scales.value);
-#pragma unroll
-  for (int f = 0; f < FOLD; f++) {
-    uint32_t kept = ~0u;
-    Real more = 1;
-    if (GENERAL && p.dropout > 0) {
-      kept = kept_pairs<false, BLOCKS>(dropout_rule_of(p, batch, head), query + 16 * f, key);
-      more = (Real)(1 / (1 - p.dropout));
-    }
-    differentiate_weights<GENERAL>(s[f], ds[f], visible[f], full, kept, more,
-                                   [&](int, int i) { return rows[f].delta[i / 2]; });
+  uint32_t kept = ~0u;
+  Real more = 1;
+  if (GENERAL && p.dropout > 0) {
+    kept = kept_pairs<false, BLOCKS>(dropout_rule_of(p, batch, head), query, key);
+    more = (Real)(1 / (1 - p.dropout));
   }
+  differentiate_weights<GENERAL>(s, ds, visible, full, kept, more, [&](int, int i) { return rows.delta[i / 2]; });
 }
 
-// dQ of block `index`: 16 FOLD WARPS queries of a head, SLICE columns of it, and their shares of dAlibi; from STEP keys
-// at a time.
-template <class P, int ROW, int FOLD, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
+// dQ of block `index`: 16 WARPS queries of a head, SLICE columns of it, and their shares of dAlibi; from STEP keys at a
+// time.
+template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
 static __device__ __forceinline__ void make_query_gradients(const sa_problem &p, const sa_device_plan &plan,
                                                             const backward_rows<typename P::real> &rows,
                                                             const backward_aligned &aligned, int64_t index) {
   typedef typename P::real Real;
   typedef typename P::element Element;
-  constexpr int THREADS = 32 * WARPS, OWN = 16 * FOLD * WARPS, BLOCKS = STEP / 8, EACH = sizeof(Element),
+  constexpr int THREADS = 32 * WARPS, OWN = 16 * WARPS, BLOCKS = STEP / 8, EACH = sizeof(Element),
                 SLICES = ROW / EACH / SLICE;
   typedef query_room<P, ROW, OWN, STEP, STAGES> room;
   char *const shared = dynamic_shared<char>();
@@ -140,7 +136,7 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
 
   const int64_t blocks = (int64_t)plan.row_tiles * (SA_TILE / OWN), item = index / SLICES, head = item / blocks;
   const int column = (int)(index % SLICES) * SLICE;
-  query_block<FOLD * WARPS> block;
+  query_block<WARPS> block;
   block.find(plan, head / p.heads, head % p.heads, item % blocks);
   if (block.first >= p.queries) return;
   const int64_t key_head = block.head / (p.heads / p.key_heads);
@@ -155,10 +151,9 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
   if (!p.dout.data) dout_source.rows = 0;
   const query_scales scales(shared + room::SCALES_AT, OWN, STEP);
 
-  const int64_t query = block.first + warp * 16 * FOLD + g;
-  lane_rows<Real> mine[FOLD];
-#pragma unroll
-  for (int f = 0; f < FOLD; f++) mine[f].read(rows, head * rows.padded + query + 16 * f);
+  const int64_t query = block.first + warp * 16 + g;
+  lane_rows<Real> mine;
+  mine.read(rows, head * rows.padded + query);
   const score_rule<Real> rule = score_rule_of<Real>(p, block.batch, block.head);
   const auto some = [&](int pattern, int offset) { return block.template some<STEP>(pattern, offset); };
   const auto load = [&](int64_t first, char *stage) {
@@ -166,40 +161,34 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
     load_tile<Element, ROW, STEP, THREADS>(stage + room::STEP_TILE, value_source, first, thread);
   };
 
-  Real dq[FOLD][SLICE / 8][4];
-  double slope_share[FOLD][2] = {};
+  Real dq[SLICE / 8][4];
+  double slope_share[2] = {};
   const auto compute = [&](int64_t first, int pattern, int offset, char *keys, bool careful) {
-    uint32_t visible[FOLD], any = 0;
-#pragma unroll
-    for (int f = 0; f < FOLD; f++) any |= visible[f] = block.template visible<BLOCKS>(FOLD * warp + f, pattern, offset);
-    const bool idle = pattern != SA_FULL && !__any_sync(~0u, any != 0);
-    Real ds[FOLD][BLOCKS][4];
+    uint32_t visible = block.template visible<BLOCKS>(warp, pattern, offset);
+    const bool idle = pattern != SA_FULL && !__any_sync(~0u, visible != 0);
+    Real ds[BLOCKS][4];
     if (!idle) {
-      Real slope[FOLD][GENERAL ? BLOCKS : 1][4];
+      Real slope[GENERAL ? BLOCKS : 1][4];
       const int64_t key = first + 2 * t;
       differentiate_step<P, ROW, GENERAL>(p, rule, mine, queries, douts, keys, keys + room::STEP_TILE, scales,
                                           block.batch, block.head, query, key, pattern == SA_FULL, visible, ds, slope);
       if constexpr (GENERAL) {
+        if (rows.slope_share) {
+          Real share[2] = {0, 0};
 #pragma unroll
-        for (int f = 0; f < FOLD; f++) {
-          if (rows.slope_share) {
-            Real share[2] = {0, 0};
+          for (int n = 0; n < BLOCKS; n++) {
+            const Real apart = alibi_apart(rule, query, key + 8 * n);
 #pragma unroll
-            for (int n = 0; n < BLOCKS; n++) {
-              const Real apart = alibi_apart(rule, query + 16 * f, key + 8 * n);
-#pragma unroll
-              for (int i = 0; i < 4; i++) share[i / 2] -= alibi_distance<false>(apart, i) * ds[f][n][i];
-            }
-            slope_share[f][0] += share[0];
-            slope_share[f][1] += share[1];
+            for (int i = 0; i < 4; i++) share[i / 2] -= alibi_distance<false>(apart, i) * ds[n][i];
           }
-          if (p.softcap > 0) {
+          slope_share[0] += share[0];
+          slope_share[1] += share[1];
+        }
+        if (p.softcap > 0) {
 #pragma unroll
-            for (int n = 0; n < BLOCKS; n++)
+          for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-              for (int i = 0; i < 4; i++)
-                ds[f][n][i] = visible[f] >> (4 * n + i) & 1 ? ds[f][n][i] * slope[f][n][i] : 0;
-          }
+            for (int i = 0; i < 4; i++) ds[n][i] = visible >> (4 * n + i) & 1 ? ds[n][i] * slope[n][i] : 0;
         }
       }
     }
@@ -211,9 +200,7 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
       __syncthreads();
     }
     if (idle) return;
-    if (careful)
-#pragma unroll
-      for (int f = 0; f < FOLD; f++) give_nonfinite<P, SLICE>(dq[f], ds[f], visible[f], bad, key_source, first, column);
+    if (careful) give_nonfinite<P, SLICE>(dq, ds, visible, bad, key_source, first, column);
     multiply_columns<P, ROW, SLICE>(dq, ds, keys, scales.key, column, careful);
   };
 
@@ -265,28 +252,24 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
     if (careful || !(masked || P::SPLIT) || !__syncthreads_or(!all_finite(dq))) break;
   }
   if (p.dq.data)
-#pragma unroll
-    for (int f = 0; f < FOLD; f++)
-      write_rows<Element>(p.dq, block.batch, block.head, block.first + (warp * FOLD + f) * 16, p.queries, p.width,
-                          column, (Real)p.scale, dq[f]);
+    write_rows<Element>(p.dq, block.batch, block.head, block.first + warp * 16, p.queries, p.width, column,
+                        (Real)p.scale, dq);
   if constexpr (GENERAL) {
     if (!rows.slope_share || column) return;
 #pragma unroll
-    for (int f = 0; f < FOLD; f++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const double share = over_quad_sum(slope_share[f][half]);
-        if (t == 0) rows.slope_share[head * rows.padded + query + 16 * f + 8 * half] = (Real)share;
-      }
+    for (int half = 0; half < 2; half++) {
+      const double share = over_quad_sum(slope_share[half]);
+      if (t == 0) rows.slope_share[head * rows.padded + query + 8 * half] = (Real)share;
+    }
   }
 }
 
-template <class P, int ROW, int FOLD, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
+template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
 static __global__ void __launch_bounds__(32 * WARPS)
     backward_queries(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
                      const __grid_constant__ backward_rows<typename P::real> rows,
                      const __grid_constant__ backward_aligned aligned) {
-  make_query_gradients<P, ROW, FOLD, WARPS, STEP, STAGES, SLICE, GENERAL>(p, plan, rows, aligned, blockIdx.x);
+  make_query_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL>(p, plan, rows, aligned, blockIdx.x);
 }
 
 #endif

@@ -77,7 +77,7 @@ static __global__ void __launch_bounds__(32 * SMALL_WARPS)
     make_key_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(p, plan, own, aligned,
                                                                                           head * blocks.keys + place);
   else
-    make_query_gradients<P, ROW, 1, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(
+    make_query_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(
         p, plan, own, aligned, head * blocks.queries + place - blocks.keys);
 }
 
