@@ -148,22 +148,40 @@ double sa_measure_peak(int dtype) {
 
 enum { READ_PIECE = 1 << 20, READ_PIECES = 512 };  // more than caches hold
 
-static void read_piece(void *memory, int64_t piece, int worker) {
-  kernels_for(SA_F32)->read_memory((const char *)memory + piece * READ_PIECE, READ_PIECE);
+typedef struct reading {
+  const char *memory;
+  int places;
+} reading;
+
+static void read_piece(void *argument, int64_t piece, int worker) {
+  const reading *job = argument;
+  kernels_for(SA_F32)->read_memory(job->memory + piece * READ_PIECE, READ_PIECE, job->places);
 }
 
-double sa_measure_read(void) {
-  void *memory = sa_allocate(__func__, (int64_t)READ_PIECE * READ_PIECES);
-  if (!memory) return 0;
-  memset(memory, 1, (size_t)READ_PIECE * READ_PIECES);
+// How fast the calling thread's threads read it together, each in so many places at once; best of several times.
+static double read_rate(const char *memory, int places) {
   double best = 0;
   for (int attempt = 0; attempt < 5; attempt++) {
     struct timespec from, to;
     clock_gettime(CLOCK_MONOTONIC, &from);
-    sa_parallel(sa_threads(0), READ_PIECES, read_piece, memory);
+    sa_parallel(sa_threads(0), READ_PIECES, read_piece, &(reading){memory, places});
     clock_gettime(CLOCK_MONOTONIC, &to);
     const double seconds = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
     const double rate = (double)READ_PIECE * READ_PIECES / seconds;
+    if (rate > best) best = rate;
+  }
+  return best;
+}
+
+// A core's prefetchers follow several places at once, and then wait less at the ends of pages: on an Ice Lake it reads
+// 13 GB/s in one place, 14.6 in 4, 16.8 in 16, 16.1 in 32. Calling for lines ahead changed none of these.
+double sa_measure_read(void) {
+  char *memory = sa_allocate(__func__, (int64_t)READ_PIECE * READ_PIECES);
+  if (!memory) return 0;
+  memset(memory, 1, (size_t)READ_PIECE * READ_PIECES);
+  double best = 0;
+  for (int places = 1; places <= 16; places *= 4) {
+    const double rate = read_rate(memory, places);
     if (rate > best) best = rate;
   }
   sa_release(memory);

@@ -4,13 +4,16 @@
 #define PASTE_OF(a, b) a##b
 #define PASTE(a, b) PASTE_OF(a, b)
 
-// Reads memory and does no more with it than that it cannot be left out.
-static void read_memory(const void *memory, int64_t bytes) {
+// Reads memory in so many places at once and does no more with it than that it cannot be left out.
+static void read_memory(const void *memory, int64_t bytes, int places) {
   typedef uint64_t words __attribute__((vector_size(VECTOR_BYTES)));
-  const words *from = memory;
+  const int64_t apart = bytes / places;
   words sum[4] = {0};
-  for (int64_t n = bytes / VECTOR_BYTES; n >= 4; n -= 4, from += 4) {
-    for (int i = 0; i < 4; i++) sum[i] |= from[i];
+  for (int64_t at = 0; at < apart; at += sizeof sum) {
+    for (int place = 0; place < places; place++) {
+      const words *from = (const void *)((const char *)memory + place * apart + at);
+      for (int i = 0; i < 4; i++) sum[i] |= from[i];
+    }
   }
   sum[0] |= sum[1] | sum[2] | sum[3];
   __asm__ volatile("" ::"r"(&sum) : "memory");

@@ -13,7 +13,8 @@ enum { SA_FUSED_WIDTH = 256 };  // E and Ev up to this
 typedef struct sa_cpu_kernels {
   sa_attention_kernels fused[4];  // by sa_dtype: f32, f64, f16, bf16
   double (*measure_peak)(int dtype);
-  void (*read_memory)(const void *memory, int64_t bytes);  // aligned to 64 bytes, a multiple of 256
+  // A read of memory and no more, aligned to 64 bytes, in so many places at once, each a multiple of 256 bytes.
+  void (*read_memory)(const void *memory, int64_t bytes, int places);
 } sa_cpu_kernels;
 
 extern const sa_cpu_kernels sa_cpu_generic, sa_cpu_avx2, sa_cpu_avx512, sa_cpu_amx;
