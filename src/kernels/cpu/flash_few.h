@@ -5,12 +5,14 @@
 // words with two elements each: a shift and a mask make two vectors of floats of it, those of the even and of the odd
 // elements, and Q and o are in that order then (`split`).
 //
-// A core reads several places at once faster than one: 14 GB/s against 12 (Ice Lake). So a stretch is read in STREAMS
-// at once, each a part of its rows, and rows some AHEAD bytes further on in this order, those of V after K's and of the
-// next stretch's K after V's, are called for into the first cache meanwhile. With one stream and calls into the second
-// cache decoding took a tenth (Sapphire Rapids) to a third (Ice Lake) longer; eight streams, no calls at all, and calls
-// into the second cache beside these, took a tenth or more longer on Sapphire Rapids.
-enum { NAME(STREAMS) = 4, NAME(AHEAD) = 8 << 10 };
+// Prefetchers look at each page by itself and follow many at once, so a core reads several places faster than one: 16.8
+// GB/s in 16, 13 in one (Ice Lake). So a stretch is read in several streams at once, each a part of its rows of about a
+// page, and rows some AHEAD bytes further on in this order, those of V after K's and of the next stretch's K after V's,
+// are called for into the first cache meanwhile. Decoding with 32:8 heads of 128 then runs at 95 % of a plain read's
+// speed or more, where four streams took an eighth (f32) and a fourteenth (bf16) longer. A Sapphire Rapids reads
+// fastest in one place; four streams were 3 % faster there than 16 (f32) and as fast as 8 (bf16), streams far apart, a
+// quarter of the keys each, a tenth to a quarter slower. Calls into the second cache were slower on both.
+enum { NAME(PAGE) = 4096, NAME(LEAST_STREAMS) = 4, NAME(MOST_STREAMS) = 16, NAME(AHEAD) = 8 << 10 };
 
 // Whether a row's elements are even before odd in Q or o.
 static bool NAME(split)(const sa_operand *x, int64_t width) {
@@ -61,14 +63,18 @@ static inline __attribute__((always_inline)) NAME(vector)
 
 // The order in which a stretch's rows are read: at every step one of each stream. The last streams may be shorter.
 typedef struct NAME(course) {
-  int rows, steps;
+  int rows, streams, steps;
   int ahead;  // how many steps further on what is called for comes
 } NAME(course);
 
-static NAME(course) NAME(course_of)(int rows, int64_t stride) {
-  const int64_t step = NAME(STREAMS) * stride;
-  return (NAME(course)){rows, (rows + NAME(STREAMS) - 1) / NAME(STREAMS),
-                        step > 0 ? (int)((NAME(AHEAD) + step - 1) / step) : 0};
+// The streams are as many for K as for V, since that is the order of the weights.
+static NAME(course) NAME(course_of)(const sa_problem *p, int rows, int64_t stride) {
+  const int64_t bytes = rows * (p->width + p->value_width) * sa_size_of(p->k.dtype);
+  int streams = NAME(LEAST_STREAMS);
+  while (streams < NAME(MOST_STREAMS) && streams * 2 * (2 * NAME(PAGE)) <= bytes) streams *= 2;
+  const int steps = (rows + streams - 1) / streams;
+  const int64_t ahead = stride > 0 ? (NAME(AHEAD) + streams * stride - 1) / (streams * stride) : 0;
+  return (NAME(course)){rows, streams, steps, ahead < steps ? (int)ahead : steps};
 }
 
 // What is called for at a step: the first stream's row further on, or that of `next`, which goes on where these end.
@@ -93,7 +99,7 @@ typedef struct NAME(few_layout) {
 static NAME(few_layout) NAME(few_layout_of)(const NAME(course) * course, bool dense) {
   const int queries = NAME(DOT_QUERIES);
   if (!dense) return (NAME(few_layout)){course->steps * NAME(ROW), NAME(ROW), queries, false};
-  return (NAME(few_layout)){queries, NAME(STREAMS) * queries, (int64_t)course->rows * queries, true};
+  return (NAME(few_layout)){queries, (int64_t)course->streams * queries, (int64_t)course->rows * queries, true};
 }
 
 // Stores DOT_QUERIES lanes of x from `from` on; as the `first` of a key, with 0 in the rest of a vector.
@@ -149,7 +155,8 @@ static inline __attribute__((always_inline)) void NAME(scores_of)(int dtype, con
                                                                   const NAME(few_layout) * layout, REAL *to) {
   for (int step = 0; step < course->steps; step++) {
     const NAME(raw_rows) ahead = NAME(rows_ahead)(course, key, next, step);
-    for (int stream = 0; stream < NAME(STREAMS); stream += NAME(DOT_KEYS)) {
+    for (int stream = 0; stream < course->streams; stream += NAME(DOT_KEYS)) {
+      if (stream * course->steps + step >= course->rows) break;
       const char *row[NAME(DOT_KEYS)], *call[NAME(DOT_KEYS)];
 #pragma GCC unroll 4
       for (int r = 0; r < NAME(DOT_KEYS); r++) {
@@ -231,17 +238,16 @@ static inline __attribute__((always_inline)) void NAME(row_tile)(int dtype, int 
   }
 }
 
-// o = o * factor + P V (factor NULL: o starts), for some steps at a time, whose rows are then in the first cache.
+// o = o * factor + P V (factor NULL: o starts), for some rows at a time, which are then in the first cache.
 static inline __attribute__((always_inline)) void NAME(rows_added)(int dtype, const NAME(raw_rows) * value,
                                                                    const NAME(raw_rows) * next,
                                                                    const NAME(course) * course,
                                                                    const NAME(few_layout) * layout, const REAL *weights,
                                                                    const REAL *factor, int queries, int columns,
                                                                    REAL *o, int64_t o_row) {
-  enum { SOME = 4 };
-  const int least = dtype == SA_BF16 ? 2 : 1;
-  for (int from = 0; from < course->steps; from += SOME) {
-    const int end = from + SOME < course->steps ? from + SOME : course->steps;
+  const int least = dtype == SA_BF16 ? 2 : 1, some = NAME(MOST_STREAMS) / course->streams;
+  for (int from = 0; from < course->steps; from += some) {
+    const int end = from + some < course->steps ? from + some : course->steps;
     const REAL *weight = weights;
     for (int q = 0; q < queries; q += NAME(DOT_QUERIES), weight += layout->group) {
       const REAL *times = factor && !from ? factor + q : NULL;
@@ -286,8 +292,7 @@ SA_FEW(bf16, SA_BF16)
 
 // Whether a stretch's scores lie dense: nothing looks at them but the softmax, and they are whole vectors.
 static bool NAME(lies_dense)(const NAME(block) * block, const sa_stretch *stretch) {
-  return block->few && block->plain && !stretch->pattern && !(block->p->dropout > 0) &&
-         stretch->count % (NAME(STREAMS) * NAME(DOT_KEYS)) == 0;
+  return block->few && block->plain && !stretch->pattern && !(block->p->dropout > 0) && stretch->count % SEGMENT == 0;
 }
 
 // S^T of a stretch, 0 in the lanes beyond the queries. `key`: K's rows, converted, when they are not readable.
@@ -301,7 +306,7 @@ static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch
     return;
   }
   const NAME(raw_rows) next = NAME(raw_rows_of)(&p->v, block, stretch->first);
-  const NAME(course) course = NAME(course_of)(stretch->count, rows.stride);
+  const NAME(course) course = NAME(course_of)(p, stretch->count, rows.stride);
   const NAME(few_layout) layout = NAME(few_layout_of)(&course, dense);
   SA_FEW_OF(scores, rows.dtype)
   (&rows, &next, &course, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), &layout, scores);
@@ -312,7 +317,7 @@ static void NAME(add_few_values)(const NAME(block) * block, const sa_stretch *st
                                  const REAL *weights, bool dense, const REAL *factor, REAL *o) {
   const sa_problem *p = block->p;
   const NAME(raw_rows) next = NAME(raw_rows_of)(&p->k, block, stretch->first + stretch->count);
-  const NAME(course) course = NAME(course_of)(stretch->count, value->stride);
+  const NAME(course) course = NAME(course_of)(p, stretch->count, value->stride);
   const NAME(few_layout) layout = NAME(few_layout_of)(&course, dense);
   SA_FEW_OF(rows_added, value->dtype)
   (value, &next, &course, &layout, weights, factor, block->count, NAME(columns)(p->value_width), o,
