@@ -188,6 +188,13 @@ for _, fname in ipairs {"sdpa", "forward"} do
       assert.matches("k: .*f64.*f32", message)
     end)
 
+    it("says that the fused kernels are not for such widths", function()
+      local _, message = pcall(attend, t(2, 257), t(2, 257), t(2, 3), {backend = "fused"})
+      assert.matches("^[^ ]+ safeattn%." .. fname .. ": backend: got fused, .* up to 256, for 257 and 3; wanted auto or"
+        .. " reference$", message)
+      assert.is_true(pcall(attend, t(2, 257), t(2, 257), t(2, 3)))
+    end)
+
     it("refuses masks of other sizes, and says which", function()
       local rows_ = {
         {m.dense(sa.full({5, 7}, true)), "7", "6"},

@@ -296,8 +296,8 @@ static const sa_attention_kernels *choose_kernels(call *c, bool backward) {
   const sa_attention_kernels *fused = c->a->backend == SA_REFERENCE ? NULL : backend->fused(&c->p, backward);
   if (!fused && c->a->backend == SA_FUSED) {
     sa_fail(SA_UNSUPPORTED, c->function,
-            "backend: the fused kernels take widths of q and v up to 256, got %lld and %lld; wanted SA_AUTO or "
-            "SA_REFERENCE",
+            "backend: got fused, whose kernels take widths of q and v up to 256, for %lld and %lld; wanted auto or "
+            "reference",
             (long long)c->p.width, (long long)c->p.value_width);
     return NULL;
   }
