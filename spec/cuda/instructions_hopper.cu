@@ -214,6 +214,31 @@ __global__ void ring(const float *from, float *to, float *sum) {
   }
 }
 
+// Warps meet from places of their own, each to read what the other wrote.
+__global__ void meetings(int *to) {
+  __shared__ int left[32], right[32];
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x < 32) {
+    left[lane] = lane + 1;
+    named_barrier_meet(2, 64);
+    to[lane] = right[31 - lane];
+  } else {
+    right[lane] = 100 + lane;
+    named_barrier_meet(2, 64);
+    to[32 + lane] = left[31 - lane];
+  }
+}
+
+static void check_meetings() {
+  both<int> to(64);
+  sa_cuda_launch("meetings", meetings, dim3(1), dim3(64), 0, (cudaStream_t)0, to.device);
+  to.fetch();
+  for (int i = 0; i < 32; i++) {
+    compare("what the right wrote", i, to.host[i], 131 - i, 0);
+    compare("what the left wrote", i, to.host[32 + i], 32 - i, 0);
+  }
+}
+
 static void check_ring() {
   both<float> from(ROUNDS * SLOT / 4), to(ROUNDS * SLOT / 4), sum(SLOT / 4);
   for (int i = 0; i < from.count; i++) from.host[i] = small(i);
@@ -269,6 +294,7 @@ int main() {
   check_products<__half, 64>();
   check_products<__half, 128>();
   check_moves();
+  check_meetings();
   check_ring();
   check_matrices();
   return report();

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(HOPPER_WIDE_THREADS, 1)
   // Shared memory is another's from here on.
   const auto between = []() {
     async_proxy_fence();
-    named_barrier_sync(HOPPER_WIDE_BETWEEN, HOPPER_WIDE_THREADS);
+    named_barrier_meet(HOPPER_WIDE_BETWEEN, HOPPER_WIDE_THREADS);
   };
   if (warp < 4) {
     registers_give_back<HOPPER_WIDE_PRODUCER_REGISTERS>();

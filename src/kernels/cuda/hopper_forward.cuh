@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(cons
     registers_take<FORWARD_CONSUMER_REGISTERS>();
     forward_consumer<SHAPE> consumer(c, shared);
     consumer.run();
-    named_barrier_sync(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
+    named_barrier_meet(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
     if (shared.flagged >= 0) consumer.run_careful();
   }
 }

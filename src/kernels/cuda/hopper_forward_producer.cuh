@@ -86,7 +86,7 @@ struct forward_finder {
       __threadfence();
       if (atomicAdd(c.counter + 1, 1) == (int)gridDim.x - 1) c.counter[0] = c.counter[1] = 0;
     }
-    named_barrier_sync(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
+    named_barrier_meet(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
     if (shared.flagged < 0) return;
     for (int work = shared.flagged; work >= 0; work = c.flagged_next[work]) publish(work);
     publish_end();
@@ -248,7 +248,7 @@ struct forward_loader {
       stream();
       again = false;
       if (!careful) {
-        named_barrier_sync(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
+        named_barrier_meet(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
         again = careful = shared.flagged >= 0;
       }
     }

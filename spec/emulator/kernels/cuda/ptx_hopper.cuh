@@ -26,6 +26,9 @@ static inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 static inline void named_barrier_sync(int id, int threads) {
   emulator::named_barrier(id, threads, true);
 }
+static inline void named_barrier_meet(int id, int threads) {
+  emulator::named_barrier(id, threads, true);
+}
 static inline void named_barrier_arrive(int id, int threads) {
   emulator::named_barrier(id, threads, false);
 }
