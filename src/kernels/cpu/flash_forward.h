@@ -40,13 +40,11 @@ typedef struct NAME(held_keys) {
 } NAME(held_keys);
 
 // P^T in place of S^T, with the running peak, sum and the factor that the old peak costs. Masked pairs (`visible` NULL:
-// there are none) give 0, whatever their scores. Weights that dropout does not keep (`kept` NULL: it keeps all) count
-// in the sum and are then 0, whatever they were, NaN too.
+// there are none) give 0, whatever their scores.
 static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(block) * block, int keys, REAL *scores,
                                                                   const REAL *peak, NAME(gathered) * gathered,
-                                                                  REAL *factor, bool plain, const uint64_t *visible,
-                                                                  const uint64_t *kept) {
-  const NAME(vector) unit = NAME(set)(block->unit), lowest = NAME(set)(-(REAL)INFINITY), zero = NAME(set)(0);
+                                                                  REAL *factor, bool plain, const uint64_t *visible) {
+  const NAME(vector) unit = NAME(set)(block->unit), lowest = NAME(set)(-(REAL)INFINITY);
   for (int j = 0; j < block->vectors; j++) {
     const NAME(vector) old = NAME(load)(gathered->peak + j * LANES);
     const NAME(vector) top = NAME(load)(peak + j * LANES);
@@ -62,14 +60,14 @@ static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(blo
         NAME(vector) x = NAME(load)(column + (r + k) * NAME(ROW)) - base;
         if (!plain) x = x * unit;
         const NAME(vector) w = visible ? NAME(exp2_where)(visible[r + k] >> (j * LANES), x) : NAME(exp2)(x);
-        NAME(store)(column + (r + k) * NAME(ROW), kept ? NAME(select)(kept[r + k] >> (j * LANES), w, zero) : w);
+        NAME(store)(column + (r + k) * NAME(ROW), w);
         sum[k] = sum[k] + w;
       }
     }
     for (; r < keys; r++) {
       const NAME(vector) x = (NAME(load)(column + r * NAME(ROW)) - base) * unit;
       const NAME(vector) w = visible ? NAME(exp2_where)(visible[r] >> (j * LANES), x) : NAME(exp2)(x);
-      NAME(store)(column + r * NAME(ROW), kept ? NAME(select)(kept[r] >> (j * LANES), w, zero) : w);
+      NAME(store)(column + r * NAME(ROW), w);
       sum[0] = sum[0] + w;
     }
     const NAME(vector) total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
@@ -81,17 +79,31 @@ static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(blo
 
 // A loop for each of its uses, so that none asks what it is for at every vector.
 static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, const REAL *peak, NAME(gathered) * gathered,
-                         REAL *factor, const uint64_t *visible, const uint64_t *kept) {
-  if (block->plain && !visible && !kept)
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, NULL, NULL);
-  else if (block->plain && !kept)
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, visible, NULL);
-  else if (block->plain && !visible)
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, NULL, kept);
-  else if (!visible && !kept)
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, NULL, NULL);
+                         REAL *factor, const uint64_t *visible) {
+  if (block->plain && !visible)
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, NULL);
+  else if (block->plain)
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, visible);
+  else if (!visible)
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, NULL);
   else
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, visible, kept);
+    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, visible);
+}
+
+static inline void NAME(zero_dropped)(void *weights, int key, int query, uint64_t dropped) {
+  REAL *at = (REAL *)weights + key * NAME(ROW) + query;
+  for (int i = 0; i < WIDE_QUERIES; i += LANES) {
+    NAME(store)(at + i, NAME(select)(~dropped >> i, NAME(load)(at + i), NAME(set)(0)));
+  }
+}
+
+// Makes 0 of the weights that dropout drops, whatever they were, NaN too; they have counted in the sum. Beside Philox,
+// which leaves memory idle, this costs less than while weights are made: 1 % of the forward.
+static void NAME(drop)(const NAME(block) * block, const sa_stretch *stretch, REAL *weights) {
+  const sa_problem *p = block->p;
+  if (!(p->dropout > 0)) return;
+  sa_draw(p->seed, sa_dropout_threshold(p->dropout), NAME(first_pair)(block, stretch), (uint64_t)p->keys, block->count,
+          stretch->count, NAME(zero_dropped), weights);
 }
 
 static NAME(passage)
@@ -216,8 +228,8 @@ static void NAME(advance)(NAME(passage) * passage, const NAME(passage) * other, 
     gathered->alive = ~UINT64_C(0);
   }
   REAL *weights = room->stretch.scores;
-  const uint64_t *kept = NAME(keep)(block, &stretch, &room->stretch);
-  NAME(soften)(block, stretch.count, weights, room->peak, gathered, room->factor, visible, kept);
+  NAME(soften)(block, stretch.count, weights, room->peak, gathered, room->factor, visible);
+  NAME(drop)(block, &stretch, weights);
   passage->leaks |= NAME(add_values)(block, &stretch, visible, weights, passage->started ? room->factor : NULL,
                                      &room->products, gathered->o, passage->careful ? room->leaked : NULL);
   passage->started = true;

@@ -254,7 +254,7 @@ typedef struct NAME(stretch_room) {
   REAL *bias;         // [keys][ROW]
   REAL *capped;       // [keys][ROW]: tanh(s / softcap), when the backward wants it
   uint64_t *visible;  // [keys]
-  uint64_t *kept;     // [keys]: what dropout keeps
+  uint64_t *kept;     // [keys]: what dropout keeps; of the backward
   sa_outline *outline;
 } NAME(stretch_room);
 
@@ -455,14 +455,20 @@ static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *
   return masked ? room->visible : NULL;
 }
 
+// The linear index in [B,H,L,S] of a stretch's first pair.
+static uint64_t NAME(first_pair)(const NAME(block) * block, const sa_stretch *stretch) {
+  const sa_problem *p = block->p;
+  const uint64_t row = (uint64_t)((block->batch * p->heads + block->head) * p->queries + block->query);
+  return row * (uint64_t)p->keys + (uint64_t)stretch->first;
+}
+
 // The words of the pairs that dropout keeps, one word of queries per key; NULL when it keeps all.
 static const uint64_t *NAME(keep)(const NAME(block) * block, const sa_stretch *stretch,
                                   const NAME(stretch_room) * room) {
   const sa_problem *p = block->p;
   if (!(p->dropout > 0)) return NULL;
-  const uint64_t row = (uint64_t)((block->batch * p->heads + block->head) * p->queries + block->query);
-  sa_kept_words(p->seed, sa_dropout_threshold(p->dropout), row * (uint64_t)p->keys + (uint64_t)stretch->first,
-                (uint64_t)p->keys, block->count, stretch->count, room->kept);
+  sa_kept_words(p->seed, sa_dropout_threshold(p->dropout), NAME(first_pair)(block, stretch), (uint64_t)p->keys,
+                block->count, stretch->count, room->kept);
   return room->kept;
 }
 
@@ -490,7 +496,7 @@ static NAME(stretch_room) NAME(take_stretch)(sa_room *room, const sa_problem *p,
   if (p->bias.data) stretch.bias = NAME(take)(room, keys * NAME(ROW));
   if (backward && p->softcap > 0) stretch.capped = NAME(take)(room, keys * NAME(ROW));
   stretch.visible = sa_room_take(room, keys * (int64_t)sizeof(uint64_t));
-  stretch.kept = sa_room_take(room, keys * (int64_t)sizeof(uint64_t));
+  if (backward) stretch.kept = sa_room_take(room, keys * (int64_t)sizeof(uint64_t));
   stretch.outline = sa_room_take(room, sizeof *stretch.outline);
   return stretch;
 }
