@@ -8,8 +8,9 @@
 // in any order become halves in a launch after it.
 //
 //   warpgroup 0     gives its registers away. Warp 0 loads in one stream across the jobs: K, V of a job, Q, dO, row
-//                   statistics and bits of its steps. Warps 1 and 2 add the dQ that warpgroups 1 and 2 leave in shared
-//                   memory to the sums in memory. Warp 3 looks up whose turn it is to add.
+//                   statistics and bits of its steps; it writes the zeros of keys that no query sees. Warps 1 and 2 add
+//                   the dQ that warpgroups 1 and 2 leave in shared memory to the sums in memory. Warp 3 looks up whose
+//                   turn it is to add.
 //   warpgroup 1, 2  64 keys each. S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T have a key per row; dV += P^T dO
 //                   with P^T in registers, dK += dS^T Q and dQ = dS K with dS^T in shared memory. dV runs under the
 //                   arithmetic of dS, the next S and dK under that of the exponentials; dQ comes one step late, so that
@@ -272,20 +273,6 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
     if constexpr (!FIRST) hand_over(dq);
   }
 
-  __device__ __forceinline__ void write_zeros() {
-    const int key = job.x * SA_TILE + w * 64 + t / 2;
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    if (key >= c.keys) return;
-    if (c.dk_out.data) {
-      type *to = hopper_rows<type>(c.dk_out, job.z, job.w) + key * c.dk_out.stride[2];
-      for (int piece = t % 2; piece < c.width / 8; piece += 2) *(uint4 *)(to + piece * 8) = zero;
-    }
-    if (c.dv_out.data) {
-      type *to = hopper_rows<type>(c.dv_out, job.z, job.w) + key * c.dv_out.stride[2];
-      for (int piece = t % 2; piece < c.value_width / 8; piece += 2) *(uint4 *)(to + piece * 8) = zero;
-    }
-  }
-
   // Of a column that is shared out, a job adds its dV and dK to those of the ones before it, which were taken before.
   // Returns whether they are whole.
   __device__ __forceinline__ bool add_parts(int shared, int part) {
@@ -374,8 +361,8 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
       mbarrier_wait(base + SHAPE::job_full + 8 * (n & 1), n >> 1 & 1);
       job = shared_load_4i(base + SHAPE::job + 32 * (n & 1));
       if (job.y < 0) break;
-      if (job.y == 0) {
-        write_zeros();
+      if (!SHAPE::loader_clears && job.y == 0) {
+        hopper_backward_clear<type>(c, job.x, job.z, job.w, w * 128 + t, 256);
       } else {
         const int end = g + job.y;
 #pragma unroll

@@ -163,6 +163,24 @@ struct hopper_backward_jobs {
   }
 };
 
+// Keys that no query sees: zeros of their dK and dV, by `threads` threads of which this is number `thread`.
+template <class T>
+static __device__ __forceinline__ void hopper_backward_clear(const hopper_backward_call &c, int column, int batch,
+                                                             int key_head, int thread, int threads) {
+  const int first = column * SA_TILE, keys = min(c.keys - first, (int)SA_TILE);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const sa_operand &x = i == 0 ? c.dk_out : c.dv_out;
+    const int pieces = (i == 0 ? c.width : c.value_width) / 8;
+    if (!x.data) continue;
+    T *rows = hopper_rows<T>(x, batch, key_head) + first * x.stride[2];
+#pragma unroll 1
+    for (int n = thread; n < keys * pieces; n += threads) {
+      *(uint4 *)(rows + n / pieces * x.stride[2] + n % pieces * 8) = make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
 // Warp 0.
 template <class SHAPE, bool CAREFUL>
 struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
@@ -179,6 +197,7 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
   using base_type::runs_of;
   using base_type::statistics;
   using base_type::tiles_of;
+  using typename base_type::type;
 
   __device__ __forceinline__ hopper_backward_loads(const hopper_backward_call &call, uint32_t start)
       : base_type(call, start) {}
@@ -267,8 +286,12 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (int n = 0;; n++) {
+    for (int n = 0;;) {
       const hopper_backward_job job = next_job();
+      if (SHAPE::loader_clears && job.steps == 0) {
+        hopper_backward_clear<type>(c, job.column, job.batch, job.key_head, lane, 32);
+        continue;
+      }
       if (lane == 0) {
         mbarrier_wait(base + SHAPE::job_empty + 8 * (n & 1), (n >> 1 & 1) ^ 1);
         const uint32_t to = base + SHAPE::job + 32 * (n & 1);
@@ -279,6 +302,7 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
       if (job.steps < 0) return;
       if (lane == 0) load_job(n);
       __syncwarp();
+      n++;
     }
   }
 };

@@ -30,6 +30,10 @@ struct hopper_backward_shape {
   static constexpr bool biased = EXTRAS & HOPPER_BACKWARD_BIAS;
   static constexpr bool splits =
       EXTRAS & (HOPPER_BACKWARD_SOFTCAP | HOPPER_BACKWARD_DROPOUT);  // P of dV from that of dS
+  // Whether the loading warp writes the zeros of keys that no query sees. Where the warps that multiply do, ptxas takes
+  // their steps for divergent and moves descriptors to uniform registers before each product, 73 of a step's 815
+  // instructions: 1 to 7 % of a call. With a bias or a softcap alone there are no registers for better (C7512).
+  static constexpr bool loader_clears = EXTRAS != HOPPER_BACKWARD_BIAS && EXTRAS != HOPPER_BACKWARD_SOFTCAP;
   static constexpr int width = WIDTH, panels = WIDTH / SA_PANEL;
   static constexpr int queries = WIDTH == 64 ? 128 : 64;  // of a step
   static constexpr int steps = SA_TILE / queries;         // of a tile
