@@ -158,7 +158,7 @@ static int launch_once(const backward_job &job, const backward_rows<float> &rows
   const int64_t zero_bytes = (chunks * (C::WARPS + 1) + sums.jobs + 3) * 4;
   char *const memory = (char *)sa_cuda_scratch(backward_name, p.device, sum_bytes + zero_bytes);
   if (!memory) return SA_NO_MEMORY;
-  sums.sums = (float4 *)memory;
+  sums.sums = (float *)memory;
   sums.turn = (int *)(memory + sum_bytes);
   sums.bad_query = sums.turn + chunks * C::WARPS;
   sums.bad_key = sums.bad_query + chunks;

@@ -1,16 +1,21 @@
 // the backward pass of half types in one, by columns of keys: dK and dV stay in registers, dQ is summed in memory
 //
-// Five products a step of 64 queries. Warps are pairs: a pair has 32 keys; its warps make scores and their gradients of
-// 32 queries each, and dK and dV of half the columns each, so P and dS go from one to the other by way of shared
-// memory, where dQ's product finds dS too. At width 128: 128 keys, 8 warps, 255 registers a thread, 128 of them dK and
-// dV, 163 KiB. At 64: 64 keys, 4 warps, 168 registers, three blocks a multiprocessor, 59 KiB each. What spills
-// is read once a step, outside the loops of products.
+// Five products a step of 64 queries. A warp makes scores and their gradients of 32 keys and 32 queries. P and dS go by
+// way of shared memory to the warps that make dV, which are half of them, and those that make dK, the others: 64 keys
+// and half the columns each; and dQ's product finds dS there, too. At width 128: 128 keys, 8 warps, 255 registers a
+// thread, 128 of them dK or dV, 163 KiB. At 64: 64 keys, 4 warps, 168 registers, three blocks a multiprocessor, 59 KiB
+// each. What spills is read once a step, outside the loops of products.
 //
-// bf16 at D128 and N8192 on an H200: 228 to 234 TFLOP/s, where two passes with seven products reach 167; latencies
-// between products are the limit, and turns (without them 262). docs/hopper.md has what was tried.
+// bf16 at D128 and N8192 on an H200: 268 TFLOP/s, where two passes with seven products reach 167; latencies between
+// products are the limit, and turns (without them 277). docs/hopper.md has what was tried.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
 #include "kernels/cuda/portable_backward_sums.cuh"
+
+// Where the rows of a head begin.
+struct head_rows {
+  const char *queries, *douts;
+};
 
 // Q has two stages, dO one or two: with one, scores are made while it comes.
 template <class Half, int WIDTH_, int WARPS_, int DOUT_STAGES_, int RESIDENT_>
@@ -28,7 +33,8 @@ struct once_shape {
     QUERIES = 64,
     ROW = 2 * WIDTH,
     PAIR_ROW = 2 * QUERIES,
-    // Columns of a warp's dK and dV, and of its dQ.
+    // Of a warp's dK or dV, and columns of its dQ.
+    GRADIENT_KEYS = 64,
     COLUMNS = WIDTH / 2,
     QUERY_COLUMNS = WIDTH / (WARPS / 2),
     KEY_TILE = KEYS * ROW,
@@ -45,7 +51,8 @@ struct once_shape {
     TILES = NUMBER_STAGES + 2 * NUMBERS,
     TILES_KNOWN = 64,  // of a column, at once
     BAD = TILES + TILES_KNOWN * (int)sizeof(column_tile),
-    SHARED = BAD + 4 * (2 + 2 + KEYS / 32)
+    HEAD = BAD + 4 * (2 + 2 + KEYS / 32),
+    SHARED = HEAD + (int)sizeof(head_rows)
   };
 };
 
@@ -95,7 +102,7 @@ static __device__ __forceinline__ void multiply_warp_rows(float (&c)[2][4][4], u
   }
 }
 
-// The left side of a product with pairs: 16 of the 32 rows at `pairs` and 16 columns; or TRANSPOSED.
+// The left side of a product with pairs: 16 of the rows at `pairs` and 16 columns; or TRANSPOSED.
 template <bool TRANSPOSED>
 static __device__ __forceinline__ void load_pairs(uint32_t (&a)[4], uint32_t pairs, int f, int step) {
   if (TRANSPOSED)
@@ -104,19 +111,19 @@ static __device__ __forceinline__ void load_pairs(uint32_t (&a)[4], uint32_t pai
     load_matrices(a, tile_address<128>(pairs, 16 * f, 2 * step));
 }
 
-// to += pairs rows, DEPTH of them; `right` is the address of right_columns.
-template <class C, bool TRANSPOSED, int DEPTH, int BLOCKS>
-static __device__ __forceinline__ void multiply_warp_columns(float (&to)[2][BLOCKS][4], uint32_t pairs,
+// to += pairs rows, DEPTH of them, for GROUPS times 16 rows of pairs; `right` is the address of right_columns.
+template <class C, bool TRANSPOSED, int DEPTH, int GROUPS, int BLOCKS>
+static __device__ __forceinline__ void multiply_warp_columns(float (&to)[GROUPS][BLOCKS][4], uint32_t pairs,
                                                              uint32_t right) {
   // Four columns of blocks at a time.
   enum { ABREAST = BLOCKS < 4 ? BLOCKS : 4, PIECES = BLOCKS / ABREAST, STEPS = DEPTH / 16 * PIECES };
   pairs = hidden(pairs), right = hidden(right);
-  uint32_t a[2][2][4];
+  uint32_t a[2][GROUPS][4];
   right_step<ABREAST> b[2];
   const auto load = [&](int step) {
     if (step % PIECES == 0) {
 #pragma unroll
-      for (int f = 0; f < 2; f++) load_pairs<TRANSPOSED>(a[step / PIECES % 2][f], pairs, f, step / PIECES);
+      for (int f = 0; f < GROUPS; f++) load_pairs<TRANSPOSED>(a[step / PIECES % 2][f], pairs, f, step / PIECES);
     }
 #pragma unroll
     for (int n = 0; n < ABREAST; n += 2) {
@@ -132,7 +139,7 @@ static __device__ __forceinline__ void multiply_warp_columns(float (&to)[2][BLOC
 #pragma unroll
     for (int n = 0; n < ABREAST; n++)
 #pragma unroll
-      for (int f = 0; f < 2; f++)
+      for (int f = 0; f < GROUPS; f++)
         multiply_halves(to[f][step % PIECES * ABREAST + n], a[step / PIECES % 2][f], b[step % 2].block[n],
                         typename C::element());
   }
@@ -176,6 +183,7 @@ template <class C, bool CAREFUL>
 struct once_job {
   typedef typename C::element Element;
   enum { THREADS = C::THREADS, KEYS = C::KEYS, QUERIES = C::QUERIES, ROW = C::ROW, WARPS = C::WARPS };
+  enum { GRADIENT_GROUPS = C::GRADIENT_KEYS / 16, QUERY_BLOCKS = C::QUERY_COLUMNS / 8 };
 
   const sa_problem &p;
   const sa_device_plan &plan;
@@ -184,12 +192,13 @@ struct once_job {
   const backward_sums &sums;
   char *const shared;
   const int warp, lane;
-  // A warp's first key, query and column of dK, dV and dQ.
-  const int keys_at, queries_at, column, query_column;
-  // Addresses of a warp's operands; those of V, dO and P lie behind those of K, Q and dS.
+  const bool of_keys;  // it makes dK, not dV
+  // A warp's first key and query of scores, first key and column of dK or dV, and first column of dQ.
+  const int keys_at, queries_at, gradient_keys_at, column, query_column;
+  // Addresses of a warp's operands; those of V and dO lie behind those of K and Q.
   const uint32_t key_rows, query_rows, query_columns, key_columns, pair_rows, pair_columns;
   int batch, key_head, key_column;
-  float dk[2][C::COLUMNS / 8][4], dv[2][C::COLUMNS / 8][4];
+  float gradient[GRADIENT_GROUPS][C::COLUMNS / 8][4];
 
   __device__ __forceinline__ once_job(const sa_problem &problem, const sa_device_plan &device_plan,
                                       const backward_rows<float> &known, const backward_aligned &rows_aligned,
@@ -202,21 +211,24 @@ struct once_job {
         shared(dynamic_shared<char>()),
         warp(threadIdx.x / 32),
         lane(threadIdx.x & 31),
+        of_keys(warp >= WARPS / 2),
         keys_at(warp / 2 * 32),
         queries_at(warp % 2 * 32),
+        gradient_keys_at(warp % (WARPS / 2) / 2 * C::GRADIENT_KEYS),
         column(warp % 2 * C::COLUMNS),
         query_column(warp / 2 * C::QUERY_COLUMNS),
         key_rows(left_rows_address<ROW>(shared + keys_at * ROW, 0, 0)),
         query_rows(right_rows_address<ROW>(shared + C::QUERY_STAGES + queries_at * ROW, 0, 0)),
         query_columns(right_columns_address<ROW>(shared + C::QUERY_STAGES, 0, column)),
         key_columns(right_columns_address<ROW>(shared, 0, query_column)),
-        pair_rows(left_rows_address<C::PAIR_ROW>(shared + C::SLOPES + keys_at * C::PAIR_ROW, 0, 0)),
+        pair_rows(left_rows_address<C::PAIR_ROW>(
+            shared + (of_keys ? C::SLOPES : C::WEIGHTS) + gradient_keys_at * C::PAIR_ROW, 0, 0)),
         pair_columns(right_rows_address<C::PAIR_ROW>(shared + C::SLOPES, 0, queries_at / 16)) {
-    memset(dk, 0, sizeof dk);
-    memset(dv, 0, sizeof dv);
+    memset(gradient, 0, sizeof gradient);
   }
 
   __device__ __forceinline__ column_tile *tiles() const { return (column_tile *)(shared + C::TILES); }
+  __device__ __forceinline__ head_rows &rows_of_head() const { return *(head_rows *)(shared + C::HEAD); }
   __device__ __forceinline__ int part() const { return key_column % C::PARTS; }
   __device__ __forceinline__ int first_key() const { return key_column * KEYS; }
   __device__ __forceinline__ int first_of(int step) const {
@@ -262,8 +274,9 @@ struct once_job {
   // Q and what is known of its rows.
   __device__ __forceinline__ void load_queries(int head, int step, int stage) const {
     const int thread = hidden((int)threadIdx.x), first = first_of(step);
-    load_tile<Element, ROW, QUERIES, THREADS>(shared + C::QUERY_STAGES + stage * C::QUERY_TILE, query_source(head),
-                                              first, thread);
+    tile_source source = query_source(0);
+    source.data = rows_of_head().queries;
+    load_tile<Element, ROW, QUERIES, THREADS>(shared + C::QUERY_STAGES + stage * C::QUERY_TILE, source, first, thread);
     constexpr int CHUNKS = QUERIES * 4 / 16;
     if (thread >= 3 * CHUNKS) return;
     const float *from = thread < CHUNKS ? rows.base : thread < 2 * CHUNKS ? rows.factor : rows.delta;
@@ -271,15 +284,18 @@ struct once_job {
                from + (batch * p.heads + head) * rows.padded + first + thread % CHUNKS * 4);
   }
 
-  __device__ __forceinline__ void load_douts(int head, int step, int stage) const {
-    load_tile<Element, ROW, QUERIES, THREADS>(shared + C::DOUTS + stage * C::QUERY_TILE, dout_source(head),
-                                              first_of(step), hidden((int)threadIdx.x));
+  __device__ __forceinline__ void load_douts(int step, int stage) const {
+    tile_source source = dout_source(0);
+    source.data = rows_of_head().douts;
+    load_tile<Element, ROW, QUERIES, THREADS>(shared + C::DOUTS + stage * C::QUERY_TILE, source, first_of(step),
+                                              hidden((int)threadIdx.x));
   }
 
-  // The next tiles of a head's column into shared memory, from number `place` on; how many.
+  // The next tiles of a head's column into shared memory, from number `place` on, and where its rows begin; how many.
   __device__ __forceinline__ int find_tiles(int head, int place, int all) const {
     const int known = min(all - place, (int)C::TILES_KNOWN), thread = threadIdx.x;
     __syncthreads();
+    if (thread == 0) rows_of_head() = head_rows{query_source(head).data, dout_source(head).data};
     if (thread < known) {
       column_tile tile =
           find_tile<C::PARTS>(plan, sa_device_plane(plan, batch, head), key_column / C::PARTS, part(), place + thread);
@@ -292,12 +308,10 @@ struct once_job {
     return known;
   }
 
-  // Bits 4 n + i of the pairs of a group of 16 of the warp's keys with all queries of a step.
-  __device__ __forceinline__ uint32_t visible_queries(int pattern, int step, int group) const {
+  // Bits 4 n + i of the pairs of 16 of the block's keys, from `key` on, with all queries of a step.
+  __device__ __forceinline__ uint32_t visible_queries(int pattern, int step, int key) const {
     if (pattern == SA_FULL) return ~0u;
-    const int key = part() * KEYS + keys_at;
-    return plan
-        .col_bits[(int64_t)pattern * 512 + step % 2 * 256 + key / 64 * 128 + key % 64 * 2 + 32 * group + hidden(lane)];
+    return plan.col_bits[(int64_t)pattern * 512 + step % 2 * 256 + 2 * (part() * KEYS + key) + hidden(lane)];
   }
 
   // The same of a group of 16 of the warp's queries with 64 keys of the block.
@@ -321,7 +335,7 @@ struct once_job {
         C::SLOPES + tile_offset<C::PAIR_ROW>(keys_at + hidden(lane) / 4, queries_at / 8) + 4 * (hidden(lane) & 3);
     uint32_t visible[2];
 #pragma unroll
-    for (int f = 0; f < 2; f++) visible[f] = visible_queries(pattern, step, f) >> queries_at / 2;
+    for (int f = 0; f < 2; f++) visible[f] = visible_queries(pattern, step, keys_at + 16 * f) >> queries_at / 2;
     float weights[2][4][4], slopes[2][4][4];
     multiply_warp_rows<C>(weights, key_rows, query_rows + query_tile);
 #pragma unroll
@@ -369,7 +383,7 @@ struct once_job {
     return (uint32_t *)(shared + C::BAD) + 2 * operand;
   }
 
-  // 0 in place of what is not finite in Q, dO and K, and dV and dK of what was.
+  // 0 in place of what is not finite in Q, dO and K, and dV or dK of what was.
   __device__ __forceinline__ void clean(int head, int step, uint32_t query_tile, uint32_t dout_tile) {
     const int thread = threadIdx.x, first = first_of(step), pattern = tiles()[step / 2].pattern;
     if (thread < 4 + KEYS / 32) bad(0)[thread] = 0;
@@ -379,12 +393,9 @@ struct once_job {
     make_finite<Element, ROW, KEYS, THREADS>(shared, bad(2), thread);
     __syncthreads();
 #pragma unroll
-    for (int f = 0; f < 2; f++) {
-      const uint32_t visible = visible_queries(pattern, step, f);
-      give_pairs<C, false>(dv[f], pair_rows + C::WEIGHTS - C::SLOPES, f, visible, bad(1), dout_source(head), first,
-                           column);
-      give_pairs<C, false>(dk[f], pair_rows, f, visible, bad(0), query_source(head), first, column);
-    }
+    for (int f = 0; f < GRADIENT_GROUPS; f++)
+      give_pairs<C, false>(gradient[f], pair_rows, f, visible_queries(pattern, step, gradient_keys_at + 16 * f),
+                           bad(of_keys ? 0 : 1), of_keys ? query_source(head) : dout_source(head), first, column);
   }
 
   // What a warp adds to dQ of a step.
@@ -413,30 +424,9 @@ struct once_job {
     if (lane == 0) store_release(counter(mine), mine.last ? 0 : mine.turn + 1);
   }
 
-  enum { QUERY_BLOCKS = C::QUERY_COLUMNS / 8 };
-
-  __device__ __forceinline__ float4 *sum_of(const query_turn &mine) const {
-    return sums.sums + (int64_t)(mine.chunk * WARPS + warp) * (2 * QUERY_BLOCKS * 32) + hidden(lane);
-  }
-
-  // The sums so far, called for before they are needed.
-  __device__ __forceinline__ void call_sums(const query_turn &mine, float (&before)[2][QUERY_BLOCKS][4]) const {
-    memset(before, 0, sizeof before);
-    if (!mine.wanted || mine.turn == 0) return;
-    const float4 *const sum = sum_of(mine);
-#pragma unroll
-    for (int f = 0; f < 2; f++)
-#pragma unroll
-      for (int n = 0; n < QUERY_BLOCKS; n++) {
-        const float4 old = __ldcg(sum + (f * QUERY_BLOCKS + n) * 32);
-        before[f][n][0] = old.x, before[f][n][1] = old.y, before[f][n][2] = old.z, before[f][n][3] = old.w;
-      }
-  }
-
-  __device__ __forceinline__ void add(int head, int step, const query_turn &mine,
-                                      const float (&before)[2][QUERY_BLOCKS][4]) {
+  // dQ of a step: a warp adds its 32 queries and QUERY_COLUMNS columns to the sums, in its turn.
+  __device__ __forceinline__ void add(int head, int step, const query_turn &mine) {
     if (!mine.wanted) return;
-    float4 *const sum = sum_of(mine);
     float dq[2][QUERY_BLOCKS][4];
     memset(dq, 0, sizeof dq);
     if constexpr (CAREFUL) {
@@ -448,20 +438,24 @@ struct once_job {
                               first_key() + keys, query_column);
     }
     multiply_warp_columns<C, true, KEYS>(dq, pair_columns, key_columns);
-#pragma unroll
-    for (int f = 0; f < 2; f++)
-#pragma unroll
-      for (int n = 0; n < QUERY_BLOCKS; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) dq[f][n][i] += before[f][n][i];
-    if (!mine.last) {
+    wait(mine);
+    float *const sum = sums.sums + (int64_t)(mine.chunk * WARPS + warp) * (8 * QUERY_BLOCKS * 32) + hidden(lane);
+    const auto all = [&](const auto &change) {
 #pragma unroll
       for (int f = 0; f < 2; f++)
 #pragma unroll
         for (int n = 0; n < QUERY_BLOCKS; n++)
-          sum[(f * QUERY_BLOCKS + n) * 32] = make_float4(dq[f][n][0], dq[f][n][1], dq[f][n][2], dq[f][n][3]);
+#pragma unroll
+          for (int i = 0; i < 4; i++) change(sum + ((f * QUERY_BLOCKS + n) * 4 + i) * 32, dq[f][n][i]);
+    };
+    if (!mine.last) {
+      if (mine.turn == 0)
+        all([](float *to, float x) { *to = x; });
+      else
+        all([](float *to, float x) { atomicAdd(to, x); });
       return;
     }
+    if (mine.turn != 0) all([](const float *from, float &x) { x += __ldcg(from); });
 #pragma unroll
     for (int f = 0; f < 2; f++)
       write_rows<Element>(p.dq, batch, head, first_of(step) + queries_at + 16 * f, p.queries, p.width, query_column,
@@ -473,12 +467,12 @@ struct once_job {
   __device__ __forceinline__ void go(int head, int step, int later, int end, int stage) {
     head = hidden(head);
     if (C::DOUT_STAGES == 1) {
-      load_douts(head, step, 0);
+      load_douts(step, 0);
       copy_async_commit();
     }
     if (later < end) {
       load_queries(head, later, stage ^ 1);
-      if (C::DOUT_STAGES == 2) load_douts(head, later, stage ^ 1);
+      if (C::DOUT_STAGES == 2) load_douts(later, stage ^ 1);
     }
     copy_async_commit();
     const uint32_t query_tile = stage * C::QUERY_TILE,
@@ -486,15 +480,20 @@ struct once_job {
     weigh(step, stage, query_tile, dout_tile);
     __syncthreads();
     if (CAREFUL) clean(head, step, query_tile, dout_tile);
-    // Half of the warps wait for their turn before a product and half behind it, so that the others multiply meanwhile.
+    // Half of the warps add to dQ first, the others between the halves of their dK, so that some multiply while others
+    // wait for their turn. It is given on last: a release waits for what was added before to arrive.
     const query_turn mine = turn_of(head, step);
-    if (warp < WARPS / 2) wait(mine);
-    multiply_warp_columns<C, false, QUERIES>(dv, pair_rows + C::WEIGHTS - C::SLOPES, query_columns + dout_tile);
-    if (warp >= WARPS / 2) wait(mine);
-    float before[2][QUERY_BLOCKS][4];
-    call_sums(mine, before);
-    multiply_warp_columns<C, false, QUERIES>(dk, pair_rows, query_columns + query_tile);
-    add(head, step, mine, before);
+    const uint32_t right = query_columns + (of_keys ? query_tile : dout_tile);
+#pragma unroll 1
+    for (int part = 0; part < 3; part++) {
+      if (part == of_keys) {
+        add(head, step, mine);
+      } else {
+        const int half = part == 2;
+        multiply_warp_columns<C, false, QUERIES / 2>(gradient, pair_rows ^ 64 * half,
+                                                     right + half * (QUERIES / 2 * ROW));
+      }
+    }
     publish(mine);
     if (CAREFUL) {
       __syncthreads();
@@ -527,7 +526,7 @@ struct once_job {
         int step = next(0);
         if (step < end) {
           load_queries(head, step, 0);
-          if (C::DOUT_STAGES == 2) load_douts(head, step, 0);
+          if (C::DOUT_STAGES == 2) load_douts(step, 0);
         }
         copy_async_commit();
 #pragma unroll 1
@@ -542,14 +541,16 @@ struct once_job {
     }
     copy_async_wait<0>();
     if (!keys_wanted) return;
+    const sa_operand &to = of_keys ? p.dk : p.dv;
+    bool finite = true;
 #pragma unroll
-    for (int f = 0; f < 2; f++) {
-      const int row = first_key() + keys_at + 16 * f;
-      if (p.dk.data) write_rows<Element>(p.dk, batch, key_head, row, p.keys, p.width, column, (float)p.scale, dk[f]);
-      if (p.dv.data) write_rows<Element>(p.dv, batch, key_head, row, p.keys, p.value_width, column, 1.f, dv[f]);
+    for (int f = 0; f < GRADIENT_GROUPS; f++) {
+      if (to.data)
+        write_rows<Element>(to, batch, key_head, first_key() + gradient_keys_at + 16 * f, p.keys,
+                            of_keys ? p.width : p.value_width, column, of_keys ? (float)p.scale : 1.f, gradient[f]);
+      finite = finite && all_finite(gradient[f]);
     }
-    if (!CAREFUL && masked && !(all_finite(dk[0]) && all_finite(dk[1]) && all_finite(dv[0]) && all_finite(dv[1])))
-      sums.bad_key[job] = *sums.flagged = 1;
+    if (!CAREFUL && masked && !finite) sums.bad_key[job] = *sums.flagged = 1;
   }
 };
 

@@ -5,8 +5,8 @@
 // is done. The first stores, so that nobody has to fill with zeros; the last writes dQ, and the counter is 0 again.
 // Blocks take their jobs from a counter as they start, in the order in which columns have their turns: a job waits only
 // for jobs taken before it, by blocks that run or have ended, so the oldest unfinished job never waits and all come to
-// an end, however many blocks a device has room for. The order of a chunk's accesses: ordinary stores of a warp ->
-// __syncwarp -> store_release by lane 0 -> load_acquire that reads it, by each lane of the next one -> its ordinary
+// an end, however many blocks a device has room for. The order of a chunk's accesses: stores and atomic adds of a warp
+// -> __syncwarp -> store_release by lane 0 -> load_acquire that reads it, by each lane of the next one -> its adds, or
 // loads.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_SUMS_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_SUMS_CUH
@@ -15,7 +15,7 @@
 
 // What the blocks of one call share.
 typedef struct backward_sums {
-  float4 *sums;    // [B H][chunk of queries][warp][block of the accumulators][lane]
+  float *sums;     // [B H][chunk of queries][warp][element of the accumulators][lane]
   int *turn;       // [B H][chunk of queries][warp]: how many columns have added
   int *bad_query;  // [B H][chunk of queries]: whether dQ has something that is not finite
   int *bad_key;    // [job]: whether dK or dV has
