@@ -287,6 +287,28 @@ describe("what is visible reaches exactly who sees it:", function()
     end
   end)
 
+  it("an infinite key that all turn away from gives and gets 0, however many queries there are", function()
+    for _, dtype in ipairs(dtypes) do
+      for _, engine in ipairs(cases.engines) do
+        cases.with(engine, function()
+          local of = {dtype = dtype, device = engine.device, seed = 1}
+          for _, queries in ipairs {1, 18, 40, 130} do
+            local q, k, v = sa.randn({queries, 8}, of), sa.randn({20, 8}, of), sa.randn({20, 8}, of)
+            q:narrow(2, 5, 1):fill(-1)
+            k:set(3, 5, inf)
+            local run = sa.forward(q, k, v, {backend = engine.backend})
+            local gradients = run:backward(q)
+            for _, name in ipairs {"dk", "dv"} do
+              local what = name .. " " .. queries .. " " .. dtype .. " " .. run.kernel
+              assert.equal(8, gradients[name]:select(1, 3):stats().zero, what)
+              assert.equal(0, gradients[name]:stats().nan, what)
+            end
+          end
+        end)
+      end
+    end
+  end)
+
   it("a NaN row stays one where dropout keeps none of its weights", function()
     for _, dtype in ipairs(dtypes) do
       for _, engine in ipairs(cases.engines) do

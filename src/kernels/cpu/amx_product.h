@@ -266,21 +266,18 @@ static amx_operand amx_split_b(const REAL *split) {
 }
 
 // The same as A: query i of 32 beside query i + 16, the higher halves of two vectors in the first, the lower in the
-// second.
+// second. What is behind the last query may be NaN, where a key holds it or an infinity, and is left out.
 static void amx_split_queries(const NAME(block) * block, int keys, const REAL *pairs, bool infinite, REAL *to) {
-  const NAME(vector) zero = NAME(set)(0);
-  for (int r = 0; r < amx_tiles(keys) * AMX_SIDE; r++, pairs += NAME(ROW), to += NAME(ROW)) {
-    const int vectors = r < keys ? block->vectors : 0;
-    int j = 0;
-    for (; j + 1 < vectors; j += 2) {
-      REAL *high = to + j * LANES;
-      amx_split(NAME(load)(pairs + j * LANES), NAME(load)(pairs + (j + 1) * LANES), infinite, high, high + LANES);
-    }
-    for (; j < amx_query_tiles(block); j += 2) {
-      REAL *high = to + j * LANES;
-      amx_split(j < vectors ? NAME(load)(pairs + j * LANES) : zero, zero, infinite, high, high + LANES);
+  const uint64_t queries = block->count < QUERIES ? (UINT64_C(1) << block->count) - 1 : ~UINT64_C(0);
+  const int used = amx_query_tiles(block) * LANES;
+  for (int r = 0; r < keys; r++, pairs += NAME(ROW), to += NAME(ROW)) {
+    for (int j = 0; j < used; j += 2 * LANES) {
+      const __m512 x = _mm512_maskz_load_ps((__mmask16)(queries >> j), pairs + j);
+      const __m512 y = _mm512_maskz_load_ps((__mmask16)(queries >> (j + LANES)), pairs + j + LANES);
+      amx_split(x, y, infinite, to + j, to + j + LANES);
     }
   }
+  for (int r = keys; r < amx_tiles(keys) * AMX_SIDE; r++, to += NAME(ROW)) memset(to, 0, sizeof *to * used);
 }
 
 static amx_operand amx_split_a(const REAL *split) {

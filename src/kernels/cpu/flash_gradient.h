@@ -144,7 +144,7 @@ static double NAME(slope_gradient)(const NAME(block) * block, const sa_stretch *
     }
     REAL shares[LANES];
     NAME(store)(shares, share);
-    // Behind the last query is NaN where all see a key that holds it.
+    // Behind the last query is NaN where a key holds it or an infinity.
     for (int i = 0; i < LANES && j * LANES + i < block->count; i++) sum -= (double)shares[i];
   }
   return sum;

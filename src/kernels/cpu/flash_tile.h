@@ -412,9 +412,7 @@ static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *
         NAME(add_bias)(block, stretch->count, plain_bias, p->bias.stride[2], room->scores, room->visible, peak);
     return some ? room->visible : NULL;
   }
-  // What is behind the last query sees nothing: some products (amx_product.h) take it along, and it may be NaN.
-  const uint64_t all = block->count < QUERIES ? (UINT64_C(1) << block->count) - 1 : ~UINT64_C(0);
-  for (int r = 0; hides && !stretch->pattern && r < stretch->count; r++) room->visible[r] = all;
+  for (int r = 0; hides && !stretch->pattern && r < stretch->count; r++) room->visible[r] = ~UINT64_C(0);
   if (block->plain && masked) {
     if (peak) NAME(raise_peak)(block, stretch->count, room->visible, room->scores, peak);
     return room->visible;
