@@ -265,7 +265,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int device) {
   p->maxThreadsPerMultiProcessor = 2048;
   p->totalGlobalMem = (size_t)DEVICE_MEMORY_MIB << 20;
   p->sharedMemPerBlock = 48 << 10;
-  p->sharedMemPerBlockOptin = p->major == 9 ? MAX_SHARED : 163 << 10;
+  p->sharedMemPerBlockOptin = p->major == 9 ? MAX_SHARED : p->minor == 6 ? 99 << 10 : 163 << 10;
   p->sharedMemPerMultiprocessor = p->sharedMemPerBlockOptin + (1 << 10);
   p->regsPerBlock = p->regsPerMultiprocessor = 65536;
   p->memoryBusWidth = 5120;

@@ -15,8 +15,6 @@
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_CUH
 #include <limits.h>
 
-#include <type_traits>
-
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/portable_backward_bases.cuh"
@@ -186,8 +184,9 @@ struct plain_kernels {
 template <class Half, int WIDTH, int WARPS, int DOUT_STAGES, int RESIDENT>
 struct plain_kernels<once_shape<Half, WIDTH, WARPS, DOUT_STAGES, RESIDENT>> {
   typedef once_shape<Half, WIDTH, WARPS, DOUT_STAGES, RESIDENT> shape;
+  typedef backward_rows<float> known;
 
-  static bool fit(const backward_job &job, const backward_rows<float> &rows) {
+  static bool fit(const backward_job &job, const known &rows) {
     const sa_problem &p = job.p;
     // Without keys nobody writes dQ, without heads nobody dK.
     if (!p.key_heads || !p.heads || !p.keys) return false;
@@ -199,18 +198,23 @@ struct plain_kernels<once_shape<Half, WIDTH, WARPS, DOUT_STAGES, RESIDENT>> {
     return chunks * WARPS <= INT_MAX;
   }
 
-  static int launch(const backward_job &job, const backward_rows<float> &rows) { return launch_once<shape>(job, rows); }
+  static int launch(const backward_job &job, const known &rows) { return launch_once<shape>(job, rows); }
 };
 
-// PLAIN serves what has no option that acts on scores or weights, unless it is void: then GENERAL does.
-template <class PLAIN, class GENERAL>
+template <class PLAIN>
+static bool launch_if_fit(const backward_job &job, const typename plain_kernels<PLAIN>::known &rows, int *status) {
+  if (!plain_kernels<PLAIN>::fit(job, rows)) return false;
+  *status = plain_kernels<PLAIN>::launch(job, rows);
+  return true;
+}
+
+// The first of PLAIN that fits serves what has no option that acts on scores or weights, GENERAL the rest.
+template <class GENERAL, class... PLAIN>
 static int launch_backward(const backward_job &job, const backward_rows<typename GENERAL::products::real> &rows) {
   int status = launch_bases<GENERAL>(job, rows);
   if (status) return status;
-  if constexpr (!std::is_void<PLAIN>::value) {
-    if (plain_scores(job.p) && !(job.p.dropout > 0) && plain_kernels<PLAIN>::fit(job, rows))
-      return plain_kernels<PLAIN>::launch(job, rows);
-  }
+  [[maybe_unused]] const bool plain = plain_scores(job.p) && !(job.p.dropout > 0);
+  if ((... || (plain && launch_if_fit<PLAIN>(job, rows, &status)))) return status;
   status = launch_gradients<GENERAL, true>(job, rows);
   if (!status && job.p.dbias.data) status = launch_bias<GENERAL>(job, rows);
   return status;

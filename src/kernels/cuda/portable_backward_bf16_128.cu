@@ -6,6 +6,9 @@
 
 int sa_cuda_backward_bf16_128(const backward_job &job, const backward_rows<float> &rows) {
   typedef once_shape<__nv_bfloat16, 128, 8, 2, 1> once;
+  // For the 99 KiB that a block has on devices for graphics.
+  typedef once_shape<__nv_bfloat16, 128, 4, 1, 1> narrow;
+  static_assert(narrow::SHARED <= 99 << 10, "it is for devices that have no more");
   typedef backward_shape<products_bf16, 128, 4, 32, 2, 4, 32, 2, 128, 128> general;
-  return launch_backward<once, general>(job, rows);
+  return launch_backward<general, once, narrow>(job, rows);
 }

@@ -6,5 +6,5 @@
 
 int sa_cuda_backward_f32_256(const backward_job &job, const backward_rows<float> &rows) {
   typedef backward_shape<products_f32, 256, 2, 16, 1, 2, 16, 1, 128, 128> shape;
-  return launch_backward<void, shape>(job, rows);
+  return launch_backward<shape>(job, rows);
 }

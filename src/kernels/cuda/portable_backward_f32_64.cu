@@ -7,5 +7,5 @@
 int sa_cuda_backward_f32_64(const backward_job &job, const backward_rows<float> &rows) {
   typedef backward_shape<products_f32, 64, 4, 64, 1, 4, 64, 1, 64, 64> plain;
   typedef backward_shape<products_f32, 64, 4, 32, 1, 4, 32, 1, 64, 64> general;
-  return launch_backward<plain, general>(job, rows);
+  return launch_backward<general, plain>(job, rows);
 }

@@ -6,5 +6,5 @@
 
 int sa_cuda_backward_f64_128(const backward_job &job, const backward_rows<double> &rows) {
   typedef backward_shape<products_f64, 128, 2, 16, 1, 2, 16, 1, 64, 64> shape;
-  return launch_backward<void, shape>(job, rows);
+  return launch_backward<shape>(job, rows);
 }

@@ -6,5 +6,5 @@
 
 int sa_cuda_backward_f64_256(const backward_job &job, const backward_rows<double> &rows) {
   typedef backward_shape<products_f64, 256, 1, 16, 1, 1, 16, 1, 64, 64> shape;
-  return launch_backward<void, shape>(job, rows);
+  return launch_backward<shape>(job, rows);
 }

@@ -3,8 +3,9 @@
 // Five products a step of 64 queries. A warp makes scores and their gradients of 32 keys and 32 queries. P and dS go by
 // way of shared memory to the warps that make dV, which are half of them, and those that make dK, the others: 64 keys
 // and half the columns each; and dQ's product finds dS there, too. At width 128: 128 keys, 8 warps, 255 registers a
-// thread, 128 of them dK or dV, 163 KiB. At 64: 64 keys, 4 warps, 168 registers, three blocks a multiprocessor, 59 KiB
-// each. What spills is read once a step, outside the loops of products.
+// thread, 128 of them dK or dV, 163 KiB; 64 keys, 4 warps and 99 KiB where a block has no more. At 64: 64 keys, 4
+// warps, 168 registers, three blocks a multiprocessor, 59 KiB each. What spills is read once a step, outside the loops
+// of products.
 //
 // bf16 at D128 and N8192 on an H200: 268 TFLOP/s, where two passes with seven products reach 167; latencies between
 // products are the limit, and turns (without them 277). docs/hopper.md has what was tried.
