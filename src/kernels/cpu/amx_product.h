@@ -517,6 +517,11 @@ static void amx_pair_queries(const NAME(block) * block, const REAL *rows, int wi
   }
 }
 
+// What is bf16 stays as it is.
+static bool NAME(scales_dout)(const sa_problem *p) {
+  return false;
+}
+
 static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
                                const NAME(backward_products) * products) {
   const sa_problem *p = block->p;
@@ -564,13 +569,13 @@ static void NAME(add_dkeys)(const NAME(block) * block, const sa_stretch *stretch
 // `to` gathers what is not finite, until the block is closed.
 static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
                                const uint16_t *key, int64_t stride, REAL *dscores, bool wild, bool first,
-                               const NAME(backward_products) * products, REAL *to) {
+                               const NAME(backward_products) * products, const NAME(gradient) * to) {
   const int width = (int)block->p->width, keys = stretch->count, tiles = amx_tiles(width);
   const int64_t padded = NAME(padded)(width);
-  if (first) memset(to, 0, sizeof *to * block->count * padded);
+  if (first) NAME(clear_rows)(to, 0, block->count);
   if (wild && amx_rows_nonfinite(&block->p->k, block, stretch->first, keys, width)) {
     amx_read_rows(&block->p->k, block, stretch, width, products->keys);
-    NAME(add_nonfinite)(block, keys, visible, dscores, products->keys, padded, width, padded, to);
+    NAME(add_nonfinite)(block, keys, visible, dscores, products->keys, padded, width, to->row, to->rows);
   }
   amx_note(block, AMX_DSCORES, dscores, NAME(ROW), keys, block->count);
   amx_split_keys(block, keys, dscores, true, dscores);

@@ -5,11 +5,12 @@
 // to 79 %: packing, the rows' constants and memory that is touched for the first time weigh more there.
 //
 // Work is shared out by chunks of keys: an item owns dK and dV of its chunk, which are gathered where they are wanted,
-// and walks the blocks of queries past it, with a block's dQ at rest in the first cache. Blocks of dQ that several
-// chunks add to are added to in the order of the chunks, each waiting for its turn, so that the bits depend on the
-// shape alone and no second copy of dQ is needed. The first chunks of all heads come before the second of any: under a
-// causal mask a head's second has a third of the first's work, but beside it would wait for it at every block, and 2
-// threads were 1.33 times as fast as 1.
+// and walks the blocks of queries past it, with a block's dQ at rest in the first cache: where it belongs when no other
+// chunk looks at the block and nothing is left to be done with it. Blocks of dQ that several chunks add to are added to
+// in the order of the chunks, each waiting for its turn, so that the bits depend on the shape alone and no second copy
+// of dQ is needed. The first chunks of all heads come before the second of any: under a causal mask a head's second has
+// a third of the first's work, but beside it would wait for it at every block, and 2 threads were 1.33 times as fast as
+// 1.
 //
 // 0 * NaN could leak through the products that sum over pairs: dS K into dQ, P^T dO into dV, dS^T Q into dK. What is
 // not finite in K, Q or dO is known before (a look at a row of K when the chunk first meets it, at others once a
@@ -55,8 +56,9 @@ typedef struct NAME(backward_room) {
 typedef struct NAME(chunk) {
   int64_t index, first;
   int count;
-  uint64_t met;  // bits of the segments that some block has looked at
-  bool wild;     // something in K is not finite there
+  uint64_t met;     // bits of the segments that some block has looked at
+  uint64_t called;  // and of those whose keys are called for, or were when they were looked at
+  bool wild;        // something in K is not finite there
   NAME(gradient) dkey, dvalue;
 } NAME(chunk);
 
@@ -93,9 +95,18 @@ static const int32_t *NAME(turns_of)(const NAME(backward_job) * job, const NAME(
   return job->turn_of + row * (job->chunks + 1);
 }
 
-// Whether a block is prepared by the one chunk that looks at it, when its rows are in the caches anyway.
-static bool NAME(prepared_on_sight)(const NAME(backward_job) * job, const NAME(block) * block) {
+// Whether one chunk alone looks at a block, or none: the chunk then prepares it, which brings rows to the caches that
+// it needs anyway, and writes its dQ.
+static bool NAME(looks_alone)(const NAME(backward_job) * job, const NAME(block) * block) {
   return job->chunks == 1 || NAME(turns_of)(job, block)[job->chunks] == 1;
+}
+
+// The scale of the scores reaches dQ and dK through dO and delta (scales_dout), or is left to the end.
+static REAL NAME(scale_in_advance)(const sa_problem *p) {
+  return NAME(scales_dout)(p) ? (REAL)p->scale : 1;
+}
+static REAL NAME(scale_left)(const sa_problem *p) {
+  return NAME(scales_dout)(p) ? 1 : (REAL)p->scale;
 }
 
 #include "kernels/cpu/flash_queries.h"
@@ -105,7 +116,7 @@ static bool NAME(prepared_on_sight)(const NAME(backward_job) * job, const NAME(b
 static void NAME(write_dquery)(const NAME(block) * block, int i, const REAL *sum) {
   const sa_problem *p = block->p;
   const int width = (int)p->width;
-  const REAL scale = (REAL)p->scale;
+  const REAL scale = NAME(scale_left)(p);
   REAL converted[SA_FUSED_WIDTH];
   void *const dq = sa_at(&p->dq, block->batch, block->head, block->query + i, 0);
   REAL *const to = p->dq.dtype == DTYPE ? dq : converted;
@@ -136,23 +147,56 @@ static void NAME(add_dquery)(const NAME(backward_job) * job, const NAME(block) *
   atomic_store_explicit(turn, mine + 1, memory_order_release);
 }
 
-// What will be wanted while a block is at work and after it: the rows of dQ and the block `after` (may be NULL).
+static sa_walk NAME(walk_chunk)(const NAME(backward_job) * job, const NAME(block) * block, const NAME(chunk) * chunk) {
+  const int64_t tiles = job->chunk / SA_TILE;
+  return sa_walk_start(job->p->plan, block->plane, block->query, block->count, chunk->index * tiles,
+                       (chunk->index + 1) * tiles, job->stretch);
+}
+
+// The keys that the block `after` will be the first to look at, and the rows of their gradients.
+static void NAME(foresee_fresh)(sa_forecast *forecast, const NAME(backward_job) * job, const NAME(block) * block,
+                                const NAME(block) * after, NAME(chunk) * chunk) {
+  const sa_problem *p = job->p;
+  const int segments = (chunk->count + SEGMENT - 1) / SEGMENT;
+  if (!(~(chunk->met | chunk->called) & ~UINT64_C(0) >> (64 - segments))) return;
+  sa_stretch stretch;
+  sa_walk walk = NAME(walk_chunk)(job, block, chunk);
+  while (sa_walk_next(&walk, &stretch)) chunk->called |= NAME(segments_of)(chunk, &stretch);
+  walk = NAME(walk_chunk)(job, after, chunk);
+  while (sa_walk_next(&walk, &stretch)) {
+    const uint64_t fresh = NAME(segments_of)(chunk, &stretch) & ~(chunk->met | chunk->called);
+    if (!fresh) continue;
+    chunk->called |= fresh;
+    NAME(foresee_keys)(forecast, after, stretch.first, stretch.count);
+    for (int i = 0; i < 2; i++) {
+      const sa_operand *x = i ? &p->dv : &p->dk;
+      const int64_t width = i ? p->value_width : p->width;
+      if (x->data && x->dtype == DTYPE)
+        NAME(foresee)(forecast, x, sa_at(x, after->batch, after->key_head, stretch.first, 0), width, stretch.count);
+    }
+    return;
+  }
+}
+
+// What will be wanted while a block is at work and after it: the rows of dQ and the block `after` (may be NULL), which
+// is of the same chunk or, when it is the chunk's `last`, of another.
 static sa_forecast NAME(foresee_block)(const NAME(backward_job) * job, const NAME(block) * block,
-                                       const NAME(block) * after) {
+                                       const NAME(block) * after, NAME(chunk) * chunk, bool last) {
   const sa_problem *p = job->p;
   sa_forecast forecast = {0};
-  if (after) {
-    const sa_operand *dout = &p->dout, *out = &p->out;
-    NAME(foresee)(&forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->count);
-    if (dout->data) NAME(foresee)(&forecast, dout, NAME(row_at)(dout, after, 0), p->value_width, after->count);
-    if (NAME(prepared_on_sight)(job, after))
-      NAME(foresee)(&forecast, out, NAME(row_at)(out, after, 0), p->value_width, after->count);
-  }
-  if (job->dq) {
+  if (job->dq && !NAME(looks_alone)(job, block)) {
     const int64_t row = p->width * (int64_t)sizeof(REAL), head = block->batch * p->heads + block->head;
     sa_forecast_add(&forecast, job->dq + (head * p->queries + block->query) * p->width, row, row, block->count);
   } else if (p->dq.data) {
     NAME(foresee)(&forecast, &p->dq, NAME(row_at)(&p->dq, block, 0), p->width, block->count);
+  }
+  if (after) {
+    const sa_operand *dout = &p->dout, *out = &p->out;
+    NAME(foresee)(&forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->count);
+    if (dout->data) NAME(foresee)(&forecast, dout, NAME(row_at)(dout, after, 0), p->value_width, after->count);
+    if (NAME(looks_alone)(job, after))
+      NAME(foresee)(&forecast, out, NAME(row_at)(out, after, 0), p->value_width, after->count);
+    if (!last) NAME(foresee_fresh)(&forecast, job, block, after, chunk);
   }
   return forecast;
 }
@@ -196,14 +240,25 @@ static bool NAME(take_rows)(const NAME(backward_job) * job, const NAME(block) * 
   return factor;
 }
 
+// Where a block's dQ is gathered against a chunk: in place, where nothing is left to be done with it.
+static NAME(gradient)
+    NAME(open_dquery)(const NAME(backward_job) * job, const NAME(block) * block, const NAME(backward_room) * room) {
+  const sa_operand *dq = &job->p->dq;
+  const int width = (int)job->p->width, columns = NAME(columns)(width);
+  const bool alone = NAME(looks_alone)(job, block) && NAME(scales_dout)(job->p);
+  if (dq->data && dq->dtype == DTYPE && alone && columns == width && NAME(apart)(dq->stride[2])) {
+    return (NAME(gradient)){.rows = NAME(row_at)(dq, block, 0), .row = dq->stride[2], .columns = columns};
+  }
+  return (NAME(gradient)){.rows = room->dquery, .row = NAME(padded)(width), .columns = columns};
+}
+
 // One block of queries of one head against a whole chunk.
 static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(block) * block, NAME(chunk) * chunk,
                                  sa_forecast *forecast, const NAME(backward_room) * room, double *dslope) {
   const sa_problem *p = job->p;
-  const int64_t tiles = job->chunk / SA_TILE;
   // Whether the row of tiles looks at this chunk is the plan's word, the same for both halves of a tile.
   const bool looks = NAME(turns_of)(job, block)[chunk->index] != NAME(UNSEEN);
-  if (job->chunks == 1 || (looks && NAME(prepared_on_sight)(job, block))) NAME(prepare_block)(job, block, room);
+  if (job->chunks == 1 || (looks && NAME(looks_alone)(job, block))) NAME(prepare_block)(job, block, room);
   if (!looks) return;
   const uint64_t dead = NAME(dead_rows)(block);
   const bool factor = NAME(take_rows)(job, block, room);
@@ -211,23 +266,22 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   const NAME(query_rows) query = NAME(rows_of_queries)(&p->q, block, (int)p->width, dead, room->query);
   const NAME(query_rows) dout = NAME(rows_of_queries)(&p->dout, block, (int)p->value_width, dead, room->dout);
   NAME(open_queries)(block, dead, query.rows, dout.rows, &room->products);
+  const NAME(gradient) dquery = NAME(open_dquery)(job, block, room);
   bool first = true;
-  sa_walk walk = sa_walk_start(p->plan, block->plane, block->query, block->count, chunk->index * tiles,
-                               (chunk->index + 1) * tiles, job->stretch);
+  sa_walk walk = NAME(walk_chunk)(job, block, chunk);
   for (sa_stretch stretch; sa_walk_next(&walk, &stretch); first = false) {
     stretch.forecast = forecast;
-    NAME(backward_stretch)(job, block, &stretch, chunk, dead, factor, &query, &dout, first, room, dslope);
+    NAME(backward_stretch)(job, block, &stretch, chunk, dead, factor, &query, &dout, first, &dquery, room, dslope);
   }
   if (!p->dq.data) return;
-  const int64_t padded = NAME(padded)(p->width);
   if (first)
-    memset(room->dquery, 0, sizeof(REAL) * block->count * padded);
+    NAME(clear_rows)(&dquery, 0, block->count);
   else
-    NAME(close_queries)(block, &room->products, room->dquery);
-  if (job->chunks > 1) {
+    NAME(close_queries)(block, &room->products, dquery.rows);
+  if (!NAME(looks_alone)(job, block)) {
     NAME(add_dquery)(job, block, chunk->index, room->dquery);
-  } else {
-    for (int i = 0; i < block->count; i++) NAME(write_dquery)(block, i, room->dquery + i * padded);
+  } else if (dquery.rows == room->dquery) {
+    for (int i = 0; i < block->count; i++) NAME(write_dquery)(block, i, room->dquery + i * dquery.row);
   }
 }
 
@@ -280,7 +334,7 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
       const bool last = at + 1 == job->blocks, last_of_all = last && head + 1 == (key_head + 1) * group;
       NAME(block) after;
       if (!last_of_all) after = NAME(block_at)(p, batch, head + last, last ? 0 : at + 1, 1);
-      sa_forecast forecast = NAME(foresee_block)(job, &block, last_of_all ? next : &after);
+      sa_forecast forecast = NAME(foresee_block)(job, &block, last_of_all ? next : &after, &chunk, last_of_all);
       const int near = forecast.parts;
       sa_forecast_append(&forecast, &far, 0);
       NAME(backward_block)(job, &block, &chunk, block.few ? NULL : &forecast, room, &dslope);
@@ -294,7 +348,7 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
     const int left = count - at < SEGMENT ? count - at : SEGMENT;
     if (!(chunk.met >> (at / SEGMENT) & 1)) NAME(clear_gradients)(&chunk, at, left);
   }
-  if (p->dk.data) NAME(close_gradient)(&p->dk, &keys, &chunk, width, (REAL)p->scale, &chunk.dkey);
+  if (p->dk.data) NAME(close_gradient)(&p->dk, &keys, &chunk, width, NAME(scale_left)(p), &chunk.dkey);
   if (p->dv.data) NAME(close_gradient)(&p->dv, &keys, &chunk, value_width, 1, &chunk.dvalue);
 }
 
@@ -356,10 +410,11 @@ static void NAME(clear_unseen)(const NAME(backward_job) * job) {
   const REAL zeros[SA_FUSED_WIDTH] = {0};
   for (int64_t head = 0; head < p->batch * p->heads; head++) {
     const int64_t plane = sa_plan_plane(p->plan, head / p->heads, head % p->heads);
-    for (int64_t query = 0; query < p->queries; query++) {
-      const int64_t row = plane * p->plan->row_tiles + query / SA_TILE;
-      if (job->turn_of[row * (job->chunks + 1) + job->chunks]) continue;
-      NAME(write_row)(sa_at(&p->dq, head / p->heads, head % p->heads, query, 0), p->dq.dtype, (int)p->width, zeros);
+    for (int64_t row = 0; row < p->plan->row_tiles; row++) {
+      if (job->turn_of[(plane * p->plan->row_tiles + row) * (job->chunks + 1) + job->chunks]) continue;
+      for (int64_t query = row * SA_TILE; query < p->queries && query < (row + 1) * SA_TILE; query++) {
+        NAME(write_row)(sa_at(&p->dq, head / p->heads, head % p->heads, query, 0), p->dq.dtype, (int)p->width, zeros);
+      }
     }
   }
 }

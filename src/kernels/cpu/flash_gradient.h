@@ -153,18 +153,20 @@ static double NAME(slope_gradient)(const NAME(block) * block, const sa_stretch *
 static void NAME(clear_gradients)(const NAME(chunk) * chunk, int64_t first, int count) {
   for (int i = 0; i < 2; i++) {
     const NAME(gradient) *gradient = i ? &chunk->dvalue : &chunk->dkey;
-    for (int64_t r = first; gradient->rows && r < first + count; r++) {
-      memset(gradient->rows + r * gradient->row, 0, sizeof(REAL) * gradient->columns);
-      if (gradient->tail) memset(gradient->tail + r * LANES, 0, sizeof(REAL) * LANES);
-    }
+    if (gradient->rows) NAME(clear_rows)(gradient, first, count);
   }
+}
+
+// Bits of the segments that a stretch is.
+static uint64_t NAME(segments_of)(const NAME(chunk) * chunk, const sa_stretch *stretch) {
+  return (uint64_t)(stretch->count > SEGMENT ? 3 : 1) << (stretch->first - chunk->first) / SEGMENT;
 }
 
 // Looks at the keys of a stretch when nobody has before. Returns whether all of them are new, so that their gradients
 // are still to be written; those of a half that is new are cleared.
 static bool NAME(meet_keys)(const NAME(block) * block, const sa_stretch *stretch, NAME(chunk) * chunk) {
   const int64_t offset = stretch->first - chunk->first;
-  const uint64_t all = (stretch->count > SEGMENT ? 3 : 1) << (offset / SEGMENT), fresh = all & ~chunk->met;
+  const uint64_t all = NAME(segments_of)(chunk, stretch), fresh = all & ~chunk->met;
   if (!fresh) return false;
   chunk->met |= all;
   chunk->wild |= NAME(wild_keys)(block, stretch->first, stretch->count);
@@ -178,8 +180,8 @@ static bool NAME(meet_keys)(const NAME(block) * block, const sa_stretch *stretch
 // One block of queries against one stretch of a chunk's keys.
 static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(block) * block, sa_stretch *stretch,
                                    NAME(chunk) * chunk, uint64_t dead, bool factor, const NAME(query_rows) * query,
-                                   const NAME(query_rows) * dout, bool first, const NAME(backward_room) * room,
-                                   double *dslope) {
+                                   const NAME(query_rows) * dout, bool first, const NAME(gradient) * dquery,
+                                   const NAME(backward_room) * room, double *dslope) {
   const sa_problem *p = job->p;
   const int width = (int)p->width, keys = stretch->count;
   int64_t key_stride;
@@ -230,6 +232,6 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   }
   if (p->dq.data) {
     NAME(add_dqueries)
-    (block, stretch, visible, key, key_stride, dscores, chunk->wild, first, &room->products, room->dquery);
+    (block, stretch, visible, key, key_stride, dscores, chunk->wild, first, &room->products, dquery);
   }
 }

@@ -414,11 +414,18 @@ static bool NAME(wild_keys)(const NAME(block) * keys, int64_t first, int count) 
   return wild;
 }
 
+// Whether dO is packed times the scale of the scores, which dQ and dK then need no pass for; what is added to scores
+// has gradients that want dS as it is.
+static bool NAME(scales_dout)(const sa_problem *p) {
+  return !p->bias.data && !p->alibi.data;
+}
+
 // Before a block of queries: what dO is to be packed to. `query` and `dout` are its rows, finite.
 static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
                                const NAME(backward_products) * products) {
   const sa_problem *p = block->p;
-  NAME(pack)(&p->dout, block, (int)p->value_width, 1, p->dout.data ? dead : ~UINT64_C(0), products->packed_dout);
+  const REAL factor = NAME(scales_dout)(p) ? (REAL)p->scale : 1;
+  NAME(pack)(&p->dout, block, (int)p->value_width, factor, p->dout.data ? dead : ~UINT64_C(0), products->packed_dout);
 }
 
 // dP^T = V dO^T.
@@ -472,25 +479,24 @@ static void NAME(add_dkeys)(const NAME(block) * block, const sa_stretch *stretch
 // dQ += dS K, or dS K alone when it is the `first`. What is not finite in K, when it is `wild`, reaches who sees it.
 static void NAME(add_dqueries)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
                                const REAL *key, int64_t stride, const REAL *dscores, bool wild, bool first,
-                               const NAME(backward_products) * products, REAL *to) {
+                               const NAME(backward_products) * products, const NAME(gradient) * to) {
   const int width = (int)block->p->width, keys = stretch->count;
-  const int64_t padded = NAME(padded)(width);
   const bool apart = wild && visible && NAME(has_nonfinite)(key, stride, keys, width);
   REAL *finite = NAME(reads_in_place)(&block->p->k, width, true) ? products->other_rows : products->key_rows;
-  if (first && apart) memset(to, 0, sizeof *to * block->count * padded);
+  if (first && apart) NAME(clear_rows)(to, 0, block->count);
   if (apart) {
-    NAME(add_nonfinite)(block, keys, visible, dscores, key, stride, width, padded, to);
+    NAME(add_nonfinite)(block, keys, visible, dscores, key, stride, width, to->row, to->rows);
     NAME(finite_part)(key, stride, keys, width, finite);
   }
   const sa_product_start start = first && !apart ? SA_FROM_ZERO : SA_FROM_SELF;
   if (apart) {
     key = finite;
-    stride = padded;
+    stride = NAME(padded)(width);
   }
   if (stretch->outline) NAME(product_within)
-  (stretch->outline->keys, true, dscores, 1, NAME(ROW), key, stride, to, padded, block->count, NAME(columns)(width),
-   keys, start, NULL, stretch->forecast);
-  else NAME(product)(dscores, 1, NAME(ROW), key, stride, to, padded, block->count, NAME(columns)(width), keys, start,
+  (stretch->outline->keys, true, dscores, 1, NAME(ROW), key, stride, to->rows, to->row, block->count, to->columns, keys,
+   start, NULL, stretch->forecast);
+  else NAME(product)(dscores, 1, NAME(ROW), key, stride, to->rows, to->row, block->count, to->columns, keys, start,
                      NULL, NULL, stretch->forecast);
 }
 

@@ -82,6 +82,7 @@ static void NAME(prepare_block)(const NAME(backward_job) * job, const NAME(block
   for (int i = 0; i < block->count; i++) coarse |= fabs(lse[i * lse_row]) > 1024 && !(dead_rows >> i & 1);
   if (coarse) NAME(gather_again)(job, block, room);
   if (p->dout.data) NAME(output_dots)(block, dots);
+  const double advance = NAME(scale_in_advance)(p);
   double dsink = 0;
   for (int i = 0; i < block->count; i++) {
     const bool dead = dead_rows >> i & 1;
@@ -100,7 +101,7 @@ static void NAME(prepare_block)(const NAME(backward_job) * job, const NAME(block
     double dlse = 0;
     if (p->dlse.data) dlse = *(const REAL *)sa_at(&p->dlse, block->batch, block->head, block->query + i, 0);
     const double delta = (!dead && p->dout.data ? (double)dots[i] : 0) - dlse;
-    job->delta[first + i] = dead ? 0 : (REAL)delta;
+    job->delta[first + i] = dead ? 0 : (REAL)(delta * advance);
     if (!p->dsinks.data || sink == -(REAL)INFINITY) continue;
     // The dO of a row that sees only its sink meets o = 0, which does not depend on the sink.
     dsink += dead ? dlse : -delta * scale.sink;
@@ -115,7 +116,7 @@ static void NAME(prepare)(void *argument, int64_t item, int worker) {
   const sa_problem *p = job->p;
   const int64_t head = item / job->blocks;
   const NAME(block) block = NAME(block_at)(p, head / p->heads, head % p->heads, item % job->blocks, 1);
-  if (NAME(prepared_on_sight)(job, &block)) return;
+  if (NAME(looks_alone)(job, &block)) return;
   const NAME(backward_room) room =
       NAME(take_backward)(&(sa_room){.memory = job->memory + worker * job->room_bytes}, job);
   NAME(prepare_block)(job, &block, &room);

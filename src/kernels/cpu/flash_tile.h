@@ -209,7 +209,7 @@ static REAL *NAME(take)(sa_room *room, int64_t count) {
   return sa_room_take(room, count * (int64_t)sizeof(REAL));
 }
 
-// Where the rows of a gradient of keys are gathered: all of their whole vectors, and, where rows that are wanted end
+// Where the rows of a gradient are gathered: all of their whole vectors, and, where rows of keys that are wanted end
 // within a vector and are gathered in place, what is beyond the last whole one.
 typedef struct NAME(gradient) {
   REAL *rows;
@@ -217,6 +217,13 @@ typedef struct NAME(gradient) {
   int columns;  // of `rows`
   REAL *tail;   // [LANES] a row; may be NULL
 } NAME(gradient);
+
+static void NAME(clear_rows)(const NAME(gradient) * gradient, int64_t first, int count) {
+  for (int64_t r = first; r < first + count; r++) {
+    memset(gradient->rows + r * gradient->row, 0, sizeof(REAL) * gradient->columns);
+    if (gradient->tail) memset(gradient->tail + r * LANES, 0, sizeof(REAL) * LANES);
+  }
+}
 
 // What a block of queries has gathered: o unnormalised, relative to the running peak.
 typedef struct NAME(gathered) {
