@@ -46,9 +46,10 @@ static inline __m512d select_f64(uint64_t lanes, __m512d a, __m512d b) {
 static inline uint64_t below_or_equal_f64(__m512d a, __m512d b) {
   return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ);
 }
-// 2^x = 2^n 2^(i/16) 2^f, x rounded to sixteenths by adding a number whose last bit is one; then the low 4 bits of the
-// sum are i and those above are n. The table's entries carry -i where n is added, so that one addition makes both of
-// them the exponent. 16 instructions with a subtraction and a sum, where a polynomial for all of [-1/2, 1/2] took 20.
+// 2^x = 2^n 2^(i/16) 2^f, x rounded to sixteenths by adding a number whose last bit is one, and its rest f, which
+// vreducepd rounds likewise; then the low 4 bits of the sum are i and those above are n. The table's entries carry -i
+// where n is added, so that one addition makes both of them the exponent. 15 instructions with a subtraction and a sum,
+// where a polynomial for all of [-1/2, 1/2] took 20.
 static inline __m512d power_f64(__m512d x, __mmask8 lanes) {
   static const uint64_t sixteenths[16]
       __attribute__((aligned(64))) = {0x3ff0000000000000, 0x3fefb5586cf9890f, 0x3fef72b83c7d517b, 0x3fef387a6e756238,
@@ -56,8 +57,8 @@ static inline __m512d power_f64(__m512d x, __mmask8 lanes) {
                                       0x3feea09e667f3bcd, 0x3feea11473eb0187, 0x3feeace5422aa0db, 0x3feec49182a3f090,
                                       0x3feee89f995ad3ad, 0x3fef199bdd85529c, 0x3fef5818dcfba487, 0x3fefa4afa2a490da};
   static const double terms[] = {EXP2_SIXTEENTH_TERMS};
-  const __m512d shift = _mm512_set1_pd(0x1.8p48), sum = x + shift, part = x - (sum - shift);
-  const __m512i bits = _mm512_castpd_si512(sum);
+  const __m512d part = _mm512_reduce_pd(x, 4 << 4 | _MM_FROUND_CUR_DIRECTION | _MM_FROUND_NO_EXC);
+  const __m512i bits = _mm512_castpd_si512(x + _mm512_set1_pd(0x1.8p48));
   const __m512i entry =
       _mm512_permutex2var_epi64(_mm512_load_si512(sixteenths), bits, _mm512_load_si512(sixteenths + 8));
   const __m512d power = _mm512_castsi512_pd(_mm512_add_epi64(entry, _mm512_slli_epi64(bits, 48)));
