@@ -63,6 +63,26 @@ describe("decoding", function()
       end
 
       for _, dtype in ipairs {"f32", "f64", "bf16", "f16"} do
+        it("of infinite values of V gives them to their column alone: " .. dtype, function()
+          local q, k, v = inputs(2, 1000, dtype, 64)
+          v:narrow(3, 150, 1):narrow(4, 7, 1):fill(1 / 0)
+          v:narrow(3, 700, 1):narrow(4, 10, 1):fill(-1 / 0)
+          local out = sa.forward(q, k, v).out
+          local exact = sa.forward(q, k, v, {backend = "reference"}).out
+          assert.are.same({2 * 8 * 2, 2 * 8 * 2, 0}, {out:stats().posinf, out:stats().neginf, out:stats().nan})
+          near(out, exact, dtype)
+        end)
+
+        it("keeps subnormal values of V: " .. dtype, function()
+          local q, k, v = inputs(1, 1000, dtype, 64)
+          local tiny = dtype == "f16" and 2 ^ -10 or 2 ^ -127
+          v = (v:to "f64" * tiny):to(dtype)
+          local function enlarged(backend)
+            return sa.forward(q, k, v, {backend = backend}).out:to "f64" * (1 / tiny)
+          end
+          near(enlarged "fused", enlarged "reference", dtype)
+        end)
+
         for _, width in ipairs {40, 64} do
           it(("does not let a masked key's NaN through, to the bit: %s, width %d"):format(dtype, width), function()
             local q, k, v, dout = inputs(1, 3000, dtype, width)

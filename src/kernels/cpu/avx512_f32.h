@@ -75,3 +75,25 @@ static inline __attribute__((always_inline)) void columns_of_f32(const float *fr
     }
   }
 }
+// The sum of each vector's lanes, vector i's in lane i: pairs within quarters, which take a cycle, and then quarters.
+#define OWN_SUMS
+static inline __attribute__((always_inline)) __m512 sums_of_f32(__m512 sum[LANES]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    sum[i] = _mm512_unpacklo_ps(sum[2 * i], sum[2 * i + 1]) + _mm512_unpackhi_ps(sum[2 * i], sum[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512d a = _mm512_castps_pd(sum[2 * i]), b = _mm512_castps_pd(sum[2 * i + 1]);
+    sum[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+#pragma GCC unroll 2
+  for (int n = 2; n > 0; n--) {
+#pragma GCC unroll 2
+    for (int i = 0; i < n; i++) {
+      sum[i] = _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0x88) +
+               _mm512_shuffle_f32x4(sum[2 * i], sum[2 * i + 1], 0xdd);
+    }
+  }
+  return sum[0];
+}

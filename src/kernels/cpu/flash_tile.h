@@ -116,6 +116,7 @@ static inline __attribute__((always_inline)) void NAME(columns_of)(const REAL *f
 }
 #endif
 
+#if !defined(OWN_SUMS)
 // The sum of each vector's lanes, vector i's in lane i. Interleaving the halves and adding, log2(LANES) times over.
 static inline __attribute__((always_inline)) NAME(vector) NAME(sums_of)(NAME(vector) sum[LANES]) {
   const NAME(order) low = {SA_LOW}, high = {SA_HIGH};
@@ -128,6 +129,7 @@ static inline __attribute__((always_inline)) NAME(vector) NAME(sums_of)(NAME(vec
   }
   return sum[0];
 }
+#endif
 
 // to = from, a square of LANES x LANES, transposed, times factor.
 static inline void NAME(transpose)(const REAL *from, int64_t from_row, REAL factor, REAL *to, int64_t to_row) {

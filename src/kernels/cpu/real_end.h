@@ -14,4 +14,5 @@
 #undef OWN_EXP2
 #undef OWN_BITS_OF
 #undef OWN_COLUMNS
+#undef OWN_SUMS
 #undef LOG
