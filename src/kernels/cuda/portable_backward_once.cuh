@@ -7,8 +7,8 @@
 // warps, 168 registers, three blocks a multiprocessor, 59 KiB each. What spills is read once a step, outside the loops
 // of products.
 //
-// bf16 at D128 and N8192 on an H200: 268 TFLOP/s, where two passes with seven products reach 167; latencies between
-// products are the limit, and turns (without them 277). docs/hopper.md has what was tried.
+// bf16 at D128 and N8192 on an H200, calls one behind the other: 268 TFLOP/s; latencies between products are the limit,
+// and turns (without them 277). docs/hopper.md has what was tried.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
 #include "kernels/cuda/portable_backward_sums.cuh"
@@ -272,12 +272,28 @@ struct once_job {
     load_tile<Element, ROW, KEYS, THREADS>(shared, key_source(), first_key(), threadIdx.x);
   }
 
+  // load_tile of a step's rows. Its common case once more, with one product an address: there, for all kernels, that
+  // costs the forward 1 %.
+  __device__ __forceinline__ void load_rows(char *tile, const tile_source &source, int first, int thread) const {
+    constexpr int CHUNKS = ROW / 16, STEP = THREADS / CHUNKS;
+    if (!source.whole || source.rows - first < QUERIES) {
+      load_tile<Element, ROW, QUERIES, THREADS>(tile, source, first, thread);
+      return;
+    }
+    const int row = thread / CHUNKS, chunk = thread % CHUNKS;
+    const char *place = source.data + (int64_t)(first + row) * source.stride + chunk * 16;
+    const uint32_t to = shared_address(tile + tile_offset<ROW>(row, chunk));
+#pragma unroll
+    for (int n = 0; n < QUERIES / STEP; n++, place += STEP * source.stride)
+      copy_async(tile_address<ROW>(to, n * STEP, 0), place, chunk * 16 >= source.bytes);
+  }
+
   // Q and what is known of its rows.
   __device__ __forceinline__ void load_queries(int head, int step, int stage) const {
     const int thread = hidden((int)threadIdx.x), first = first_of(step);
     tile_source source = query_source(0);
     source.data = rows_of_head().queries;
-    load_tile<Element, ROW, QUERIES, THREADS>(shared + C::QUERY_STAGES + stage * C::QUERY_TILE, source, first, thread);
+    load_rows(shared + C::QUERY_STAGES + stage * C::QUERY_TILE, source, first, thread);
     constexpr int CHUNKS = QUERIES * 4 / 16;
     if (thread >= 3 * CHUNKS) return;
     const float *from = thread < CHUNKS ? rows.base : thread < 2 * CHUNKS ? rows.factor : rows.delta;
@@ -288,8 +304,7 @@ struct once_job {
   __device__ __forceinline__ void load_douts(int step, int stage) const {
     tile_source source = dout_source(0);
     source.data = rows_of_head().douts;
-    load_tile<Element, ROW, QUERIES, THREADS>(shared + C::DOUTS + stage * C::QUERY_TILE, source, first_of(step),
-                                              hidden((int)threadIdx.x));
+    load_rows(shared + C::DOUTS + stage * C::QUERY_TILE, source, first_of(step), hidden((int)threadIdx.x));
   }
 
   // The next tiles of a head's column into shared memory, from number `place` on, and where its rows begin; how many.

@@ -93,13 +93,14 @@ template <class Element, int ROW, int ROWS, int THREADS>
 static __device__ __forceinline__ void load_tile(char *tile, const tile_source &source, int64_t first, int thread) {
   constexpr int CHUNKS = ROW / 16;
   const int64_t left = source.rows - first;
+  const char *from = source.data + first * source.stride;
   if constexpr (THREADS % CHUNKS == 0) {
     // A thread's chunk is the same in all its rows.
     constexpr int STEP = THREADS / CHUNKS, COPIES = (ROWS + STEP - 1) / STEP;
     if (source.whole) {
       const int chunk = thread % CHUNKS, row = thread / CHUNKS;
       const bool none = chunk * 16 >= source.bytes;
-      const char *place = source.data + (first + row) * source.stride + chunk * 16;
+      const char *place = from + row * source.stride + chunk * 16;
       const uint32_t to = shared_address(tile + tile_offset<ROW>(row, chunk));
       if (ROWS % STEP == 0 && left >= ROWS) {
 #pragma unroll
@@ -113,8 +114,8 @@ static __device__ __forceinline__ void load_tile(char *tile, const tile_source &
       return;
     }
   }
-  load_tile_slowly<Element, ROW, ROWS, THREADS>(tile, source.data + first * source.stride, source.stride,
-                                                left < ROWS ? (int)left : ROWS, source.bytes, thread);
+  load_tile_slowly<Element, ROW, ROWS, THREADS>(tile, from, source.stride, left < ROWS ? (int)left : ROWS, source.bytes,
+                                                thread);
 }
 
 // Puts 0 in place of what is not finite in a tile, and sets row % 32 of bad[row / 32] for the rows that had it; the
