@@ -31,6 +31,9 @@ typedef struct hopper_backward_call {
   // Jobs: `jobs` columns of key heads; those of `mixed` neighbouring key heads take turns, so that neighbours in the
   // order add to different sums. When `sorted`, neighbours are so by head_order.
   int32_t jobs, mixed, sorted;
+  // Whether, in order, columns are taken from the first on, their rows from the last on; else the other way round.
+  // Where columns get shorter, the longest are then begun first, and the blocks end at the same time.
+  int32_t descending;
   // Columns from number `whole` on, the last ones taken, are shared out in `parts` jobs, each of some heads of the
   // group, so that the blocks end at the same time.
   int32_t whole, parts;

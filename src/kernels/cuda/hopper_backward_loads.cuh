@@ -3,15 +3,15 @@
 #define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_LOADS_CUH
 #include "kernels/cuda/hopper_backward_shape.cuh"
 
-// The tiles of a column that a head sees, in ascending order: of its runs, the PARTIAL ones and the FULL ones, which
-// lie one after the other, each time the one that comes first. In another order the jobs would wait for each other's
-// turns.
+// The tiles of a column that a head sees, in ascending order or in descending: of its runs, the PARTIAL ones and the
+// FULL ones, which lie one after the other, each time the one that comes first. In another order the jobs would wait
+// for each other's turns.
 typedef struct hopper_backward_walk {
   const sa_run *partial, *full;
-  int partials, fulls;     // that are left
-  int row, rows, pattern;  // of the run at hand: the first tile, how many, SA_FULL or which pattern
+  int partials, fulls;           // that are left
+  int row, rows, step, pattern;  // of the run at hand: the next tile, how many, 1 or -1, SA_FULL or which pattern
 
-  __device__ __forceinline__ void open(const sa_run *runs, int count) {
+  __device__ __forceinline__ void open(const sa_run *runs, int count, bool descending) {
     int high = count;  // runs before `partials` are PARTIAL, from `high` on FULL
     partials = 0;
     while (partials < high) {
@@ -22,22 +22,26 @@ typedef struct hopper_backward_walk {
         high = middle;
       }
     }
-    partial = runs;
-    full = runs + partials;
     fulls = count - partials;
+    step = descending ? -1 : 1;
+    partial = descending ? runs + partials - 1 : runs;
+    full = descending ? runs + count - 1 : runs + partials;
   }
 
   __device__ __forceinline__ bool next() {
     if (partials == 0 && fulls == 0) return false;
-    const bool take_full = partials == 0 || (fulls > 0 && full->first < partial->first);
+    const bool take_full = partials == 0 || (fulls > 0 && (full->first - partial->first) * step < 0);
     const sa_run *run = take_full ? full : partial;
-    row = run->first;
     rows = run->count;
+    row = run->first + (step < 0 ? rows - 1 : 0);
     pattern = run->pattern;
-    full += take_full;
-    fulls -= take_full;
-    partial += !take_full;
-    partials -= !take_full;
+    if (take_full) {
+      full += step;
+      fulls--;
+    } else {
+      partial += step;
+      partials--;
+    }
     return true;
   }
 } hopper_backward_walk;
@@ -119,7 +123,7 @@ struct hopper_backward_jobs {
       job.batch = flat / c.key_heads;
       job.key_head = flat % c.key_heads;
       job.column = CAREFUL || c.deterministic
-                       ? columns - 1 - rank
+                       ? (c.descending ? rank : columns - 1 - rank)
                        : c.plan.col_order[plane(job.batch, job.key_head * c.group) * columns + rank];
       if (CAREFUL && !flagged(job)) continue;
       const int parts = job.shared < 0 ? 1 : c.parts;
@@ -267,17 +271,20 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
     for (int head = job_head(n); head < job_end(n); head++) {
       hopper_backward_walk walk;
       const int64_t *start = runs_of(job_batch(n), head, job_column(n));
-      walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]));
+      walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]), c.descending);
       while (walk.next()) {
-        const int end = (walk.row + walk.rows) * SA_TILE;
 #pragma unroll 1
-        for (int query = walk.row * SA_TILE; query < end; query += SHAPE::queries) {
-          load_queries(job_batch(n), head, query, walk.pattern);
-          if (first) load_values(n);
-          load_dout(job_batch(n), head, query);
-          if (first) load_keys(n);
-          first = false;
-          loaded++;
+        for (; walk.rows > 0; walk.rows--, walk.row += walk.step) {
+#pragma unroll 1
+          for (int step = 0; step < SHAPE::steps; step++) {
+            const int query = walk.row * SA_TILE + step * SHAPE::queries;
+            load_queries(job_batch(n), head, query, walk.pattern);
+            if (first) load_values(n);
+            load_dout(job_batch(n), head, query);
+            if (first) load_keys(n);
+            first = false;
+            loaded++;
+          }
         }
       }
     }

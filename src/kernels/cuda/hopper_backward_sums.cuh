@@ -1,12 +1,12 @@
 // backward attention on Hopper for widths up to 128: the sums of dQ in memory, and the warps that add to them
 //
-// Key tiles add to the rows of a tile of queries one after the other, those with most keys before them first, so that
-// the sums have the same bits every time. Each chunk of 64 x 64 sums has a counter of who is done. The first stores, so
-// that nobody has to fill with zeros. The last adds the sums to its own dQ in registers and writes halves, so that
-// nobody has to read the sums again when they have left the cache. Jobs are taken in the order in which they have their
-// turns, and a job waits only for jobs taken before it: the oldest unfinished job never waits, so all come to an end.
-// The counters are zeroed by the first launch of the same call. The order of a chunk's accesses, one line for each
-// link:
+// Key tiles add to the rows of a tile of queries one after the other, those with most keys before them first (last,
+// where rows are descended), so that the sums have the same bits every time. Each chunk of 64 x 64 sums has a counter
+// of who is done. The first stores, so that nobody has to fill with zeros. The last adds the sums to its own dQ in
+// registers and writes halves, so that nobody has to read the sums again when they have left the cache. Jobs are taken
+// in the order in which they have their turns, and a job waits only for jobs taken before it: the oldest unfinished job
+// never waits, so all come to an end. The counters are zeroed by the first launch of the same call. The order of a
+// chunk's accesses, one line for each link:
 //
 //   bulk add (async proxy) -> bulk_wait: complete, and seen by the thread that issued it
 //   -> async_proxy_fence_global: in order before that thread's ordinary accesses that follow (publish)
@@ -47,7 +47,8 @@ struct hopper_backward_sums : hopper_backward_jobs<SHAPE, CAREFUL> {
     int before = 0, all = 0;
 #pragma unroll 1
     for (int left = (int)(start[1] - start[0]) - lane; left > 0; left -= 32, keys += 32) {
-      before += max(0, keys->first + keys->count - max(keys->first, column + 1));
+      before += c.descending ? max(0, min(keys->first + keys->count, column) - keys->first)
+                             : max(0, keys->first + keys->count - max(keys->first, column + 1));
       all += keys->count;
     }
     return make_int2(hopper_warp_sum(before), hopper_warp_sum(all));
@@ -63,10 +64,10 @@ struct hopper_backward_sums : hopper_backward_jobs<SHAPE, CAREFUL> {
       for (int head = job_head(n); head < job_end(n); head++) {
         hopper_backward_walk walk;
         const int64_t *start = runs_of(job_batch(n), head, job_column(n));
-        walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]));
+        walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]), c.descending);
         while (walk.next()) {
 #pragma unroll 1
-          for (; walk.rows > 0; walk.rows--, walk.row++) {
+          for (; walk.rows > 0; walk.rows--, walk.row += walk.step) {
             const int2 turn = count_turns(job_batch(n), head, walk.row, job_column(n));
             const int slot = told % HOPPER_BACKWARD_TURNS;
             if (lane == 0) {
