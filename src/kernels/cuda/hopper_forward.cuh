@@ -10,7 +10,7 @@
 //   warpgroup 1, 2  64 queries each. S = Q K^T of a step is issued together with O += P V of the step before, whose P
 //                   is in registers; the softmax of S runs under that product. The step that begins an item carries
 //                   the last product of the item before, which leaves through shared memory under the other
-//                   warpgroup's products.
+//                   warpgroup's products. The two take turns: one issues its products when the other has its S.
 //
 //   widths      KEYS  Q slots, stages  registers: O, S, P twice  shared memory
 //   64, 64      128   2, 2             32, 64, 64                117 KiB
@@ -18,7 +18,7 @@
 //   128, 128    128   2, 2             64, 64, 64                213 KiB
 //   192, 128    64    2, 2             64, 32, 32                197 KiB
 //   192, 192    64    2, 2             96, 32, 32                213 KiB
-//   256, 256    64    1, 2             128, 32 (P once: 16)      213 KiB, two registers spilled around an item's end
+//   256, 256    64    1, 2             128, 32 (P once: 16)      213 KiB
 //
 // Bias, softcap, ALiBi and dropout (hopper_scores.cuh) are kernels of their own, for widths of 64 and 128: one for each
 // alone and one for all of them, since branches around code that is not run cost more than the code. With a bias, steps

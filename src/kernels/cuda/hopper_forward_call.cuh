@@ -28,6 +28,7 @@ enum {
   // Named barriers.
   FORWARD_CLEANED = 1,
   FORWARD_ALL_DONE = 2,
+  FORWARD_TURNS = 3,  // and 4: a warpgroup's turn
   // Of a step.
   FORWARD_PARTIAL = 1,
   FORWARD_LAST = 2,

@@ -7,6 +7,7 @@
 template <class SHAPE>
 __device__ __forceinline__ void forward_consumer<SHAPE>::run_careful() {
   while (next_item()) {
+    begin_rows();
     do {
       const int kind = lone_scores(), key = shared.key[k.at];
       uint2 bits = read_bits(kind);
@@ -17,7 +18,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::run_careful() {
       }
       uint32_t p[pairs];
       float a[2];
-      if (softmax<true>(done == 0, true, partial, bits, p, a) && done > 0) scale_output(a);
+      if (softmax<true>(true, partial, bits, p, a) && done > 0) scale_output(a);
       pack_late(p);
       mbarrier_wait(shared_address(&shared.v_full[v.at]), v.parity);
       clean_values();

@@ -11,17 +11,21 @@ struct forward_consumer {
 
   const forward_call &c;
   forward_shared<SHAPE> &shared;
-  const int group = threadIdx.x / FORWARD_WARPGROUP - 1, warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
+  // The shuffle tells the compiler that a warp is of one group: what depends on it goes to uniform registers.
+  const int group = __shfl_sync(~0u, threadIdx.x / FORWARD_WARPGROUP, 0) - 1;
+  const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   float s[scores], o[outs];
-  float top[2];           // the kept maximum, in units of log2
-  float shift[2];         // its negative, or 0 while it is -inf
-  float sum[2];           // this thread's part
-  float low[2];           // what the careful path takes off the scores besides: the rounding of a huge maximum
-  bool all_seen;          // every row of the warp has a maximum
-  int32_t alive;          // rows that saw a key whose bias is not -inf while they had no maximum: bits 0 and 1
-  int number = 0;         // of the item at hand
-  int done, done_before;  // its steps, and those of the item before
-  bool last, begins;      // the step at hand is its item's last, begins an item
+  float top[2];    // the kept maximum, in units of log2
+  float shift[2];  // its negative, or 0 while it is -inf
+  float sum[2];    // this thread's part
+  float low[2];    // what the careful path takes off the scores besides: the rounding of a huge maximum
+  bool all_seen;   // every row of the warp has a maximum
+  // Rows that saw a key whose bias is not -inf while they had no maximum: bits 0 and 1, of the item before 2 and 3.
+  int32_t alive = 0;
+  float top_before[2], sum_before[2];  // of the item before, until it is written
+  int number = 0;                      // of the item at hand
+  int done, done_before;               // its steps, and those of the item before
+  bool last, begins;                   // the step at hand is its item's last, begins an item
   hopper_ring<SHAPE::q_slots> q;
   hopper_ring<FORWARD_STAGES> k, v;
   hopper_ring<1> staged;  // bias
@@ -44,6 +48,8 @@ struct forward_consumer {
   __device__ bool advance();
   __device__ void release_keys(int step);
   __device__ void release_values();
+  __device__ void await_turn();
+  __device__ void pass_turn();
   __device__ void step(uint32_t (&p_before)[pairs], uint32_t (&p)[pairs]);
   __device__ void finish(uint32_t (&p)[pairs]);
   __device__ int lone_scores();
@@ -51,6 +57,7 @@ struct forward_consumer {
 
   // Scores to weights (hopper_forward_softmax.cuh).
   __device__ void row_maxima(float (&x)[2]);
+  __device__ void begin_rows();
   __device__ void keep(int r, float maximum);
   __device__ float octaves(float x);
   __device__ float exponent(int i);
@@ -61,7 +68,7 @@ struct forward_consumer {
   template <bool CAREFUL>
   __device__ float exponential(int i);
   template <bool CAREFUL>
-  __device__ bool softmax(bool fresh, bool wary, bool partial, uint2 bits, uint32_t (&p)[pairs], float (&a)[2]);
+  __device__ bool softmax(bool wary, bool partial, uint2 bits, uint32_t (&p)[pairs], float (&a)[2]);
   __device__ void pack(uint32_t (&p)[pairs]);
   __device__ void pack_late(uint32_t (&p)[pairs]);
 
@@ -169,6 +176,7 @@ template <class SHAPE>
 __device__ __forceinline__ bool forward_consumer<SHAPE>::advance() {
   begins = last;
   if (!begins) return true;
+  begin_rows();
   q.next();
   number++;
   return next_item();
@@ -189,12 +197,24 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::release_values() {
   v.next();
 }
 
+// The warpgroups take turns: one issues its products when the other has S of its own step, so that they do not take
+// exponentials at the same time. At width 64 they otherwise may fall into step, which costs 14 %.
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::await_turn() {
+  named_barrier_sync(FORWARD_TURNS + group, FORWARD_CONSUMERS * FORWARD_WARPGROUP);
+}
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::pass_turn() {
+  named_barrier_arrive(FORWARD_TURNS + 1 - group, FORWARD_CONSUMERS * FORWARD_WARPGROUP);
+}
+
 // S = Q K^T together with O += P V of the step before, and the softmax of S under the latter.
 template <class SHAPE>
 __device__ __forceinline__ void forward_consumer<SHAPE>::step(uint32_t (&p_before)[pairs], uint32_t (&p)[pairs]) {
   const int accumulate = begins ? done_before > 1 : done > 1;
   mbarrier_wait(shared_address(&shared.k_full[k.at]), k.parity);
   if constexpr (SHAPE::extras) meet_step();
+  await_turn();
   pin(s), pin(o), pin(p_before);
   wgmma_fence();
   issue_scores();
@@ -209,18 +229,17 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::step(uint32_t (&p_befor
   const bool wary = shared.flagged >= 0;
   wgmma_wait<1>();
   pin(s);
+  pass_turn();
   release_keys(kind);
   done++;
   float a[2];
-  const float top_before[2] = {top[0], top[1]}, sum_before[2] = {sum[0], sum[1]};
-  const int alive_before = SHAPE::extras ? alive : 0;
-  const bool rescale = softmax<false>(begins, wary, kind & FORWARD_PARTIAL, bits, p, a);
+  const bool rescale = softmax<false>(wary, kind & FORWARD_PARTIAL, bits, p, a);
   wgmma_wait<0>();
   pin(o), pin(p_before);
   release_values();
   pack_late(p);
   if (begins) {
-    write_item(number - 1, top_before, sum_before, alive_before, true);
+    write_item(number - 1, top_before, sum_before, alive >> 2, true);
   } else if (rescale) {
     scale_output(a);
   }
@@ -228,6 +247,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::step(uint32_t (&p_befor
 
 template <class SHAPE>
 __device__ __forceinline__ void forward_consumer<SHAPE>::finish(uint32_t (&p)[pairs]) {
+  if (group == 0) await_turn();  // that the other passed at its last step
   mbarrier_wait(shared_address(&shared.v_full[v.at]), v.parity);
   pin(o), pin(p);
   wgmma_fence();
@@ -235,7 +255,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::finish(uint32_t (&p)[pa
   wgmma_wait<0>();
   pin(o), pin(p);
   release_values();
-  write_item(number - 2, top, sum, SHAPE::extras ? alive : 0, true);  // the end of the stream was counted too
+  write_item(number - 2, top_before, sum_before, alive >> 2, true);  // the end of the stream was counted too
 }
 
 // S = Q K^T with nothing beside it. What kind of step it is.
@@ -257,6 +277,7 @@ __device__ __forceinline__ int forward_consumer<SHAPE>::lone_scores() {
 template <class SHAPE>
 __device__ __forceinline__ void forward_consumer<SHAPE>::run() {
   if (!next_item()) return;
+  if (group == 1) pass_turn();
   uint32_t p[pairs], p_second[pairs];  // one is read by P V while the other is written
   uint32_t(&p_other)[pairs] = SHAPE::packs_late ? p : p_second;
   float a[2];
@@ -264,7 +285,8 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::run() {
   const uint2 bits = read_bits(kind);
   release_keys(kind);
   done = 1;
-  softmax<false>(true, false, kind & FORWARD_PARTIAL, bits, p, a);
+  begin_rows();
+  softmax<false>(false, kind & FORWARD_PARTIAL, bits, p, a);
   pack_late(p);
 #pragma unroll
   for (int i = 0; i < outs; i++) o[i] = 0.f;

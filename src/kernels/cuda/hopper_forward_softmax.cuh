@@ -15,6 +15,19 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::row_maxima(float (&x)[2
   x[1] = forward_quad_max(fmaxf(t[2], t[3])) * (SHAPE::extras ? 1.f : c.scale_log2);
 }
 
+// No row of an item has a maximum yet. What the item before had is kept for its end.
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::begin_rows() {
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    top_before[r] = top[r], sum_before[r] = sum[r];
+    sum[r] = low[r] = 0.f;
+    keep(r, forward_minus_infinity());
+  }
+  alive = (alive & 3) << 2;
+  all_seen = false;
+}
+
 template <class SHAPE>
 __device__ __forceinline__ void forward_consumer<SHAPE>::keep(int r, float maximum) {
   top[r] = maximum;
@@ -101,7 +114,7 @@ __device__ __forceinline__ float forward_consumer<SHAPE>::exponential(int i) {
 // S to P (halves, as the A operand) under the row's kept maximum. Whether O must be scaled, by a.
 template <class SHAPE>
 template <bool CAREFUL>
-__device__ __forceinline__ bool forward_consumer<SHAPE>::softmax(bool fresh, bool wary, bool partial, uint2 bits,
+__device__ __forceinline__ bool forward_consumer<SHAPE>::softmax(bool wary, bool partial, uint2 bits,
                                                                  uint32_t (&p)[pairs], float (&a)[2]) {
   if constexpr (SHAPE::extras) extend_scores();
   if (partial) {  // selected, never added: whatever a masked score is, it vanishes
@@ -111,26 +124,19 @@ __device__ __forceinline__ bool forward_consumer<SHAPE>::softmax(bool fresh, boo
       s[i] = word & 1u << (2 * (i >> 2) + (i & 1)) ? s[i] : forward_minus_infinity();
     }
   }
-  if (fresh) {
-    sum[0] = sum[1] = 0.f;
-    if (CAREFUL) low[0] = low[1] = 0.f;
-    keep(0, forward_minus_infinity()), keep(1, forward_minus_infinity());
-    if (SHAPE::extras) alive = 0;
-  }
-  bool look = fresh || wary;
-  if (!look && !all_seen) {
-    look = __any_sync(~0u, (top[0] == forward_minus_infinity() && (!partial || bits.x)) ||
-                               (top[1] == forward_minus_infinity() && (!partial || bits.y)));
-  }
   bool jumps = CAREFUL;
-  if (look) {  // a row without a maximum has nothing in sum and O yet
-    float x[2];
-    row_maxima(x);
-    if (top[0] == forward_minus_infinity()) keep(0, x[0]);
-    if (top[1] == forward_minus_infinity()) keep(1, x[1]);
-    if constexpr (SHAPE::extras) note_alive(partial, bits);
-    jumps |= wary && __any_sync(~0u, octaves(x[0] - top[0]) > FORWARD_JUMP || octaves(x[1] - top[1]) > FORWARD_JUMP);
-    all_seen = __all_sync(~0u, top[0] != forward_minus_infinity() && top[1] != forward_minus_infinity());
+  if (wary || !all_seen) {
+    const bool seen0 = !partial || bits.x, seen1 = !partial || bits.y;
+    const bool meets = (top[0] == forward_minus_infinity() && seen0) || (top[1] == forward_minus_infinity() && seen1);
+    if (wary || __any_sync(~0u, meets)) {  // a row without a maximum has nothing in sum and O yet
+      float x[2];
+      row_maxima(x);
+      if (top[0] == forward_minus_infinity()) keep(0, x[0]);
+      if (top[1] == forward_minus_infinity()) keep(1, x[1]);
+      if constexpr (SHAPE::extras) note_alive(partial, bits);
+      jumps |= wary && __any_sync(~0u, octaves(x[0] - top[0]) > FORWARD_JUMP || octaves(x[1] - top[1]) > FORWARD_JUMP);
+      all_seen = __all_sync(~0u, top[0] != forward_minus_infinity() && top[1] != forward_minus_infinity());
+    }
   }
   release_bias();
   bool rescale = false;
