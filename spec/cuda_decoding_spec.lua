@@ -7,13 +7,14 @@ local m = sa.mask
 
 local quick = os.getenv "SAFEATTN_QUICK"
 
--- Batch, heads, key heads, queries, keys: whole tiles and tails; an item a block, many blocks an item, warps that end
--- one item and begin the next, more items than warps; several blocks of rows that share a key head.
+-- Batch, heads, key heads, queries, keys: whole tiles and tails; an item a block, many blocks an item, blocks and warps
+-- that end one item and begin the next, more items than blocks; up to 64 rows that share a key head, and more.
 local sizes = {
   {1, 4, 1, 1, 2000}, {2, 8, 2, 1, 3000}, {3, 8, 8, 1, 333}, {2, 8, 2, 2, 1100}, {1, 8, 1, 5, 1280}, {3, 16, 4, 2, 129},
-  {1, 33, 1, 1, 1500}, {30, 8, 8, 1, 1100}, {1, 2, 1, 1, 17},
+  {1, 33, 1, 1, 1500}, {30, 8, 8, 1, 1100}, {1, 2, 1, 1, 17}, {2, 6, 2, 7, 1030}, {1, 8, 2, 16, 1500},
+  {1, 8, 2, 17, 1100},
 }
-if quick then sizes = {sizes[2], sizes[5], sizes[6], {5, 4, 4, 1, 150}} end
+if quick then sizes = {sizes[2], sizes[5], sizes[6], {5, 4, 4, 1, 150}, {3, 2, 1, 9, 1025}} end
 
 local shapes = {{"bf16", 128, 128}, {"f16", 64, 64}, {"bf16", 40, 104}, {"f16", 256, 200}, {"bf16", 20, 20},
   {"f32", 64, 64}, {"f64", 40, 40}}
@@ -41,6 +42,10 @@ local options = {
   {causal = "bottom-right", window = {100, 0}},
   function(size) return {mask = m.padding(lengths(size))} end,
   function(size) return {mask = m.dense(sa.rand({1, 1, size[4], size[5]}, {seed = 9}):lt(0.4))} end,
+  function(size)
+    -- Not alike for all heads.
+    return {mask = m.dense(sa.rand({size[1], size[2], size[4], size[5]}, {seed = 10}):lt(0.1))}
+  end,
   {mask = m.none()},
   function(size, dtype)
     return {sinks = sa.randn({size[2]}, {seed = 5, dtype = dtype == "f64" and dtype or "f32", device = "cuda"})}

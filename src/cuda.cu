@@ -17,6 +17,8 @@
 #pragma weak sa_cuda_hopper_forward_covers
 #pragma weak sa_cuda_hopper_backward_covers
 #pragma weak sa_cuda_hopper_forward
+#pragma weak sa_cuda_hopper_decoding_covers
+#pragma weak sa_cuda_hopper_decoding
 #pragma weak sa_cuda_hopper_backward
 
 enum { PORTABLE_WIDTH = 256 };
@@ -31,6 +33,10 @@ static bool hopper_forward(const sa_problem *p) {
   return sa_cuda_hopper_forward && hopper_allowed(p->device) && sa_cuda_hopper_forward_covers(p);
 }
 
+static bool hopper_decoding(const sa_problem *p) {
+  return sa_cuda_hopper_decoding && hopper_allowed(p->device) && sa_cuda_hopper_decoding_covers(p);
+}
+
 // A small problem's launches take the host longer than the device takes for its products.
 static bool hopper_backward(const sa_problem *p) {
   if (sa_cuda_portable_backward_small && sa_cuda_portable_backward_small(p)) return false;
@@ -41,11 +47,17 @@ static bool hopper_backward(const sa_problem *p) {
   { "portable-" dtype, sa_cuda_portable_forward, sa_cuda_portable_backward }
 static const sa_attention_kernels portable[] = {PORTABLE("f32"), PORTABLE("f64"), PORTABLE("f16"), PORTABLE("bf16")};
 
-#define HOPPER(dtype, width) \
-  { "hopper-" dtype "-" width, sa_cuda_hopper_forward, sa_cuda_hopper_backward }
-#define HOPPERS(dtype) \
-  { HOPPER(dtype, "64"), HOPPER(dtype, "96"), HOPPER(dtype, "128"), HOPPER(dtype, "192"), HOPPER(dtype, "256") }
-static const sa_attention_kernels hopper[2][5] = {HOPPERS("f16"), HOPPERS("bf16")};
+#define HOPPER(dtype, width, forward) \
+  { "hopper-" dtype "-" width, forward, sa_cuda_hopper_backward }
+#define HOPPERS(dtype, forward)                                                                \
+  {                                                                                            \
+    HOPPER(dtype, "64", forward), HOPPER(dtype, "96", forward), HOPPER(dtype, "128", forward), \
+        HOPPER(dtype, "192", forward), HOPPER(dtype, "256", forward)                           \
+  }
+static const sa_attention_kernels hopper[2][5] = {HOPPERS("f16", sa_cuda_hopper_forward),
+                                                  HOPPERS("bf16", sa_cuda_hopper_forward)};
+static const sa_attention_kernels decoding[2][5] = {HOPPERS("f16", sa_cuda_hopper_decoding),
+                                                    HOPPERS("bf16", sa_cuda_hopper_decoding)};
 
 // The width that a problem is padded to.
 static int hopper_width(const sa_problem *p) {
@@ -58,6 +70,7 @@ static int hopper_width(const sa_problem *p) {
 
 static const sa_attention_kernels *choose_fused(const sa_problem *p, bool for_backward) {
   const bool halves = p->dtype == SA_F16 || p->dtype == SA_BF16;
+  if (halves && !for_backward && hopper_decoding(p)) return &decoding[p->dtype == SA_BF16][hopper_width(p)];
   if (halves && (for_backward ? hopper_backward(p) : hopper_forward(p)))
     return &hopper[p->dtype == SA_BF16][hopper_width(p)];
   const bool there = for_backward ? sa_cuda_portable_backward != NULL : sa_cuda_portable_forward != NULL;

@@ -20,6 +20,10 @@ bool sa_cuda_hopper_backward_covers(const sa_problem *p);
 int sa_cuda_hopper_forward(const sa_problem *p);
 int sa_cuda_hopper_backward(const sa_problem *p);
 
+// TMA and mma.sync, for sm_90a: few queries against many keys.
+bool sa_cuda_hopper_decoding_covers(const sa_problem *p);
+int sa_cuda_hopper_decoding(const sa_problem *p);
+
 // dBias as the sum of its parts [parts][count], of f64 where the problem is, else of f32.
 int sa_cuda_sum_bias_parts(const sa_problem &p, cudaStream_t stream, int64_t parts, int64_t count, const void *sums);
 

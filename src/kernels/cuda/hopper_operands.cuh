@@ -19,12 +19,12 @@ static inline bool hopper_inputs_fit(const sa_problem *p) {
 // The map of an operand in boxes of `box` rows, and, where asked for, the steps of its coordinates (tensor_map.cuh).
 static inline int hopper_map(const char *function, const sa_problem *p, CUtensorMap *map, const sa_operand *x,
                              int64_t heads, int64_t rows, int64_t width, int box, int32_t *batch_step,
-                             int32_t *head_step) {
+                             int32_t *head_step, CUtensorMapL2promotion fetched = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   const int64_t shape[4] = {p->batch, heads, rows, width};
   if (!x->data) return SA_OK;
   if (batch_step) *batch_step = sa_cuda_tensor_map_step(x, shape, 0);
   if (head_step) *head_step = sa_cuda_tensor_map_step(x, shape, 1);
-  return sa_cuda_tensor_map(function, map, x, shape, box);
+  return sa_cuda_tensor_map(function, map, x, shape, box, fetched);
 }
 
 #endif

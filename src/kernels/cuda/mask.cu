@@ -68,6 +68,17 @@ static void order_lists(int32_t *order, int64_t *place, const sa_run *runs, cons
   }
 }
 
+// How many tiles lie before each row, one for a row of none, and before each run of a row.
+static void count_before(int64_t *row_before, int64_t *run_before, const sa_run *runs, const int64_t *start,
+                         int64_t rows) {
+  row_before[0] = 0;
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t tiles = 0;
+    for (int64_t run = start[row]; run < start[row + 1]; tiles += runs[run++].count) run_before[run] = tiles;
+    row_before[row + 1] = row_before[row] + (tiles ? tiles : 1);
+  }
+}
+
 // One array of the upload: its place in it, with room for the device to align to.
 static int64_t place_array(int64_t *end, int64_t count, int64_t bytes) {
   const int64_t at = *end;
@@ -85,6 +96,7 @@ static int upload(const char *function, const sa_plan *plan, int device, uploade
   const int64_t row_runs_at = place_array(&bytes, row_runs, sizeof(sa_run));
   const int64_t col_runs_at = place_array(&bytes, col_runs, sizeof(sa_run));
   const int64_t dead_rows_at = place_array(&bytes, row_words, 8), dead_keys_at = place_array(&bytes, col_words, 8);
+  const int64_t row_before_at = place_array(&bytes, rows + 1, 8), run_before_at = place_array(&bytes, row_runs, 8);
   const int64_t row_order_at = place_array(&bytes, rows, 4), col_order_at = place_array(&bytes, cols, 4);
   const int64_t copied = bytes;
   const int64_t patterns_at = place_array(&bytes, plan->pattern_count, sizeof(sa_pattern));
@@ -99,6 +111,9 @@ static int upload(const char *function, const sa_plan *plan, int device, uploade
   if (col_runs) memcpy(staged + col_runs_at, plan->col_runs, (size_t)col_runs * sizeof(sa_run));
   if (row_words) memcpy(staged + dead_rows_at, plan->dead_rows, (size_t)row_words * 8);
   if (col_words) memcpy(staged + dead_keys_at, plan->dead_keys, (size_t)col_words * 8);
+  count_before((int64_t *)(staged + row_before_at), (int64_t *)(staged + run_before_at), plan->row_runs,
+               plan->row_start, rows);
+  const int64_t listed = ((const int64_t *)(staged + row_before_at))[rows];
   int64_t *place = (int64_t *)(staged + copied);
   order_lists((int32_t *)(staged + row_order_at), place, plan->row_runs, plan->row_start, planes, plan->row_tiles,
               plan->col_tiles);
@@ -141,6 +156,8 @@ static int upload(const char *function, const sa_plan *plan, int device, uploade
   to->col_tiles = (int32_t)plan->col_tiles;
   to->row_start = (const int64_t *)(memory + row_start_at);
   to->row_runs = (const sa_run *)(memory + row_runs_at);
+  to->row_before = (const int64_t *)(memory + row_before_at);
+  to->run_before = (const int64_t *)(memory + run_before_at);
   to->col_start = (const int64_t *)(memory + col_start_at);
   to->col_runs = (const sa_run *)(memory + col_runs_at);
   to->row_bits = (const uint2 *)(memory + row_bits_at);
@@ -149,6 +166,7 @@ static int upload(const char *function, const sa_plan *plan, int device, uploade
   to->dead_keys = (const uint64_t *)(memory + dead_keys_at);
   to->row_order = (const int32_t *)(memory + row_order_at);
   to->col_order = (const int32_t *)(memory + col_order_at);
+  to->listed = listed;
   to->visible = plan->visible;
   to->partial = plan->partial;
   to->full = plan->full;

@@ -31,6 +31,9 @@ typedef struct sa_device_plan {
   const int32_t *row_order;        // per plane: its rows of tiles, those with most tiles first
   const int32_t *col_order;        // per plane: its columns of tiles, likewise
   int64_t visible, partial, full;  // over all planes
+  const int64_t *row_before;       // per row of tiles, and at the end: tiles of all rows before, one for a row of none
+  const int64_t *run_before;       // per run of a row: tiles of its row before
+  int64_t listed;                  // the last of row_before
 } sa_device_plan;
 
 static __host__ __device__ inline int64_t sa_device_plane(const sa_device_plan &plan, int64_t batch, int64_t head) {

@@ -152,12 +152,6 @@ struct forward_choice<products_f64, WIDTH, EXTRAS> {
   typedef forward_shape<P, WIDTH, VALUE_WIDTH, 1, 1, 16, 1, PACKED_RESIDENT, false, true> packed;
 };
 
-// Whether the kernels without EXTRAS do. They multiply by the scale at the end, which must not turn peaks around, nor
-// -inf into NaN.
-static inline bool plain_forward(const sa_problem &p) {
-  return plain_scores(p) && p.scale >= 0x1p-16 && !(p.dropout > 0) && !p.weights.data;
-}
-
 // Few enough queries for their heads to share blocks, and nothing but a mask.
 static inline bool forward_packs(const forward_job &job) {
   const sa_problem &p = job.p;

@@ -26,6 +26,12 @@ typedef struct forward_job {
   uint8_t *part_alive;
 } forward_job;
 
+// Whether the kernels without EXTRAS do. They multiply by the scale at the end, which must not turn peaks around, nor
+// -inf into NaN.
+static inline bool plain_forward(const sa_problem &p) {
+  return plain_scores(p) && p.scale >= 0x1p-16 && !(p.dropout > 0) && !p.weights.data;
+}
+
 static const char forward_name[] = "sa_forward";
 
 // Of portable_forward_<dtype>_<width>.cu: a file each, as compiling one takes long enough.

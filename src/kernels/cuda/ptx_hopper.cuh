@@ -142,6 +142,11 @@ static __device__ __forceinline__ uint64_t cache_policy_last_out() {
   return policy;
 }
 
+// Calls for a map that TMA will read soon.
+static __device__ __forceinline__ void tma_prefetch(const CUtensorMap *map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // TMA: the box of `map` whose first element is (column, row, head, batch) to shared memory at `to`, swizzled as the map
 // says (tensor_map.cuh), zeros where the box leaves the tensor. Its whole size counts as bytes arrived at `barrier`.
 // One thread calls it.

@@ -26,9 +26,10 @@ static inline int sa_cuda_tensor_map_step(const sa_operand *x, const int64_t sha
 }
 
 // The map of [batch, head, row, column] (`shape`, columns contiguous) in boxes of `rows` x SA_PANEL, swizzled by 128
-// bytes; what lies beyond is read as zeros.
+// bytes; what lies beyond is read as zeros. `fetched`: what the second-level cache gets from memory at a time.
 static inline int sa_cuda_tensor_map(const char *function, CUtensorMap *map, const sa_operand *x,
-                                     const int64_t shape[4], int rows) {
+                                     const int64_t shape[4], int rows,
+                                     CUtensorMapL2promotion fetched = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   // Asked for once a process: the same address whichever thread is first.
   static decltype(&cuTensorMapEncodeTiled) encode = NULL;
   if (!encode) {
@@ -50,9 +51,8 @@ static inline int sa_cuda_tensor_map(const char *function, CUtensorMap *map, con
   const cuuint32_t box[4] = {SA_PANEL, (cuuint32_t)rows, 1, 1}, unit[4] = {1, 1, 1, 1};
   const CUtensorMapDataType type =
       x->dtype == SA_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult made =
-      encode(map, type, 4, x->data, dims, strides, box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult made = encode(map, type, 4, x->data, dims, strides, box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                               CU_TENSOR_MAP_SWIZZLE_128B, fetched, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return made == CUDA_SUCCESS ? SA_OK : sa_cuda_check(function, cudaErrorInvalidValue);
 }
 

@@ -92,6 +92,7 @@ static inline uint64_t cache_policy_last_out() {
   return 2;
 }
 
+static inline void tma_prefetch(const CUtensorMap *) {}
 static inline void tma_load(uint32_t to, const CUtensorMap *map, int column, int row, int head, int batch,
                             uint32_t barrier) {
   const int at[4] = {column, row, head, batch};

@@ -1,0 +1,126 @@
+// few queries against many keys on Hopper: what is covered, and how a call of attention becomes a launch
+#include "kernels/cuda/hopper_decoding.cuh"
+
+#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/hopper_operands.cuh"
+
+// A kernel's width: those of q and v are rounded up to it with zeros, which TMA adds.
+typedef struct decoding_entry {
+  int width, keys;  // of a step
+  int (*bf16)(const char *, const decoding_job &, int, cudaStream_t);
+  int (*f16)(const char *, const decoding_job &, int, cudaStream_t);
+} decoding_entry;
+
+#define WIDTHS(X) X(64) X(128) X(256)
+#define LAUNCH(products, width) hopper_decoding_launch<decoding_shape<products, width>>
+#define DECLARE(width)                                                                                     \
+  extern template int LAUNCH(products_bf16, width)(const char *, const decoding_job &, int, cudaStream_t); \
+  extern template int LAUNCH(products_f16, width)(const char *, const decoding_job &, int, cudaStream_t);
+#define ENTRY(width) \
+  {width, decoding_shape<products_f16, width>::KEYS, LAUNCH(products_bf16, width), LAUNCH(products_f16, width)},
+WIDTHS(DECLARE)
+static const decoding_entry entries[] = {WIDTHS(ENTRY)};
+
+static const decoding_entry *entry_of(const sa_problem *p) {
+  for (const decoding_entry &entry : entries)
+    if (p->width <= entry.width && p->value_width <= entry.width) return &entry;
+  return NULL;
+}
+
+enum {
+  DECODING_KEYS = 8 * SA_TILE,  // at least
+  DECODING_EVEN_SHARE = 768     // units of a block up to which it matters where items end
+};
+
+// Up to 16 rows the portable kernels are faster where blocks have many ends of items, each of which comes late in the
+// stream of keys: 64 x 2048 keys of 32:8 heads take them 129 us, these 146, and 16 x 8192 with padding 97 and 113. More
+// rows would take them the keys once per 16.
+static bool ends_are_few(const sa_problem *p) {
+  if (p->queries * (p->heads / p->key_heads) > 16) return true;
+  return p->plan->batch * p->plan->heads == 1 &&
+         p->batch * p->key_heads <= sa_cuda_properties_of(p->device)->processors;
+}
+
+bool sa_cuda_hopper_decoding_covers(const sa_problem *p) {
+  if (p->dtype != SA_BF16 && p->dtype != SA_F16) return false;
+  if (sa_cuda_properties_of(p->device)->major != 9) return false;
+  if (!p->batch || !p->heads || !p->queries || !p->width || !p->value_width) return false;
+  if (p->queries * (p->heads / p->key_heads) > DECODING_ROWS || p->keys < DECODING_KEYS) return false;
+  if (!entry_of(p) || p->width % 8 || p->value_width % 8 || !plain_forward(*p)) return false;
+  // Units are counted in 32 bits.
+  if (p->keys > INT32_MAX - SA_TILE || p->batch * p->heads > INT32_MAX / ((p->keys + SA_TILE) / 16)) return false;
+  return ends_are_few(p) && hopper_inputs_fit(p);
+}
+
+// Fewer blocks where these have whole items, or items whole blocks, each: a block that has an item's end and the next
+// one's beginning is late. 131072 keys of 8 heads take 128 blocks 132 us and 132 blocks 135; but four times as many 485
+// and 478.
+static int64_t even_blocks(int64_t items, int64_t blocks) {
+  for (int64_t fewer = blocks; fewer >= blocks - blocks / 8; fewer--)
+    if (fewer % items == 0 || items % fewer == 0) return fewer;
+  return blocks;
+}
+
+// What are the items, and how their units are shared out among at most so many blocks; returns how many.
+static int64_t share_items(const sa_problem *p, const sa_device_plan *plan, int pieces, int64_t blocks,
+                           decoding_job *d) {
+  forward_job &job = d->forward;
+  job.group = p->heads / p->key_heads;
+  job.packed = plan->heads == 1;
+  const int64_t heads = job.packed ? p->key_heads : p->heads;
+  d->heads = (int32_t)heads;
+  d->rows = (int32_t)(job.packed ? job.group * p->queries : p->queries);
+  // A power of two, so that all teams of warps are whole.
+  d->groups = d->rows <= 16 ? 1 : d->rows <= 32 ? 2 : 4;
+  d->planes = (int32_t)(plan->batch * plan->heads);
+  const int64_t items = p->batch * heads;
+  d->repeats = (int32_t)(d->planes == 1 ? items : plan->heads == 1 ? heads : 1);
+  d->tiles = (int32_t)plan->listed;
+  d->cycle = (int32_t)(plan->listed * d->repeats * pieces);
+  const int64_t units = items / (d->planes * d->repeats) * d->cycle;
+  if (d->planes == 1 && units / blocks <= DECODING_EVEN_SHARE) blocks = even_blocks(items, blocks);
+  if (blocks > units) blocks = units;
+  d->share = (int32_t)(units / blocks);
+  d->longer = (int32_t)(units % blocks);
+  if (d->planes == 1 && p->plan->row_start[1] <= DECODING_RUNS) {
+    d->run_count = (int32_t)p->plan->row_start[1];
+    memcpy(d->runs, p->plan->row_runs, d->run_count * sizeof *d->runs);
+  }
+  return blocks;
+}
+
+int sa_cuda_hopper_decoding(const sa_problem *p) {
+  cudaStream_t stream;
+  int status = sa_cuda_use(forward_name, p->device, &stream);
+  if (status) return status;
+  const sa_device_plan *plan = sa_cuda_plan(forward_name, p->plan, p->device);
+  if (!plan) return SA_NO_MEMORY;
+  const decoding_entry *entry = entry_of(p);
+  decoding_job d = {};
+  d.forward.p = *p;
+  d.forward.plan = *plan;
+  d.forward.v = tile_source_of(p->v, 2, 0, 0, p->keys, p->value_width, true);
+  d.forward.out_aligned = rows_aligned(p->out, 2);
+  d.factor = (float)(p->scale * 1.4426950408889634);
+  const int64_t processors = sa_cuda_properties_of(p->device)->processors;
+  const int64_t blocks =
+      share_items(p, plan, SA_TILE / entry->keys, processors < DECODING_PARTS ? processors : +DECODING_PARTS, &d);
+  // 256 bytes at a time take 8 % longer than 128, with which memory is read as fast as it can be.
+  const CUtensorMapL2promotion fetched = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+  status = hopper_map(forward_name, p, &d.k, &p->k, p->key_heads, p->keys, p->width, entry->keys, &d.k_batch_step,
+                      &d.k_head_step, fetched);
+  if (!status)
+    status = hopper_map(forward_name, p, &d.v, &p->v, p->key_heads, p->keys, p->value_width, entry->keys,
+                        &d.v_batch_step, &d.v_head_step, fetched);
+  if (!status) status = sa_cuda_zeros(forward_name, p->device, &d.counters);
+  if (status) return status;
+  const int64_t rows = 2 * blocks * d.groups * 16;
+  char *memory = (char *)sa_cuda_scratch(
+      forward_name, p->device, rows * (entry->width * (int64_t)sizeof(float) + (int64_t)sizeof(decoding_row)));
+  if (!memory) return SA_NO_MEMORY;
+  d.part_out = (float *)memory;
+  d.part_row = (decoding_row *)(memory + rows * entry->width * (int64_t)sizeof(float));
+  status = (p->dtype == SA_BF16 ? entry->bf16 : entry->f16)(forward_name, d, (int)blocks, stream);
+  sa_cuda_scratch_release(p->device, memory);
+  return status;
+}

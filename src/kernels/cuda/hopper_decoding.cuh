@@ -1,0 +1,338 @@
+// attention of few queries over many keys on Hopper: bound by memory, so one ring of copies that never runs dry
+//
+// A block per multiprocessor has an equal share of all keys and values of all heads, wherever heads begin and end in
+// it (unless a few blocks less can have whole heads, or heads whole blocks). One warp copies its share by TMA to a
+// ring of 128 KiB, in steps of 16 KiB, in one stream across the heads. Eight others multiply by mma.sync, a step each
+// in turn, every one with a softmax of its own: the queries of all heads that share a key head are the 16 rows of a
+// product. Up to 64 rows are groups of 16, which as many warps multiply with the same step. At a head's end the warps'
+// sums are added in shared memory. Where other blocks have parts of it, one more warp counts the parts, so that the
+// stream does not wait for that, and the block that comes last adds them when its own are done.
+//
+// What is masked cannot leak: a step that a mask cuts is looked through for what is not finite in V. If there is, these
+// elements are 0 in the same products, and are then given to the rows that see them.
+//
+//   widths up to  keys a step  registers: O, Q                     shared memory
+//   64            64           32, 16                              163 KiB
+//   128           32           64, 32                              195 KiB
+//   256           16           128, none: Q is in shared memory    226 KiB
+//
+// One query of 32:8 heads at width 128 on an H200: 131072 keys in 132 us, 4.06 TB/s; 4 x 131072 in 478, 4.5 TB/s.
+// Reading alone takes 121 and 471.
+#ifndef SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
+#define SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
+#include "kernels/cuda/hopper_decoding_loads.cuh"
+#include "kernels/cuda/hopper_decoding_rows.cuh"
+#include "kernels/cuda/portable_forward_gather.cuh"
+
+// The 16 rows of a warp as the left side of products with keys: in registers, or where Q is staged, in shared memory.
+template <class C, bool STAGED = C::STAGES_QUERIES>
+struct decoding_queries {
+  typename C::products::left own[C::WIDTH / 16];
+  __device__ __forceinline__ decoding_queries(decoding_shared<C> &, int) {}
+  __device__ __forceinline__ typename C::products::left &step(int n) { return own[n]; }
+};
+
+// All warps of a group of rows leave the same there, after all of them have ended the item before.
+template <class C>
+struct decoding_queries<C, true> {
+  typename C::products::left (*staged)[32];
+  __device__ __forceinline__ decoding_queries(decoding_shared<C> &shared, int group) : staged(shared.queries[group]) {}
+  __device__ __forceinline__ typename C::products::left &step(int n) { return staged[n][threadIdx.x & 31]; }
+};
+
+template <class C>
+static __device__ __forceinline__ void decoding_load_queries(const decoding_job &d, int item, int group,
+                                                             decoding_queries<C> &q) {
+  const sa_problem &p = d.forward.p;
+  const int g = (threadIdx.x & 31) / 4, t = threadIdx.x & 3;
+  const uint16_t *from[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = group * 16 + g + 8 * half;
+    const decoding_query at = decoding_query_of(d, item, row);
+    from[half] = row < d.rows ? (const uint16_t *)p.q.data + row_offset(p.q, at.batch, at.head, at.query) : NULL;
+  }
+#pragma unroll
+  for (int step = 0; step < C::WIDTH / 16; step++) {
+    typename C::products::left a;
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int column = 16 * step + r / 2 * 8 + 2 * t;
+      a.r[r] = from[r % 2] && column < p.width ? *(const uint32_t *)(from[r % 2] + column) : 0;
+    }
+    q.step(step) = a;
+  }
+}
+
+// Calls the queries of the block's next items, a few, to the first-level cache: in the stream of keys they would take
+// microseconds.
+template <class C>
+static __device__ __forceinline__ void decoding_touch_queries(const decoding_job &d, decoding_shared<C> &shared,
+                                                              int begun, int ended) {
+  enum { LINES = C::WIDTH / 64, NEXT = 8 };
+  const int last = ended < begun + NEXT ? ended : begun + NEXT;
+  const sa_problem &p = d.forward.p;
+  uint32_t touched = 0;
+#pragma unroll 4
+  for (int n = threadIdx.x & 31; n < (last - begun) * d.rows * LINES; n += 32) {
+    const int row = n / LINES % d.rows, column = n % LINES * 64;
+    const decoding_query at = decoding_query_of(d, begun + 1 + n / LINES / d.rows, row);
+    if (column < p.width)
+      touched ^= ((const uint16_t *)p.q.data)[row_offset(p.q, at.batch, at.head, at.query) + column];
+  }
+  shared.touched = touched;
+}
+
+// Where a lane's rows are in the bits of a pattern: the pair of words, which of the two, and whether there is a row.
+typedef struct decoding_bits {
+  int at[2];
+  bool second[2], there[2];
+} decoding_bits;
+
+static __device__ __forceinline__ decoding_bits decoding_bits_of(const decoding_job &d, int group) {
+  decoding_bits bits;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = group * 16 + (int)(threadIdx.x & 31) / 4 + 8 * half;
+    const int query = d.forward.packed ? row % (int)d.forward.p.queries : row;
+    bits.there[half] = row < d.rows;
+    bits.at[half] = bits.there[half] ? query / 16 * 32 + query % 8 * 4 + (threadIdx.x & 3) : 0;
+    bits.second[half] = query & 8;
+  }
+  return bits;
+}
+
+// Whether the values of a step hold what is not finite.
+template <class C>
+static __device__ __forceinline__ bool decoding_nonfinite(const char *values) {
+  uint32_t seen = 0;
+#pragma unroll 4
+  for (int at = (threadIdx.x & 31) * 16; at < C::STEP_BYTES / 2; at += 512) {
+    const uint4 x = *(const uint4 *)(values + at);
+    seen = note_nonfinite<typename C::element>(seen, x.x);
+    seen = note_nonfinite<typename C::element>(seen, x.y);
+    seen = note_nonfinite<typename C::element>(seen, x.z);
+    seen = note_nonfinite<typename C::element>(seen, x.w);
+  }
+  return __any_sync(~0u, (seen & 0x7fff7fff) != 0);
+}
+
+template <class C>
+static __device__ __forceinline__ void decoding_multiply_keys(decoding_queries<C> &q, const char *keys,
+                                                              float (&s)[1][C::BLOCKS][4]) {
+  typedef typename C::products P;
+  typename P::sum sum[C::BLOCKS];
+  clear_sum(sum);
+#pragma unroll
+  for (int step = 0; step < C::WIDTH / 16; step++) {
+    const typename P::left a = q.step(step);
+#pragma unroll
+    for (int n = 0; n < C::BLOCKS; n += 2) {
+      typename P::right b[2];
+      P::template right_rows<2 * SA_PANEL>(b, keys, step / 4 * C::KEYS + 8 * n, step % 4);
+      P::template multiply_term<false>(sum[n], a, b[0], 0);
+      P::template multiply_term<false>(sum[n + 1], a, b[1], 0);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < C::BLOCKS; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) s[0][n][e] = sum[n].value(e);
+}
+
+template <class C>
+static __device__ __forceinline__ void decoding_scale(const float (&factor)[1][2],
+                                                      typename C::products::total (&o)[1][C::COLUMNS]) {
+  if (!__any_sync(~0u, factor[0][0] != 1 || factor[0][1] != 1)) return;
+#pragma unroll
+  for (int n = 0; n < C::COLUMNS; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) o[0][n].d[e] *= factor[0][e / 2];
+}
+
+template <class C>
+static __device__ __forceinline__ void decoding_multiply_values(const typename C::products::left (&a)[C::STEPS],
+                                                                const char *values,
+                                                                typename C::products::total (&o)[1][C::COLUMNS]) {
+  typedef typename C::products P;
+#pragma unroll
+  for (int step = 0; step < C::STEPS; step++)
+#pragma unroll
+    for (int n = 0; n < C::COLUMNS; n += 2) {
+      typename P::right b[2];
+      P::template right_columns<2 * SA_PANEL>(b, values, step * P::DEPTH + n / 8 * C::KEYS, n % 8 * 8);
+      P::template multiply_term<false>(o[0][n], a[step], b[0], 0);
+      P::template multiply_term<false>(o[0][n + 1], a[step], b[1], 0);
+    }
+}
+
+// 0 in place of the halves of a pair that are not finite.
+template <class Element>
+static __device__ __forceinline__ uint32_t decoding_finite(uint32_t pair) {
+  const uint32_t exponent = std::is_same<Element, __half>::value ? 0x7c00 : 0x7f80;
+  if ((pair & exponent) == exponent) pair &= 0xffff0000;
+  if ((pair >> 16 & exponent) == exponent) pair &= 0xffff;
+  return pair;
+}
+
+// The same as decoding_multiply_values, but for elements of V that are not finite: 0 in the products, they are then
+// added to the rows that see them. So a row that sees none gets the very bits that any finite V would have given.
+template <class C>
+__attribute__((noinline)) static __device__ void decoding_multiply_carefully(careful_step<C> &kept,
+                                                                             const typename C::products::left *a,
+                                                                             const char *tile, const char *values,
+                                                                             int64_t stride, int columns) {
+  typedef typename C::products P;
+  for (int step = 0; step < C::STEPS; step++)
+    for (int n = 0; n < C::COLUMNS; n += 2) {
+      typename P::right b[2];
+      P::template right_columns<2 * SA_PANEL>(b, tile, step * P::DEPTH + n / 8 * C::KEYS, n % 8 * 8);
+      for (int next = 0; next < 2; next++) {
+        for (int r = 0; r < 2; r++) b[next].r[r] = decoding_finite<typename C::element>(b[next].r[r]);
+        P::template multiply_term<false>(kept.o[0][n + next], a[step], b[next], 0);
+      }
+    }
+  uint32_t bad[(C::KEYS + 31) / 32] = {};
+  for (int key = 0; key < C::KEYS; key++) {
+    bool found = false;
+    for (int column = threadIdx.x & 31; column < columns; column += 32)
+      found |= !is_finite(real_of(((const typename C::element *)(values + key * stride))[column]));
+    if (__any_sync(~0u, found)) bad[key / 32] |= 1u << key % 32;
+  }
+  add_nonfinite<C>(kept, values, stride, columns, bad);
+}
+
+// One step: its weights relative to the rows' peaks, and its values.
+template <class C>
+static __device__ __forceinline__ void decoding_multiply(const decoding_job &d, decoding_queries<C> &q,
+                                                         const decoding_bits &bits, const decoding_step &at,
+                                                         const char *step, gathered<C> &got) {
+  typedef typename C::products P;
+  const bool full = at.pattern == SA_FULL;
+  const char *const values = step + C::STEP_BYTES / 2;
+  uint32_t seen[1][2] = {{~0u, ~0u}};
+  if (!full) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint2 pair = d.forward.plan.row_bits[(int64_t)at.pattern * 256 + bits.at[half]];
+      const uint32_t word = bits.there[half] ? bits.second[half] ? pair.y : pair.x : 0;
+      seen[0][half] = word >> at.piece * (C::KEYS / 4) & (uint32_t)((1ull << C::KEYS / 4) - 1);
+    }
+    // For rows that see nothing here, nothing changes.
+    if (!__any_sync(~0u, (seen[0][0] | seen[0][1]) != 0)) return;
+  }
+  float s[1][C::BLOCKS][4], factor[1][2];
+  decoding_multiply_keys<C>(q, step, s);
+  score<C>(score_rule<float>(), forward_block(), at.key, full, seen, s);
+  if (seen[0][0]) got.alive |= 1;
+  if (seen[0][1]) got.alive |= 2;
+  const float exponent[1][2] = {{d.factor, d.factor}};
+  soften<C>(exponent, s, got, factor);
+  typename P::left weights[C::STEPS];
+#pragma unroll
+  for (int n = 0; n < C::STEPS; n++) P::template left_of<false>(weights[n], &s[0][2 * n]);
+  decoding_scale<C>(factor, got.o);
+  if (!full && decoding_nonfinite<C>(values)) {
+    careful_step<C> kept;
+    typename P::left left[C::STEPS];
+    memcpy(kept.o, got.o, sizeof kept.o);
+    memcpy(kept.weights, s, sizeof kept.weights);
+    memcpy(kept.seen, seen, sizeof kept.seen);
+    memcpy(left, weights, sizeof left);
+    const tile_source &v = d.forward.v;
+    const sa_problem &p = d.forward.p;
+    const int64_t batch = at.item / d.heads;
+    int64_t head = at.item % d.heads;
+    if (!d.forward.packed) head /= d.forward.group;
+    const char *from = v.data + (batch * p.v.stride[0] + head * p.v.stride[1]) * 2 + at.key * v.stride;
+    decoding_multiply_carefully<C>(kept, left, values, from, v.stride, v.bytes / 2);
+    memcpy(got.o, kept.o, sizeof kept.o);
+  } else {
+    decoding_multiply_values<C>(weights, values, got.o);
+  }
+}
+
+template <class C>
+static __device__ __forceinline__ void decoding_clear(gathered<C> &got) {
+  clear_sum(got.o);
+  got.alive = 0;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    got.peak[0][half] = -INFINITY;
+    got.sum[0][half] = 0;
+  }
+}
+
+// As many warps as an item has groups of rows are a team. A slot of the ring is always the same team's: one that came
+// to another's could take the end of a phase before for that of its own.
+template <class C>
+static __device__ __forceinline__ void decoding_consume(const decoding_job &d, decoding_shared<C> &shared, int begun) {
+  const int warp = threadIdx.x / 32, group = warp % d.groups, teams = DECODING_WARPS / d.groups;
+  const decoding_bits bits = decoding_bits_of(d, group);
+  int slot = warp / d.groups, item = begun;
+  uint32_t parity = 0;
+  // At once: behind the keys that are called for meanwhile they would take longer.
+  bool entered = true;
+  gathered<C> got;
+  decoding_queries<C> q(shared, group);
+  decoding_clear(got);
+  for (;;) {
+    if (entered) decoding_load_queries<C>(d, item, group, q);
+    entered = false;
+    mbarrier_wait(shared_address(&shared.full[slot]), parity);
+    const decoding_step at = shared.step[slot];
+    for (; item < at.item; item++) {
+      decoding_end_item<C>(d, shared, item, begun, got);
+      decoding_clear(got);
+      entered = true;
+    }
+    if (at.pattern == DECODING_END) break;
+    if (entered) continue;
+    if (at.pattern != DECODING_NOTHING) decoding_multiply<C>(d, q, bits, at, (const char *)shared.ring[slot], got);
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared_address(&shared.empty[slot]));
+    slot += teams;
+    if (slot >= C::SLOTS) slot = warp / d.groups, parity ^= 1;
+  }
+  decoding_merge_counted<C>(d, shared);
+}
+
+template <class C>
+__global__ void __launch_bounds__(DECODING_ALL_THREADS, 1)
+    hopper_decoding_kernel(const __grid_constant__ decoding_job d) {
+  decoding_shared<C> &shared = *dynamic_shared<decoding_shared<C>>();
+  if (threadIdx.x == DECODING_THREADS) {
+    tma_prefetch(&d.k);
+    tma_prefetch(&d.v);
+    hopper_block_slots(shared_address(shared.full), shared_address(shared.empty), C::SLOTS, d.groups);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  const decoding_place place = decoding_find_place<C>(d, decoding_first_unit(d, blockIdx.x));
+  // The next launch may be brought to the device at once: its blocks wait for room, and for all that this one writes.
+  dependents_launch();
+  if (threadIdx.x < DECODING_THREADS) {
+    registers_take<DECODING_MULTIPLYING_REGISTERS>();
+    dependency_wait();
+    decoding_consume<C>(d, shared, place.item);
+  } else {
+    registers_give_back<DECODING_LOADING_REGISTERS>();
+    if (threadIdx.x < DECODING_THREADS + 32) {
+      decoding_load<C>(d, shared, place);
+    } else if (threadIdx.x < DECODING_THREADS + 64) {
+      dependency_wait();
+      const decoding_place ended = decoding_find_place<C>(d, decoding_first_unit(d, blockIdx.x + 1) - 1);
+      decoding_touch_queries<C>(d, shared, place.item, ended.item);
+      decoding_count<C>(d, shared, place, ended);
+    }
+  }
+}
+
+// One of these is instantiated in each of the hopper_decoding_*.cu.
+template <class C>
+int hopper_decoding_launch(const char *function, const decoding_job &d, int blocks, cudaStream_t stream) {
+  return sa_cuda_launch<true>(function, hopper_decoding_kernel<C>, dim3(blocks), dim3(DECODING_ALL_THREADS),
+                              sizeof(decoding_shared<C>), stream, d);
+}
+
+#endif

@@ -1,0 +1,119 @@
+// what few queries against many keys are launched with on Hopper, how keys are shared out, what a block's warps share
+#ifndef SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CALL_CUH
+#define SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CALL_CUH
+#include "kernels/cuda/hopper_block.cuh"
+#include "kernels/cuda/portable_forward_block.cuh"
+#include "kernels/cuda/tensor_map.cuh"
+
+enum {
+  DECODING_WARPS = 8,  // that multiply
+  DECODING_THREADS = 32 * DECODING_WARPS,
+  DECODING_ALL_THREADS = DECODING_THREADS + 128,  // with a warpgroup of which a warp loads and a warp counts
+  // 128 * 40 + 256 * 232 are the 384 * 168 registers that a block is launched with.
+  DECODING_LOADING_REGISTERS = 40,
+  DECODING_MULTIPLYING_REGISTERS = 232,
+  DECODING_ROWS = 64,         // of an item at most
+  DECODING_RUNS = 4,          // of tiles that travel with the launch
+  DECODING_RING = 128 << 10,  // 48 KiB would do for memory; the rest is for warps that are late
+  DECODING_ITEMS = 16,        // items on their way through a block: more than steps in its ring
+  DECODING_PARTS = 256,       // of an item at most: one a block
+  // In place of the pattern of a step.
+  DECODING_NOTHING = -2,  // there is nothing to load
+  DECODING_END = -3,
+  // Named barriers.
+  DECODING_MEET = 1,
+  DECODING_PARTED = 2,  // and 3: a part of the item that the block begins with, or of another, is written
+  DECODING_COUNTED = 4
+};
+
+// An item is the queries of all heads that share a key head (packed), or of one head where masks differ from head to
+// head: rows of one product, in groups of 16. It is as many units as its list of tiles has steps of KEYS keys, at least
+// one tile's. All units of all items in a row are shared out evenly: a stretch a block.
+//
+// Items are [cycles][planes of the plan][repeats], in the order of batches and heads.
+typedef struct decoding_job {
+  CUtensorMap k, v;
+  forward_job forward;
+  int32_t k_batch_step, k_head_step, v_batch_step, v_head_step;  // 0 along dims that are broadcast, else 1
+  int32_t heads;                                                 // items of a batch
+  int32_t rows, groups;                                          // of an item
+  int32_t planes, repeats;
+  int32_t tiles;      // of an item where there is one plane
+  int32_t run_count;  // of the runs here, where there is one plane that has no more
+  sa_run runs[DECODING_RUNS];
+  int32_t cycle;          // units of all planes with their repeats
+  int32_t share, longer;  // units of a block, and how many blocks, the first, have one more
+  float factor;           // of products, to be exponents of 2
+  // What is left of items that several blocks have, [slot][row of `groups` * 16][column].
+  float *part_out;
+  struct decoding_row *part_row;
+  int32_t *counters;  // of an item's finished parts, at the number of its first block
+} decoding_job;
+
+// What a row has gathered beside its columns.
+typedef struct decoding_row {
+  float peak, sum;  // an exponent of 2; of weights relative to it
+  uint32_t alive;   // whether it saw a key
+} decoding_row;
+
+static __device__ __forceinline__ int decoding_first_unit(const decoding_job &d, int block) {
+  return block * d.share + (block < d.longer ? block : d.longer);
+}
+
+// The block whose stretch holds a unit.
+static __device__ __forceinline__ int decoding_block_of(const decoding_job &d, int unit) {
+  const int of_longer = d.longer * (d.share + 1);
+  return unit < of_longer ? unit / (d.share + 1) : d.longer + (unit - of_longer) / d.share;
+}
+
+// An item that several blocks have: the first of them, and how many.
+typedef struct decoding_split {
+  int item, first, parts;
+} decoding_split;
+
+static __device__ __forceinline__ decoding_split decoding_split_of(const decoding_job &d, int item, int first_unit,
+                                                                   int end_unit) {
+  const int first = decoding_block_of(d, first_unit);
+  return {item, first, decoding_block_of(d, end_unit - 1) - first + 1};
+}
+
+// The widths are padded to WIDTH. A step's keys, and its values behind them, are panels of 64 columns.
+template <class Products, int WIDTH>
+struct decoding_shape : forward_shape<Products, WIDTH, WIDTH, 1, 1, 4096 / WIDTH, 1, 1, false, true> {
+  static constexpr int KEYS = 4096 / WIDTH;
+  static constexpr int PANELS = WIDTH / SA_PANEL, PANEL_BYTES = KEYS * SA_PANEL * 2;
+  // Wider than 128, Q does not fit the registers beside O.
+  static constexpr bool STAGES_QUERIES = WIDTH > 128;
+  static constexpr int STEP_BYTES = 2 * PANELS * PANEL_BYTES;
+  static constexpr int SLOTS = DECODING_RING / STEP_BYTES;
+  // Columns of the warps' rows that are added at a time.
+  static constexpr int PITCH = WIDTH < 128 ? WIDTH : 128, ROUNDS = WIDTH / PITCH;
+  static_assert(SLOTS >= DECODING_WARPS, "a slot for every warp");
+  static constexpr int PIECES = SA_TILE / KEYS;  // units of a tile
+};
+
+typedef struct decoding_step {
+  int32_t key, pattern, item, piece;
+} decoding_step;
+
+// Q of an item, as the lanes of a warp have it on the left of products.
+template <class C, bool STAGED = C::STAGES_QUERIES>
+struct decoding_staged {};
+template <class C>
+struct decoding_staged<C, true> {
+  alignas(16) typename C::products::left queries[DECODING_ROWS / 16][C::WIDTH / 16][32];
+};
+
+template <class C>
+struct decoding_shared : decoding_staged<C> {
+  alignas(1024) uint8_t ring[C::SLOTS][C::STEP_BYTES];
+  alignas(16) float columns[DECODING_WARPS][16][C::PITCH];  // of the warps' rows on their way into one
+  alignas(16) decoding_step step[C::SLOTS];
+  decoding_row rows[DECODING_WARPS][16];
+  alignas(8) uint64_t full[C::SLOTS], empty[C::SLOTS];
+  int2 item_units[DECODING_ITEMS];  // the first, and that behind the last
+  decoding_split split[2];          // the items that the block shares with others, where it has the last part
+  uint32_t touched;                 // what decoding_touch_queries read
+};
+
+#endif
