@@ -54,25 +54,6 @@ local q, k, v = sa.randn {1, 2, 128, 16}, sa.randn {1, 2, 128, 16}, sa.randn {1,
   end)
 end)
 
-describe("the hunt for a NaN", function()
-  it("goes as shown at the prompt", function()
-    local page = read("docs/debugging-nan.md")
-    local asked, shown = {}, {}
-    for session in page:gmatch("```\n(> .-)```") do
-      for line in session:gmatch("[^\n]+") do asked[#asked + 1] = line:match("^> (.*)") end
-      local answers = session:gsub("> [^\n]*\n", ""):gsub("%.%.%.\n$", "") -- "...": left out
-      shown[#shown + 1] = answers
-    end
-    write(folder .. "/model.lua", page:match("```lua\n(.-)```"))
-    write(folder .. "/asked", table.concat(asked, "\n") .. "\n")
-    local tree = run("pwd"):match("[^\n]+")
-    local output = run("sh -c 'cd " .. folder .. " && " .. tree .. "/bin/safeattn -i model.lua <asked'")
-    assert.equal(8, #asked)
-    assert.equal(6, #shown)
-    for _, piece in ipairs(shown) do assert.matches(piece, output, 1, true) end
-  end)
-end)
-
 describe("the tour", function()
   it("shows a mask, an output and a gradient", function()
     local output = run("luajit examples/tour.lua")

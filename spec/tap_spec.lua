@@ -198,7 +198,7 @@ describe("docs/debugging-nan.md", function()
   local function shown(line, environment)
     local chunk = loadstring("return " .. line, "=prompt") or assert(loadstring(line, "=prompt"))
     local results = {pcall(setfenv(chunk, environment))}
-    if not results[1] then return (results[2]:gsub("^%S+:%d+: ", "")) end
+    if not results[1] then return results[2] end
     for n = 1, #results do results[n] = tostring(results[n]) end
     return table.concat(results, "\n", 2)
   end
