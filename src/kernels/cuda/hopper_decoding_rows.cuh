@@ -200,7 +200,7 @@ static __device__ __forceinline__ void decoding_count(const decoding_job &d, dec
     decoding_split split = decoding_split_of(d, place.item, place.first, place.end);
     if (n && ended.item == begun.item) split.parts = 1;
     if (split.parts > 1) {
-      named_barrier_sync(DECODING_PARTED + n, DECODING_THREADS + 32);
+      named_barrier_meet(DECODING_PARTED + n, DECODING_THREADS + 32);
       int before = 0;
       if ((threadIdx.x & 31) == 0) {
         __threadfence();
@@ -212,13 +212,13 @@ static __device__ __forceinline__ void decoding_count(const decoding_job &d, dec
     }
     if ((threadIdx.x & 31) == 0) shared.split[n] = split;
   }
-  named_barrier_sync(DECODING_COUNTED, DECODING_THREADS + 32);
+  named_barrier_meet(DECODING_COUNTED, DECODING_THREADS + 32);
 }
 
 // Merges the items of which the block had the last part, when all its own are done.
 template <class C>
 static __device__ __forceinline__ void decoding_merge_counted(const decoding_job &d, decoding_shared<C> &shared) {
-  named_barrier_sync(DECODING_COUNTED, DECODING_THREADS + 32);
+  named_barrier_meet(DECODING_COUNTED, DECODING_THREADS + 32);
 #pragma unroll 1
   for (int n = 0; n < 2; n++)
     if (shared.split[n].parts > 1) decoding_merge<C>(d, shared.split[n]);
