@@ -7,8 +7,8 @@
 // warps, 168 registers, three blocks a multiprocessor, 59 KiB each. What spills is read once a step, outside the loops
 // of products.
 //
-// bf16 at D128 and N8192 on an H200, 266 TFLOP/s with calls one behind the other, 270 after a pause; latencies between products are the limit,
-// and turns (without them 277). docs/hopper.md has what was tried.
+// bf16 at D128 and N8192 on an H200: 266 TFLOP/s with calls one behind the other, 270 after a pause. Latencies between
+// products are the limit, and turns (without them 3 % more). docs/hopper.md has what was tried.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
 #include "kernels/cuda/portable_backward_sums.cuh"
