@@ -13,6 +13,15 @@ local function exact(t)
   return t:to("f64"):contiguous()
 end
 
+-- Runs a test with every dtype on every engine.
+local function everywhere(test)
+  for _, dtype in ipairs(dtypes) do
+    for _, engine in ipairs(cases.engines) do
+      cases.with(engine, function() test(dtype, engine) end)
+    end
+  end
+end
+
 -- Of a case: the visible pairs (bool [B,H,L,S]), how many keys each query sees (of [B,H,L]), and how many queries see
 -- each key (of [B,Hkv,S]).
 local function sight(c, o)
@@ -246,83 +255,67 @@ describe("what is visible reaches exactly who sees it:", function()
   end)
 
   it("nothing, where a bias masks all pairs, whatever stands there", function()
-    for _, dtype in ipairs(dtypes) do
-      for _, engine in ipairs(cases.engines) do
-        cases.with(engine, function()
-          local of = {dtype = dtype, device = engine.device}
-          local x = sa.full({7, 8}, nan, of)
-          local run = sa.forward(x, x, x, {backend = engine.backend, bias = sa.full({1}, -inf, of), softcap = 3,
-            alibi = sa.ones({1}, of), sinks = sa.ones({1}, of)})
-          for name, gradient in pairs(run:backward(x)) do
-            assert.equal(gradient:numel(), gradient:stats().zero, name .. " " .. dtype .. " " .. run.kernel)
-          end
-        end)
+    everywhere(function(dtype, engine)
+      local of = {dtype = dtype, device = engine.device}
+      local x = sa.full({7, 8}, nan, of)
+      local run = sa.forward(x, x, x, {backend = engine.backend, bias = sa.full({1}, -inf, of), softcap = 3,
+        alibi = sa.ones({1}, of), sinks = sa.ones({1}, of)})
+      for name, gradient in pairs(run:backward(x)) do
+        assert.equal(gradient:numel(), gradient:stats().zero, name .. " " .. dtype .. " " .. run.kernel)
       end
-    end
+    end)
   end)
 
   it("nothing, where a bias hides one key from all, however many queries there are", function()
-    for _, dtype in ipairs(dtypes) do
-      for _, engine in ipairs(cases.engines) do
-        cases.with(engine, function()
-          local of = {dtype = dtype, device = engine.device, seed = 1}
-          for _, queries in ipairs {1, 18, 40, 130} do
-            local q, k, v = sa.randn({queries, 8}, of), sa.randn({20, 8}, of), sa.randn({20, 8}, of)
-            local bias = sa.zeros({1, 20}, {dtype = dtype, device = engine.device})
-            bias:set(1, 3, -inf)
-            k:select(1, 3):fill(nan)
-            v:select(1, 3):fill(inf)
-            local run = sa.forward(q, k, v, {backend = engine.backend, bias = bias})
-            for name, gradient in pairs(run:backward(q)) do
-              local what = name .. " " .. queries .. " " .. dtype .. " " .. run.kernel
-              assert.equal(0, gradient:stats().nan, what)
-              if name ~= "dq" then
-                local key = name == "dbias" and gradient:select(2, 3) or gradient:select(1, 3)
-                assert.equal(key:numel(), key:stats().zero, what)
-              end
-            end
+    everywhere(function(dtype, engine)
+      local of = {dtype = dtype, device = engine.device, seed = 1}
+      for _, queries in ipairs {1, 18, 40, 130} do
+        local q, k, v = sa.randn({queries, 8}, of), sa.randn({20, 8}, of), sa.randn({20, 8}, of)
+        local bias = sa.zeros({1, 20}, {dtype = dtype, device = engine.device})
+        bias:set(1, 3, -inf)
+        k:select(1, 3):fill(nan)
+        v:select(1, 3):fill(inf)
+        local run = sa.forward(q, k, v, {backend = engine.backend, bias = bias})
+        for name, gradient in pairs(run:backward(q)) do
+          local what = name .. " " .. queries .. " " .. dtype .. " " .. run.kernel
+          assert.equal(0, gradient:stats().nan, what)
+          if name ~= "dq" then
+            local key = name == "dbias" and gradient:select(2, 3) or gradient:select(1, 3)
+            assert.equal(key:numel(), key:stats().zero, what)
           end
-        end)
+        end
       end
-    end
+    end)
   end)
 
   it("an infinite key that all turn away from gives and gets 0, however many queries there are", function()
-    for _, dtype in ipairs(dtypes) do
-      for _, engine in ipairs(cases.engines) do
-        cases.with(engine, function()
-          local of = {dtype = dtype, device = engine.device, seed = 1}
-          for _, queries in ipairs {1, 18, 40, 130} do
-            local q, k, v = sa.randn({queries, 8}, of), sa.randn({20, 8}, of), sa.randn({20, 8}, of)
-            q:narrow(2, 5, 1):fill(-1)
-            k:set(3, 5, inf)
-            local run = sa.forward(q, k, v, {backend = engine.backend})
-            local gradients = run:backward(q)
-            for _, name in ipairs {"dk", "dv"} do
-              local what = name .. " " .. queries .. " " .. dtype .. " " .. run.kernel
-              assert.equal(8, gradients[name]:select(1, 3):stats().zero, what)
-              assert.equal(0, gradients[name]:stats().nan, what)
-            end
-          end
-        end)
+    everywhere(function(dtype, engine)
+      local of = {dtype = dtype, device = engine.device, seed = 1}
+      for _, queries in ipairs {1, 18, 40, 130} do
+        local q, k, v = sa.randn({queries, 8}, of), sa.randn({20, 8}, of), sa.randn({20, 8}, of)
+        q:narrow(2, 5, 1):fill(-1)
+        k:set(3, 5, inf)
+        local run = sa.forward(q, k, v, {backend = engine.backend})
+        local gradients = run:backward(q)
+        for _, name in ipairs {"dk", "dv"} do
+          local what = name .. " " .. queries .. " " .. dtype .. " " .. run.kernel
+          assert.equal(8, gradients[name]:select(1, 3):stats().zero, what)
+          assert.equal(0, gradients[name]:stats().nan, what)
+        end
       end
-    end
+    end)
   end)
 
   it("a NaN row stays one where dropout keeps none of its weights", function()
-    for _, dtype in ipairs(dtypes) do
-      for _, engine in ipairs(cases.engines) do
-        cases.with(engine, function()
-          local q = sa.ones({40, 8}, {dtype = dtype, device = engine.device})
-          local options = {backend = engine.backend, dropout = 0.5, seed = 1}
-          local dropped = sa.forward(q, q:narrow(1, 1, 2), q:narrow(1, 1, 2), options).out:eq(0):sum():item()
-          assert.is_true(dropped > 0 and dropped < 40 * 8)
-          q:narrow(1, 1, 2):fill(nan)
-          local v = sa.ones({2, 8}, {dtype = dtype, device = engine.device})
-          assert.equal(40 * 8, sa.forward(q, q:narrow(1, 1, 2), v, options).out:stats().nan)
-        end)
-      end
-    end
+    everywhere(function(dtype, engine)
+      local q = sa.ones({40, 8}, {dtype = dtype, device = engine.device})
+      local options = {backend = engine.backend, dropout = 0.5, seed = 1}
+      local dropped = sa.forward(q, q:narrow(1, 1, 2), q:narrow(1, 1, 2), options).out:eq(0):sum():item()
+      assert.is_true(dropped > 0 and dropped < 40 * 8)
+      q:narrow(1, 1, 2):fill(nan)
+      local v = sa.ones({2, 8}, {dtype = dtype, device = engine.device})
+      assert.equal(40 * 8, sa.forward(q, q:narrow(1, 1, 2), v, options).out:stats().nan)
+    end)
   end)
 
   it("a NaN in one head or batch stays there", function()
