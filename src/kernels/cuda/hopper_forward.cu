@@ -89,9 +89,9 @@ bool sa_cuda_hopper_forward_covers(const sa_problem *p) {
   if (!hopper_inputs_fit(p)) return false;
   // Where the output is not there yet, it will be new memory.
   if (p->out.data && !writes_pieces(&p->out)) return false;
-  // Few queries: the portable kernels read K and V once for all heads that share them. On an H100, 16 x 8192 keys of
-  // 32:8 heads took these kernels 391 us, four times what one batch of 131072 keys, the same bytes, took those; on an
-  // H200, 1 x 1024 keys 20 us, and those 15.5.
+  // Few queries that hopper_decoding.cu does not take: the portable kernels read K and V once for all heads that share
+  // them. On an H100, 16 x 8192 keys of 32:8 heads took these kernels 391 us, four times what one batch of 131072 keys,
+  // the same bytes, took those; on an H200, 1 x 1024 keys 20 us, and those 15.5.
   if (p->queries * (p->heads / p->key_heads) <= 16 && p->keys >= 8 * SA_TILE) return false;
   // Few rows of tiles with many keys each leave most of the device idle: the portable kernels split the keys.
   const int64_t items = p->batch * p->heads * row_tiles(p);
