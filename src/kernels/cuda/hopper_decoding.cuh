@@ -16,7 +16,7 @@
 //   128           32           64, 32                              195 KiB
 //   256           16           128, none: Q is in shared memory    226 KiB
 //
-// One query of 32:8 heads at width 128 on an H200: 131072 keys in 132 to 135 us, 4 TB/s; 4 x 131072 in 478 to 490, 4.4 TB/s.
+// One query of 32:8 heads at width 128 on an H200: 131072 keys in 132 to 135 us, 4 TB/s; 4 x 131072 in 478 to 490, 4.4.
 // Reading alone takes 121 and 471.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
