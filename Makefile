@@ -158,10 +158,10 @@ test-gpu: needs-test
 RUN_GPU_SPECS = SAFEATTN_TEST_DEVICE=cuda SAFEATTN_REQUIRE_CUDA=1 SAFEATTN_CUDA_POISON=1 busted \
 	$(or $(BUSTED_FLAGS),$(GPU_SPECS))
 
-##> every family of attention kernels on a CUDA device under compute-sanitizer's four tools
+##> every family of attention kernels on a CUDA device under compute-sanitizer's tools (TOOLS="memcheck synccheck" for some)
 .PHONY: test-sanitizers
+TOOLS = memcheck racecheck initcheck synccheck
 SANITIZED = $(BUILD)/sanitized
-COMPUTE_SANITIZER = compute-sanitizer --error-exitcode 1 --print-limit 5
 PORTABLE = SAFEATTN_CUDA_KERNELS=portable
 # Some tools do not follow some of Hopper's instructions, so the kernels made of them are left out there:
 # - racecheck does not take a wait on an mbarrier for one: whatever a loading warp leaves in shared memory it calls a
@@ -170,19 +170,16 @@ PORTABLE = SAFEATTN_CUDA_KERNELS=portable
 # - initcheck does not see what bulk copies and TMA write, and calls a read of the sums of dQ, or a copy of a gradient
 #   to the host, uninitialised. Poisoned memory shows such a read as NaN.
 WITHOUT = --kernel-name-exclude kns=
-RACES = $(WITHOUT)hopper_forward $(WITHOUT)hopper_decoding $(WITHOUT)hopper_backward_tiles $(WITHOUT)hopper_wide \
-	$(WITHOUT)hopper_bias
-READS = --check-api-memory-access no $(WITHOUT)hopper_backward_tiles $(WITHOUT)hopper_backward_convert
+LEFT_OUT_racecheck = $(WITHOUT)hopper_forward $(WITHOUT)hopper_decoding $(WITHOUT)hopper_backward_tiles \
+	$(WITHOUT)hopper_wide $(WITHOUT)hopper_bias
+LEFT_OUT_initcheck = --check-api-memory-access no $(WITHOUT)hopper_backward_tiles $(WITHOUT)hopper_backward_convert
+COMPUTE_SANITIZER = compute-sanitizer --error-exitcode 1 --print-limit 5 --tool
 test-sanitizers: needs-demo
 	@$(BUILD_ALL)
 	$(CC) -g -std=c11 -Isrc -o $(SANITIZED) spec/cuda/sanitized.c -L$(BUILD) -lsafeattn -lm -Wl,-rpath,'$$ORIGIN'
 	SAFEATTN_CUDA_POISON=1 $(SANITIZED)
-	for tool in memcheck racecheck initcheck synccheck; do \
-		$(PORTABLE) $(COMPUTE_SANITIZER) --tool $$tool $(SANITIZED) || exit 1; done
-	$(COMPUTE_SANITIZER) --tool memcheck $(SANITIZED)
-	$(COMPUTE_SANITIZER) --tool racecheck $(RACES) $(SANITIZED)
-	$(COMPUTE_SANITIZER) --tool initcheck $(READS) $(SANITIZED)
-	$(COMPUTE_SANITIZER) --tool synccheck $(SANITIZED)
+	$(foreach tool,$(TOOLS),$(PORTABLE) $(COMPUTE_SANITIZER) $(tool) $(SANITIZED) && \
+		$(COMPUTE_SANITIZER) $(tool) $(LEFT_OUT_$(tool)) $(SANITIZED) &&) true
 
 # The core with AMX's instructions emulated (spec/emulator/amx.h), for tests on processors that have none.
 AMX_EMULATED = $(BUILD)/emulated/amx
