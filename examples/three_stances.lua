@@ -23,7 +23,7 @@ local function title(text) print("\n" .. text .. "\n" .. ("-"):rep(#text)) end
 local function matrix(fill)
   local rows = {{}, {fill, fill, fill, fill}}
   for i, weight in ipairs {0.53773, 0.27293, 0.06922, 0.12012} do rows[1][i] = math.log(weight) end
-  return sa.tensor(rows, {requires_grad = true, device = device})
+  return assert(sa.tensor(rows, {requires_grad = true, device = device}))
 end
 
 title "1. Today's answer is NaN, and slicing it away looks like a way out"

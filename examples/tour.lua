@@ -7,7 +7,7 @@ local mask = sa.mask.documents({1, 1, 1, -1, 2, 2}) * sa.mask.causal()
 print(mask)
 print(mask:dense{L = 6, S = 6}:view(6, 6):to("i32"))
 
-local q = sa.randn({6, 4}, {seed = 1, device = device, requires_grad = true})
+local q = assert(sa.randn({6, 4}, {seed = 1, device = device, requires_grad = true}))
 local k = sa.randn({6, 4}, {seed = 2, device = device, requires_grad = true})
 local v = sa.randn({6, 4}, {seed = 3, device = device, requires_grad = true})
 sa.no_grad(function() k:select(1, 4):fill(0 / 0) end) -- what lies behind the mask has no influence, not even NaN

@@ -113,7 +113,8 @@ local function parameter(name, t)
 end
 
 local function matrix(name, rows, columns, size)
-  return parameter(name, sa.randn({rows, columns}, {seed = #parameters + 1, device = device}) * (size or rows ^ -0.5))
+  local drawn = assert(sa.randn({rows, columns}, {seed = #parameters + 1, device = device}))
+  return parameter(name, drawn * (size or rows ^ -0.5))
 end
 
 local function norm(name) return parameter(name .. ".norm", sa.ones({width}, {device = device})) end

@@ -14,25 +14,57 @@ describe("without a CUDA device", function()
   -- Whatever there is, a library that cannot be opened stands for it.
   local absent = {environment = {SAFEATTN_CUDA_LIB = "/nowhere/cuda.so"}}
 
-  it("sa.devices, sa.info and the error of a tensor there say what is missing", function()
+  it("whatever asks for one gives nil and what sa.devices says is missing", function()
     local output = child.must_run([[
+local ffi = require "ffi"
 local sa = require "safeattn"
 local devices, why = sa.devices()
-print(#devices, devices[1], why)
+assert(#devices == 1 and devices[1] == "cpu")
+print(why)
 print(sa.info().cuda)
-print(select(2, pcall(sa.zeros, {2}, {device = "cuda"})))
-print(select(2, pcall(function() return sa.ones({2}):to("cuda:1") end)))
-print(select(2, pcall(sa.cuda.memory)))
-print(select(2, pcall(sa.cuda.stream)))
-sa.synchronize()
-sa.synchronize("cpu")
+local on, memory = {device = "cuda"}, ffi.new "float[2]"
+for name, make in pairs {
+  empty = function() return sa.empty({2}, on) end, zeros = function() return sa.zeros({2}, on) end,
+  ones = function() return sa.ones({2}, on) end, full = function() return sa.full({2}, true, on) end,
+  rand = function() return sa.rand({2}, on) end,
+  randn = function() return sa.randn({2}, {device = "cuda", seed = 1, requires_grad = true}) end,
+  arange = function() return sa.arange(2, on) end, tensor = function() return sa.tensor({{1, 2}}, on) end,
+  from_pointer = function() return sa.from_pointer(memory, {2}, on) end,
+  to = function() return sa.ones({2}):to "cuda" end,
+  to_both = function() return sa.ones({2}):to {dtype = "f64", device = "cuda"} end,
+  memory = sa.cuda.memory, empty_cache = sa.cuda.empty_cache, stream = sa.cuda.stream,
+  adopted = function() return sa.cuda.stream {pointer = ffi.cast("void *", memory)} end,
+  synchronize = function() return sa.synchronize "cuda" end,
+} do
+  local made, missing = make()
+  assert(made == nil and missing == why, name)
+end
+print(select(2, sa.ones({2}):to "cuda:1"))
+assert(sa.synchronize() and sa.synchronize "cpu")
 print(sa.ones({3}):sum():item())
 ]], absent)
-    local missing = "the CUDA part cannot be loaded: /nowhere/cuda.so: cannot open shared object file"
-    assert.matches("^1\tcpu\tnone: " .. missing, output)
-    local _, times = output:gsub("device: got cuda:%d, but " .. missing .. "[^\n]*; wanted cpu", "")
-    assert.equal(4, times, output)
-    assert.matches("\n3\n$", output)
+    local missing = "the CUDA part cannot be loaded: /nowhere/cuda.so: cannot open shared object file[^\n]*\n"
+    assert.matches("^there is no cuda:0: " .. missing .. "none: " .. missing .. "there is no cuda:1: " .. missing
+      .. "3\n$", output)
+  end)
+
+  it("what is wrong in any case raises", function()
+    local output = child.must_run([[
+local sa = require "safeattn"
+for _, mistake in ipairs {
+  function() sa.zeros({2}, {device = "cuda:x"}) end, function() sa.zeros({-1}, {device = "cuda"}) end,
+  function() sa.full({2}, "1", {device = "cuda"}) end, function() sa.tensor({{1}, {2, 3}}, {device = "cuda"}) end,
+  function() sa.rand({2}, {device = "cuda", dtype = "i32"}) end, function() sa.ones({2}):to {device = 7} end,
+  function() sa.from_pointer(3, {2}, {device = "cuda"}) end, function() sa.synchronize "cuda:" end,
+  function() sa.cuda.memory "cpu" end, function() sa.cuda.empty_cache(1) end,
+  function() sa.cuda.stream {pointer = 1} end,
+} do
+  local succeeded, message = pcall(mistake)
+  print(succeeded, (message:gsub("^.-:%d+: ", "")))
+end
+]], absent)
+    local _, times = output:gsub("false\tsafeattn%.[%w_.]+: %w+: got [^\n]+, wanted [^\n]+\n", "")
+    assert.equal(11, times, output)
   end)
 
   it("a library that is no CUDA part is refused", function()
@@ -227,8 +259,10 @@ helper.describe_cuda("the memory of a CUDA device", function()
     sa.cuda.empty_cache()
   end)
 
-  it("of a device that is not there is refused by name", function()
-    assert.matches("got cuda:63, wanted one of the %d", helper.message_of(sa.zeros, {1}, {device = "cuda:63"}))
+  it("of a device that is not there are nil and what there is", function()
+    local made, missing = sa.zeros({1}, {device = "cuda:63"})
+    assert.is_nil(made)
+    assert.equal("there is no cuda:63, only " .. sa.info().cuda, missing)
   end)
 end)
 

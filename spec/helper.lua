@@ -32,6 +32,7 @@ end
 
 --- The device that the specs of tensors and operations run on: SAFEATTN_TEST_DEVICE, "cpu" unless given.
 helper.device = os.getenv "SAFEATTN_TEST_DEVICE" or "cpu"
+_G.assert(sa.synchronize(helper.device))
 
 --- safeattn, with constructors that make tensors on that device unless they are told another.
 helper.sa = sa

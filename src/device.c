@@ -83,10 +83,9 @@ const sa_backend *sa_backend_of(const char *function, int device) {
   const sa_backend *backend = device >= SA_CUDA ? cuda_backend() : NULL;
   if (backend && device - SA_CUDA < backend->count) return backend;
   if (backend)
-    sa_fail(SA_NO_DEVICE, function, "device: got %s, wanted one of the %d that are there: %s", sa_device_name(device),
-            backend->count, backend->text);
+    sa_fail(SA_NO_DEVICE, function, "there is no %s, only %s", sa_device_name(device), backend->text);
   else if (device >= SA_CUDA)
-    sa_fail(SA_NO_DEVICE, function, "device: got %s, but %s; wanted cpu", sa_device_name(device), missing);
+    sa_fail(SA_NO_DEVICE, function, "there is no %s: %s", sa_device_name(device), missing);
   else
     sa_fail(SA_NO_DEVICE, function, "device: got %s, wanted cpu or cuda", sa_device_name(device));
   return NULL;

@@ -85,11 +85,14 @@ function core.fail(fname, level, format, ...)
 end
 local fail = core.fail
 
+--- What the C library reported last, without the name of its function.
+function core.last_error()
+  return (ffi.string(lib.sa_last_error()):gsub("^sa_[%w_]+: ", ""))
+end
+
 --- Raises what the C library reported, unless status is 0.
 function core.check(status, fname, level)
-  if status == 0 then return end
-  local message = ffi.string(lib.sa_last_error()):gsub("^sa_[%w_]+: ", "")
-  fail(fname, level and level + 1, "%s", message)
+  if status ~= 0 then fail(fname, level and level + 1, "%s", core.last_error()) end
 end
 
 --- Calls a C function and raises what it reports. Memory that garbage holds is invisible to C: when an allocation is
@@ -295,13 +298,18 @@ function core.dtype(fname, argument, name)
   return tonumber(code)
 end
 
---- The code of a device's name; whether the device is there, C says when it is used.
+--- The code of a device's name.
+-- @return the code; nil and what is missing when there is no such device
 function core.device(fname, argument, name)
   if name == "cpu" then return lib.SA_CPU end
-  if name == "cuda" then return lib.SA_CUDA end
-  local number = type(name) == "string" and name:match("^cuda:(%d%d?%d?)$")
-  if number then return lib.SA_CUDA + tonumber(number) end
-  fail(fname, nil, '%s: got %s, wanted "cpu", "cuda" or "cuda:0", "cuda:1", ...', argument, describe(name))
+  local number = name == "cuda" and 0 or type(name) == "string" and tonumber(name:match("^cuda:(%d%d?%d?)$"))
+  if not number then
+    fail(fname, nil, '%s: got %s, wanted "cpu", "cuda" or "cuda:0", "cuda:1", ...', argument, describe(name))
+  end
+  local code = lib.SA_CUDA + number
+  if number < lib.sa_device_count(lib.SA_CUDA) then return code end
+  lib.sa_synchronize(code) -- refuses, and says why
+  return nil, core.last_error()
 end
 
 --- The name of a device's code.

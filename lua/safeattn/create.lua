@@ -18,14 +18,14 @@ local function allowed(...)
   return set
 end
 
--- Options that every constructor has.
+-- Options that every constructor has: dtype, device; nil and what is missing instead of a device that is not there.
 local function common(fname, options, default)
   local dtype = core.dtype(fname, "dtype", options.dtype == nil and default or options.dtype)
-  local device = core.device(fname, "device", options.device == nil and "cpu" or options.device)
+  local device, missing = core.device(fname, "device", options.device == nil and "cpu" or options.device)
   if core.boolean(fname, "requires_grad", options.requires_grad, false) and not core.is_float[dtype] then
     fail(fname, nil, "requires_grad: got true for %s, wanted f32, f64, f16 or bf16", core.dtype_names[dtype])
   end
-  return dtype, device
+  return dtype, device, missing
 end
 
 local function finished(t, options)
@@ -36,19 +36,21 @@ end
 local plain = allowed()
 
 local function new(fname, shape, options, default)
-  local dtype, device = common(fname, options, default)
+  local dtype, device, missing = common(fname, options, default)
   local sizes, ndim = core.shape(fname, "shape", shape)
+  if not device then return nil, missing end
   return finished(tensor.new(fname, dtype, device, ndim, sizes), options)
 end
 
 --- Unset memory. shape: a table of counts; {} is a scalar. Options of all constructors: dtype ("f32"), device ("cpu"),
--- requires_grad (false).
+-- requires_grad (false). Where the device is not there, all constructors give nil and say what is missing.
 function create.empty(shape, options)
   return new("empty", shape, core.options("empty", options, plain), "f32")
 end
 
 local function filled(fname, shape, value, options, default)
-  local t = new(fname, shape, core.options(fname, options, plain), default)
+  local t, missing = new(fname, shape, core.options(fname, options, plain), default)
+  if not t then return nil, missing end
   call(fname, lib.sa_fill, t.handle, value)
   return t
 end
@@ -76,7 +78,8 @@ local function drawn(fname, shape, options, draw)
   if not core.is_float[dtype] then
     fail(fname, nil, "dtype: got %s, wanted f32, f64, f16 or bf16", core.dtype_names[dtype])
   end
-  local t = new(fname, shape, options, "f32")
+  local t, missing = new(fname, shape, options, "f32")
+  if not t then return nil, missing end
   call(fname, draw, t.handle, seed or random.draw(fname))
   return t
 end
@@ -101,7 +104,8 @@ function create.arange(n, options)
   n = core.integer("arange", "n", n)
   local start = core.number("arange", "start", options.start == nil and 0 or options.start)
   local step = core.number("arange", "step", options.step == nil and 1 or options.step)
-  local t = new("arange", {n}, options, "f32")
+  local t, missing = new("arange", {n}, options, "f32")
+  if not t then return nil, missing end
   call("arange", lib.sa_arange, t.handle, start, step)
   return t
 end
@@ -177,12 +181,13 @@ function create.tensor(data, options)
   if first == nil and (#shape == 0 or shape[#shape] > 0) then
     fail("tensor", nil, "data: got nil, wanted a number, a boolean or tables of them")
   end
-  local dtype, device = common("tensor", options, booleans and "bool" or "f32")
+  local dtype, device, missing = common("tensor", options, booleans and "bool" or "f32")
   -- Doubles hold what every dtype but i64 can; casting is C's work.
   local wide = dtype == I64 and I64 or tonumber(lib.SA_F64)
   local sizes, ndim = core.shape("tensor", "data", shape)
   local staged = tensor.new("tensor", wide, lib.SA_CPU, ndim, sizes)
   store(data, shape, 0, staged:data(), 0, dtype, booleans, {})
+  if not device then return nil, missing end
   if wide == dtype and device == lib.SA_CPU then return finished(staged, options) end
   local t = tensor.new("tensor", dtype, device, ndim, sizes)
   call("tensor", lib.sa_copy, t.handle, staged.handle)
@@ -221,7 +226,7 @@ function create.from_pointer(data, shape, options)
     fail("from_pointer", nil, "dtype: got none for %s, which does not say it, wanted %s", core.describe(data),
       core.alternatives(core.dtypes))
   end
-  local dtype, device = common("from_pointer", options, dtype_of_element[element])
+  local dtype, device, missing = common("from_pointer", options, dtype_of_element[element])
   local sizes, ndim = core.shape("from_pointer", "shape", shape)
   local stride
   if options.stride ~= nil then
@@ -229,6 +234,7 @@ function create.from_pointer(data, shape, options)
     stride, count = core.shape("from_pointer", "stride", options.stride)
     if count ~= ndim then fail("from_pointer", nil, "stride: got %d strides, wanted %d", count, ndim) end
   end
+  if not device then return nil, missing end
   local handle = tensor.handle()
   call("from_pointer", lib.sa_tensor_borrow, handle, ffi.cast("void *", data), dtype, device, ndim, sizes, stride)
   if bytes then

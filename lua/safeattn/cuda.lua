@@ -8,11 +8,11 @@ local fail, call = core.fail, core.call
 
 local cuda = {}
 
--- The code of the CUDA device that `name` says, "cuda" when it is nil.
+-- The code of the CUDA device that `name` says, "cuda" when it is nil; nil and what is missing when it is not there.
 local function device_of(fname, name)
-  local device = core.device(fname, "device", name == nil and "cuda" or name)
+  local device, missing = core.device(fname, "device", name == nil and "cuda" or name)
   if device == lib.SA_CPU then fail(fname, nil, 'device: got "cpu", wanted a CUDA device') end
-  return device
+  return device, missing
 end
 
 local memory_type = ffi.typeof("sa_device_memory")
@@ -21,9 +21,12 @@ local memory_type = ffi.typeof("sa_device_memory")
 -- far), `cached` (released, kept for the next tensor), `free` and `total` (what the device says); and how many `blocks`
 -- are held.
 -- @param device "cuda" unless given
+-- @return a table; nil and what is missing when there is no such device
 function cuda.memory(device)
+  local code, missing = device_of("cuda.memory", device)
+  if not code then return nil, missing end
   local use = memory_type()
-  call("cuda.memory", lib.sa_cuda_memory, device_of("cuda.memory", device), use)
+  call("cuda.memory", lib.sa_cuda_memory, code, use)
   return {
     bytes = tonumber(use.bytes), blocks = tonumber(use.blocks), peak = tonumber(use.peak_bytes),
     cached = tonumber(use.cached_bytes), free = tonumber(use.free_bytes), total = tonumber(use.total_bytes),
@@ -31,20 +34,27 @@ function cuda.memory(device)
 end
 
 --- Collects garbage and gives the memory that is kept for the next tensors back to the device.
+-- @return true; nil and what is missing when there is no such device
 function cuda.empty_cache(device)
-  local code = device_of("cuda.empty_cache", device)
+  local code, missing = device_of("cuda.empty_cache", device)
+  if not code then return nil, missing end
   collectgarbage()
   collectgarbage()
   call("cuda.empty_cache", lib.sa_cuda_empty_cache, code)
+  return true
 end
 
 --- Waits until a device, or every CUDA device, has done all that was asked of it. (Reading a tensor waits by itself.)
+-- @return true; nil and what is missing when there is no such device
 function cuda.synchronize(device)
   if device ~= nil then
-    call("synchronize", lib.sa_synchronize, core.device("synchronize", "device", device))
-    return
+    local code, missing = core.device("synchronize", "device", device)
+    if not code then return nil, missing end
+    call("synchronize", lib.sa_synchronize, code)
+    return true
   end
   for k = 0, lib.sa_device_count(lib.SA_CUDA) - 1 do call("synchronize", lib.sa_synchronize, lib.SA_CUDA + k) end
+  return true
 end
 
 -- Streams
@@ -69,16 +79,17 @@ local stream_options = {device = true, pointer = true}
 -- Whoever reads on one stream what another writes has to wait in between (stream:synchronize()).
 -- @param options device ("cuda"); pointer, to adopt a cudaStream_t that something else made, and keeps as long as it is
 --   in use here
--- @return an object with use(fn, ...), synchronize(), release(), and the cudaStream_t as `pointer`
+-- @return an object with use(fn, ...), synchronize(), release(), and the cudaStream_t as `pointer`; nil and what is
+--   missing when there is no such device
 function cuda.stream(options)
   options = core.options("cuda.stream", options, stream_options)
-  local device = device_of("cuda.stream", options.device)
+  local device, missing = device_of("cuda.stream", options.device)
+  if options.pointer ~= nil and type(options.pointer) ~= "cdata" then
+    fail("cuda.stream", nil, "pointer: got %s, wanted a cudaStream_t as cdata", core.describe(options.pointer))
+  end
+  if not device then return nil, missing end
   local slot = slot_type()
   if options.pointer ~= nil then
-    if type(options.pointer) ~= "cdata" then
-      fail("cuda.stream", nil, "pointer: got %s, wanted a cudaStream_t as cdata", core.describe(options.pointer))
-    end
-    call("cuda.stream", lib.sa_cuda_stream, device, slot) -- whether the device is there
     slot[0] = ffi.cast(pointer_type, options.pointer)
   else
     call("cuda.stream", lib.sa_cuda_stream_new, device, slot)

@@ -76,15 +76,13 @@ function sa.threads(n)
 end
 
 --- The devices that tensors may live on: {"cpu"}, and one "cuda:k" for each GPU.
--- @return a list; without a GPU also what is missing for one
+-- @return a list; without a GPU also what is missing for one: what whoever asks for "cuda" gets behind nil
 function sa.devices()
   local devices = {"cpu"}
   local gpus = lib.sa_device_count(lib.SA_CUDA)
   for k = 1, gpus do devices[k + 1] = "cuda:" .. k - 1 end
   if gpus > 0 then return devices end
-  local host = ffi.new("sa_host_info")
-  lib.sa_info(host)
-  return devices, ffi.string(host.cuda)
+  return devices, select(2, core.device("devices", "device", "cuda"))
 end
 
 --- Chooses the instruction set of the CPU kernels: "generic", "avx2", "avx512", "amx" or "auto" (the best). For tests
@@ -97,7 +95,7 @@ function sa.isa(name)
     end
     local status = lib.sa_set_isa(name)
     if status == lib.SA_NO_DEVICE or status == lib.SA_UNSUPPORTED then
-      return nil, (ffi.string(lib.sa_last_error()):gsub("^sa_[%w_]+: ", ""))
+      return nil, core.last_error()
     end
     core.check(status, "isa")
   end

@@ -285,7 +285,7 @@ end
 local function merge_parts(...)
   local status = lib.sa_merge(...)
   if status ~= lib.SA_INVALID then return status end
-  local message = ffi.string(lib.sa_last_error()):gsub("^sa_merge: ", ""):gsub("(%l%l%ls)%[(%d+)%]", function(list, p)
+  local message = core.last_error():gsub("(%l%l%ls)%[(%d+)%]", function(list, p)
     return string.format("%s[%d]", list, p + 1)
   end)
   fail("merge", nil, "%s", message)

@@ -191,6 +191,7 @@ local dtype_or_device = {dtype = true, device = true}
 
 --- t as another dtype or on another device: t:to("f64"), t:to("cuda") or t:to{dtype = "bf16", device = "cpu"}. t itself
 -- when it is all that already. Rounds to nearest even; floats become integers by truncation.
+-- @return a tensor; nil and what is missing when there is no such device
 function methods.to(t, target)
   local handle = pointer(t, "to", "t")
   local options = target
@@ -205,7 +206,9 @@ function methods.to(t, target)
   end
   core.options("to", options, dtype_or_device)
   local dtype = options.dtype == nil and handle.dtype or core.dtype("to", "dtype", options.dtype)
-  local device = options.device == nil and handle.device or core.device("to", "device", options.device)
+  local device, missing = handle.device, nil
+  if options.device ~= nil then device, missing = core.device("to", "device", options.device) end
+  if not device then return nil, missing end
   if dtype == handle.dtype and device == handle.device then return t end
   local out = tensor.new("to", dtype, device, handle.ndim, handle.shape)
   call("to", lib.sa_copy, out.handle, handle)

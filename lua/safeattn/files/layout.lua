@@ -44,7 +44,7 @@ function layout.new(shape, dtype)
   local sizes = ffi.new("int64_t[8]", shape)
   local handle = tensor.handle()
   if lib.sa_tensor_new(handle, core.dtypes[dtype], lib.SA_CPU, #shape, sizes) ~= 0 then
-    refuse("%s", (ffi.string(lib.sa_last_error()):gsub("^sa_[%w_]+: ", "")))
+    refuse("%s", core.last_error())
   end
   return tensor.adopt(handle)
 end
