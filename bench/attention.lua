@@ -4,14 +4,16 @@
 --
 -- Sections: bars shapes masks extras dtypes tiers calls plans; all of them unless some are named. `quick` takes short
 -- sequences and few repetitions: a glance, not a measurement. Data are random, every case is warmed up, times are
--- medians of wall time. Flops are those of the dense product, 4 B H L S D forward and 10 B H L S D backward, whatever
--- a mask leaves out.
+-- medians of wall time. Processors wander, so whatever is compared takes turns: a share of the peak, or a time over
+-- another, is that of one turn and of the other's turns before and after it, and what is shown is the median of all
+-- rounds, for a bar with the quartiles. Flops are those of the dense product, 4 B H L S D forward and 10 B H L S D
+-- backward, whatever a mask leaves out.
 local sa = require "safeattn"
 local core = require "safeattn.core"
+local calls = require "bench.calls"
 local clock = require "bench.clock"
 local json = require "bench.json"
 local ffi, lib = core.ffi, core.lib
-local now = clock.now
 
 local known_sections = {"bars", "shapes", "masks", "extras", "dtypes", "tiers", "calls", "plans"}
 local chosen, quick = {}, false
@@ -30,29 +32,29 @@ for _, word in ipairs(arg) do
 end
 
 local batch, heads, length = 1, 8, quick and 512 or 2048
-local enough_seconds, enough_runs = quick and 0.1 or 1, quick and 3 or 7
+local slice_seconds, enough_rounds, enough_seconds = quick and 0 or 5e-3, quick and 3 or 9, quick and 0.1 or 1
 
--- The median of fn's wall time in seconds, after a warm-up, and the shortest. fn may return a function that cleans up,
--- off the clock.
-local function measure(fn)
-  local function once()
-    local start = now()
-    local clean = fn()
-    local seconds = now() - start
-    if clean then clean() end
-    return seconds
-  end
-  local total, times = once(), {}
-  repeat
-    times[#times + 1] = once()
-    total = total + times[#times]
-  until #times >= enough_runs and total >= enough_seconds
-  table.sort(times)
-  return times[math.floor((#times + 1) / 2)], times[1]
-end
+local function slice(fn, seconds) return clock.slice(fn, quick and 0 or seconds or slice_seconds) end
+
+local function turns(...) return clock.turns({...}, enough_rounds, enough_seconds) end
+
+-- The median in seconds of one thing that takes no turns with another.
+local function measure(fn) return clock.spread(turns(slice(fn))[1]).median end
 
 local function peak(dtype) -- GFLOP/s of one core; the half types are computed in f32
   return tonumber(lib.sa_measure_peak(dtype == "f64" and lib.SA_F64 or lib.SA_F32)) * 1e-9
+end
+
+local function over(seconds, other) return seconds / other end
+local function under(seconds, other) return other / seconds end
+
+-- The seconds that cores at their peak would take for so many flops, by a look at it of some 5 ms.
+local function at_peak(flops, dtype, threads)
+  return function()
+    local looks, sum = 3, 0
+    for _ = 1, looks do sum = sum + peak(dtype) end
+    return flops * 1e-9 / (threads or 1) / (sum / looks)
+  end
 end
 
 -- Results -------------------------------------------------------------------------------------------------------------
@@ -72,50 +74,45 @@ local function title(text, columns) io.write("\n", text, "\n", columns or "", co
 local columns = ("%-34s %9s %7s %6s %7s   %9s %7s %6s %7s"):format("", "fwd ms", "GF/s", "peak", "dense", "bwd ms",
   "GF/s", "peak", "dense")
 
-local function inputs(options)
-  local shape = {batch, heads, options.length or length, options.width or 64}
-  local key_shape = {batch, options.key_heads or heads, shape[3], shape[4]}
-  local function random(of, seed) return sa.randn(of, {seed = seed, dtype = options.dtype or "f32"}) end
-  return random(shape, 1), random(key_shape, 2), random(key_shape, 3), random(shape, 4)
+local function inputs(case)
+  return calls.inputs {length = case.length or length, width = case.width, key_heads = case.key_heads,
+    dtype = case.dtype}
 end
 
--- Measures forward and backward and prints a line. `base` is the result that the ratio columns compare with.
-local function attention(section, name, case, options, base)
-  local threads, dtype = case.threads or 1, case.dtype or "f32"
-  sa.threads(threads)
+-- What is timed of a case {width =, key_heads =, dtype =, threads =, prepare =, options =}: {forward =, backward =}.
+local function both_ways(case)
   local q, k, v, dout = inputs(case)
   if case.prepare then case.prepare(q, k, v) end
-  local flops = batch * heads * q:size(3) ^ 2 * q:size(4)
-  -- The clock wanders, so each time is compared with the peaks just before and after it.
-  local before = peak(dtype)
-  local forward, forward_best = measure(function()
-    local run = sa.forward(q, k, v, options)
-    return function() run.out:free() run.lse:free() end
-  end)
-  local between = peak(dtype)
-  local run = sa.forward(q, k, v, options)
-  local backward, backward_best = measure(function()
-    local gradients = run:backward(dout)
-    return function() for _, gradient in pairs(gradients) do gradient:free() end end
-  end)
-  local forward_top, backward_top = threads * (before + between) / 2, threads * (between + peak(dtype)) / 2
-  local result = record(section, name, {
-    threads = threads, dtype = dtype, forward_peak_gflops = forward_top, backward_peak_gflops = backward_top,
-    forward_ms = forward * 1e3, forward_best_ms = forward_best * 1e3, forward_gflops = 4e-9 * flops / forward,
-    forward_of_peak = 4e-9 * flops / forward / forward_top,
-    backward_ms = backward * 1e3, backward_best_ms = backward_best * 1e3, backward_gflops = 10e-9 * flops / backward,
-    backward_of_peak = 10e-9 * flops / backward / backward_top,
-  })
-  base = base or result
-  result.forward_of_dense = result.forward_ms / base.forward_ms
-  result.backward_of_dense = result.backward_ms / base.backward_ms
-  local function half(way)
-    return ("%9.2f %7.1f %5.0f%% %7.2f"):format(result[way .. "_ms"], result[way .. "_gflops"],
-      100 * result[way .. "_of_peak"], result[way .. "_of_dense"])
+  local threads = case.threads or 1
+  sa.threads(threads)
+  return {forward = calls.with_threads(threads, calls.forward(q, k, v, case.options)),
+    backward = calls.with_threads(threads, calls.backward(q, k, v, dout, case.options))}
+end
+
+-- Measures forward and backward, taking turns with the peak and with the case `base`, and prints a line.
+local function attention(section, name, case, base)
+  local threads, dtype = case.threads or 1, case.dtype or "f32"
+  local mine, other = both_ways(case), base and both_ways(base)
+  local result = record(section, name, {threads = threads, dtype = dtype})
+  local halves = {}
+  for n, way in ipairs {"forward", "backward"} do
+    local flops = (way == "forward" and 4 or 10) * batch * heads * length ^ 2 * (case.width or 64)
+    local ideal, here = at_peak(flops, dtype, threads), slice(mine[way])
+    local times = other and turns(ideal, slice(other[way]), here) or turns(ideal, here)
+    local taken = times[#times]
+    local share, seconds = clock.spread(clock.compare(taken, times[1], under)), clock.median(taken)
+    local dense = other and clock.spread(clock.compare(taken, times[2], over)) or {low = 1, median = 1, high = 1}
+    result[way .. "_ms"], result[way .. "_gflops"] = seconds * 1e3, 1e-9 * flops / seconds
+    result[way .. "_peak_gflops"] = 1e-9 * flops / clock.median(times[1])
+    result[way .. "_of_peak"], result[way .. "_of_peak_quartiles"] = share.median, {share.low, share.high}
+    result[way .. "_of_dense"], result[way .. "_of_dense_quartiles"] = dense.median, {dense.low, dense.high}
+    result[way .. "_rounds"] = share.rounds
+    halves[n] = ("%9.2f %7.1f %5.0f%% %7.2f"):format(seconds * 1e3, 1e-9 * flops / seconds, 100 * share.median,
+      dense.median)
   end
-  print(("%-34s %s   %s"):format(name, half "forward", half "backward"))
+  print(("%-34s %s   %s"):format(name, halves[1], halves[2]))
+  sa.threads(1)
   collectgarbage()
-  return result
 end
 
 local sections = {}
@@ -130,15 +127,14 @@ end
 function sections.shapes()
   title(("fused f32, B%d H%d L=S=%d"):format(batch, heads, length), columns)
   for _, width in ipairs {64, 128} do
-    local single
+    local single = {width = width}
     for _, threads in ipairs(thread_counts()) do
       local name = ("D%d, %d thread%s"):format(width, threads, threads == 1 and "" or "s")
-      local result = attention("shapes", name, {width = width, threads = threads}, {}, single)
-      single = single or result
+      attention("shapes", name, {width = width, threads = threads}, threads > 1 and single)
     end
     for _, threads in ipairs(thread_counts()) do
       local name = ("D%d causal, %d thread%s"):format(width, threads, threads == 1 and "" or "s")
-      attention("shapes", name, {width = width, threads = threads}, {causal = true}, single)
+      attention("shapes", name, {width = width, threads = threads, options = {causal = true}}, single)
     end
   end
 end
@@ -147,7 +143,7 @@ function sections.masks()
   title(("masks, f32 D64, 1 thread, L=S=%d"):format(length), columns)
   local m, ids = sa.mask, {}
   for i = 1, length do ids[i] = math.floor((i - 1) * 16 / length) end
-  local dense = attention("masks", "none", {}, {})
+  attention("masks", "none", {})
   for _, case in ipairs {
     {"causal", m.causal()},
     {"causal, bottom-right", m.causal "bottom-right"},
@@ -160,38 +156,39 @@ function sections.masks()
     {"blocks of 64, half of them", m.blocks(sa.rand({length / 64, length / 64}, {seed = 5}):lt(0.5), 64)},
     {"dense bool, a tenth visible", m.dense(sa.rand({length, length}, {seed = 6}):lt(0.1))},
   } do
-    attention("masks", case[1], {}, {mask = case[2]}, dense)
+    attention("masks", case[1], {options = {mask = case[2]}}, {})
   end
-  attention("masks", "causal, NaN in a masked key",
-    {prepare = function(_, k, v) k:select(3, length):fill(0 / 0) v:select(3, length):fill(0 / 0) end},
-    {mask = m.causal() * m.padding {length - 1}}, dense)
+  attention("masks", "causal, NaN in a masked key", {options = {mask = m.causal() * m.padding {length - 1}},
+    prepare = function(_, k, v) k:select(3, length):fill(0 / 0) v:select(3, length):fill(0 / 0) end}, {})
 end
 
 function sections.extras()
   title(("extras, f32 D64, 1 thread, L=S=%d"):format(length), columns)
-  local dense = attention("extras", "none", {}, {})
-  attention("extras", "bias [L,S]", {}, {bias = sa.randn({length, length}, {seed = 7})}, dense)
-  attention("extras", "bias [H,L,S]", {}, {bias = sa.randn({heads, length, length}, {seed = 7})}, dense)
-  attention("extras", "alibi", {}, {alibi = sa.rand({heads}, {seed = 8})}, dense)
-  attention("extras", "softcap 30", {}, {softcap = 30}, dense)
-  attention("extras", "sinks", {}, {sinks = sa.randn({heads}, {seed = 9})}, dense)
-  attention("extras", "dropout 0.1", {}, {dropout = 0.1, seed = 10}, dense)
-  attention("extras", "2 key heads", {key_heads = 2}, {}, dense)
+  attention("extras", "none", {})
+  for _, case in ipairs {
+    {"bias [L,S]", {bias = sa.randn({length, length}, {seed = 7})}},
+    {"bias [H,L,S]", {bias = sa.randn({heads, length, length}, {seed = 7})}},
+    {"alibi", {alibi = sa.rand({heads}, {seed = 8})}},
+    {"softcap 30", {softcap = 30}},
+    {"sinks", {sinks = sa.randn({heads}, {seed = 9})}},
+    {"dropout 0.1", {dropout = 0.1, seed = 10}},
+  } do
+    attention("extras", case[1], {options = case[2]}, {})
+  end
+  attention("extras", "2 key heads", {key_heads = 2}, {})
 end
 
 function sections.dtypes()
   title(("dtypes, D64, 1 thread, L=S=%d; the halves are computed in f32, or bf16 by AMX"):format(length), columns)
-  local single = attention("dtypes", "f32", {}, {})
-  attention("dtypes", "bf16", {dtype = "bf16"}, {}, single)
-  attention("dtypes", "f16", {dtype = "f16"}, {}, single)
-  attention("dtypes", "f64", {dtype = "f64"}, {}, single)
+  attention("dtypes", "f32", {})
+  for _, dtype in ipairs {"bf16", "f16", "f64"} do attention("dtypes", dtype, {dtype = dtype}, {}) end
 end
 
 function sections.tiers()
   title(("instruction sets, f32 D64, 1 thread, L=S=%d; peak is that of the set"):format(length), columns)
   for _, isa in ipairs(sa.info().isas) do
     assert(sa.isa(isa))
-    attention("tiers", isa, {}, {})
+    attention("tiers", isa, {})
   end
   sa.isa "auto"
 end
@@ -203,9 +200,9 @@ function sections.calls()
   sa.threads(1)
   local q, k, v = sa.randn({1, 1, 4, 8}, {seed = 1}), sa.randn({1, 1, 4, 8}, {seed = 2}),
     sa.randn({1, 1, 4, 8}, {seed = 3})
-  local mask, calls = sa.mask.causal(), quick and 2000 or 20000
+  local mask, count = sa.mask.causal(), quick and 2000 or 5000
   for _, case in ipairs {{"sa.forward", {}}, {"sa.forward, mask", {mask = mask}}} do
-    local seconds = measure(function() for _ = 1, calls do sa.forward(q, k, v, case[2]) end end) / calls
+    local seconds = measure(function() for _ = 1, count do sa.forward(q, k, v, case[2]) end end) / count
     record("calls", case[1], {microseconds = seconds * 1e6})
     print(("%-34s %9.2f us"):format(case[1], seconds * 1e6))
   end
@@ -252,46 +249,6 @@ end
 
 -- Bars ----------------------------------------------------------------------------------------------------------------
 
--- Medians of several functions' wall times, run in turn so that what the machine does besides meets all alike.
-local function in_turn(...)
-  local functions, times, total = {...}, {}, 0
-  for n, fn in ipairs(functions) do
-    times[n] = {}
-    local clean = fn()
-    if clean then clean() end
-  end
-  repeat
-    for n, fn in ipairs(functions) do
-      local start = now()
-      local clean = fn()
-      times[n][#times[n] + 1] = now() - start
-      total = total + times[n][#times[n]]
-      if clean then clean() end
-    end
-  until #times[1] >= enough_runs and total >= enough_seconds
-  local medians = {}
-  for n, list in ipairs(times) do
-    table.sort(list)
-    medians[n] = list[math.floor((#list + 1) / 2)]
-  end
-  return unpack(medians)
-end
-
-local function forward_of(q, k, v, options)
-  return function()
-    local run = sa.forward(q, k, v, options)
-    return function() run.out:free() run.lse:free() end
-  end
-end
-
-local function backward_of(q, k, v, dout, options)
-  local run = sa.forward(q, k, v, options)
-  return function()
-    local gradients = run:backward(dout)
-    return function() for _, gradient in pairs(gradients) do gradient:free() end end
-  end
-end
-
 -- The share of 64 x 64 tiles in which a mask shows some pair.
 local function visible_tiles(mask, size)
   local dense = mask:dense {B = 1, H = 1, L = size, S = size}
@@ -308,68 +265,55 @@ local function visible_tiles(mask, size)
   return seen / (size / 64) ^ 2
 end
 
--- One line: what was measured, and whether it reaches its bar (a value at most that, or at least when `least`).
-local function bar(name, value, limit, least, unit)
-  local reached = least and value >= limit or not least and value <= limit
-  record("bars", name, {value = value, bar = limit, reached = reached})
+-- One line: what was measured (a list of one value a round), and whether its median reaches its bar: a value at most
+-- that, or at least when `least`.
+local function bar(name, values, limit, least, unit)
+  local spread = clock.spread(values)
+  local reached = least and spread.median >= limit or not least and spread.median <= limit
+  record("bars", name, {value = spread.median, low = spread.low, high = spread.high, rounds = spread.rounds,
+    bar = limit, reached = reached})
   local scale = unit == "%" and 100 or 1
-  print(("%-66s %8.2f %-3s %s %7.2f   %s"):format(name, value * scale, unit or "x", least and ">=" or "<=",
-    limit * scale, reached and "reached" or "missed"))
+  print(("%-70s %7.2f %-2s (%6.2f to %6.2f, %3d rounds) %s %5.2f  %s"):format(name, spread.median * scale, unit or "x",
+    spread.low * scale, spread.high * scale, spread.rounds, least and ">=" or "<=", limit * scale,
+    reached and "reached" or "missed"))
+end
+
+-- How near fn comes to so many flops of a core's peak.
+local function peak_bar(name, fn, flops, dtype, limit)
+  local times = turns(at_peak(flops, dtype), slice(fn))
+  bar(name .. ", of the peak", clock.compare(times[2], times[1], under), limit, true, "%")
 end
 
 local function peak_bars(name, dtype, width, forward_limit, backward_limit)
-  local q, k, v, dout = inputs {dtype = dtype, width = width}
-  local flops = batch * heads * length ^ 2 * width
-  for _, way in ipairs {{"forward", 4, forward_limit, forward_of(q, k, v, {})},
-    {"backward", 10, backward_limit, backward_of(q, k, v, dout, {})}} do
-    local peaks = {peak(dtype)}
-    local seconds = in_turn(function()
-      local clean = way[4]()
-      return function()
-        if clean then clean() end
-        peaks[#peaks + 1] = peak(dtype)
-      end
-    end)
-    table.sort(peaks)
-    bar(("%s %s D%d, of the peak"):format(name, way[1], width),
-      way[2] * 1e-9 * flops / seconds / peaks[math.floor((#peaks + 1) / 2)], way[3], true, "%")
-  end
+  local fns = both_ways {dtype = dtype, width = width}
+  local product = batch * heads * length ^ 2 * width
+  peak_bar(("%s forward D%d"):format(name, width), fns.forward, 4 * product, dtype, forward_limit)
+  peak_bar(("%s backward D%d"):format(name, width), fns.backward, 10 * product, dtype, backward_limit)
+  collectgarbage()
 end
 
--- Forward and backward with options, over the same without (or with `base`).
-local function ratio_bars(name, limit, options, change)
-  change = change or {}
-  local q, k, v, dout = inputs(change)
-  local base, divisor = change.base or {}, change.divisor or 1
-  local changed = {q, k, v}
-  if change.prepare then
-    changed = {q:clone(), k:clone(), v:clone()}
-    change.prepare(unpack(changed))
+-- Forward and backward of a case over another; `share`: how much of the other's work it has.
+local function ratio_bars(name, limit, case, base, share)
+  local mine, other = both_ways(case), both_ways(base or {length = case.length})
+  for _, way in ipairs {"forward", "backward"} do
+    local times = turns(slice(other[way]), slice(mine[way]))
+    bar(name .. ", " .. way, clock.compare(times[2], times[1], function(seconds, dense)
+      return seconds / dense / (share or 1)
+    end), limit)
   end
-  local dense, masked = in_turn(forward_of(q, k, v, base), forward_of(changed[1], changed[2], changed[3], options))
-  bar(name .. ", forward", masked / dense / divisor, limit)
-  dense, masked = in_turn(backward_of(q, k, v, dout, base),
-    backward_of(changed[1], changed[2], changed[3], dout, options))
-  bar(name .. ", backward", masked / dense / divisor, limit)
   collectgarbage()
 end
 
 local function mask_bars(name, mask, size)
-  ratio_bars(("%s, N %d, over dense by visible tiles"):format(name, size), 1.15, {mask = mask},
-    {length = size, divisor = visible_tiles(mask, size)})
+  ratio_bars(("%s, N %d, over dense by visible tiles"):format(name, size), 1.15,
+    {length = size, options = {mask = mask}}, nil, visible_tiles(mask, size))
 end
 
 local function thread_bars(width)
-  local q, k, v, dout = inputs {width = width}
-  local function with(threads, fn)
-    return function()
-      sa.threads(threads)
-      return fn()
-    end
-  end
-  for way, fn in pairs {forward = forward_of(q, k, v, {}), backward = backward_of(q, k, v, dout, {})} do
-    local one, two = in_turn(with(1, fn), with(2, fn))
-    bar(("2 threads over 1, D%d %s"):format(width, way), one / two, 1.9, true)
+  local one, two = both_ways {width = width}, both_ways {width = width, threads = 2}
+  for _, way in ipairs {"forward", "backward"} do
+    local times = turns(slice(two[way]), slice(one[way]))
+    bar(("2 threads over 1, D%d %s"):format(width, way), clock.compare(times[2], times[1], over), 1.9, true)
   end
   sa.threads(1)
 end
@@ -381,51 +325,48 @@ local function decoding_bars(dtype)
   local k, v = random({1, 8, keys, 128}, 2), random({1, 8, keys, 128}, 3)
   local bytes = 2 * 8 * keys * 128 * (dtype == "f32" and 4 or 2)
   sa.threads(cores)
-  local before = tonumber(lib.sa_measure_read())
-  local seconds = in_turn(forward_of(q, k, v, {}))
-  local read = math.max(before, tonumber(lib.sa_measure_read()))
+  local times = turns(function() return bytes / tonumber(lib.sa_measure_read()) end,
+    slice(calls.forward(q, k, v), 0.1))
   sa.threads(1)
-  bar(("decoding, %s, 1 x %d, GQA 32:8, D128, %d threads: of %.1f GB/s"):format(dtype, keys, cores, read * 1e-9),
-    bytes / seconds / read, 0.85, true, "%")
+  bar(("decoding, %s, 1 x %d, 32:8 heads, D128, %d threads: of %.1f GB/s"):format(dtype, keys, cores,
+    bytes / clock.median(times[1]) * 1e-9), clock.compare(times[2], times[1], under), 0.85, true, "%")
   collectgarbage()
 end
 
 local function small_bars()
-  local shape = {8, 12, 128, 64}
-  local q, k, v, dout = sa.randn(shape, {seed = 1}), sa.randn(shape, {seed = 2}), sa.randn(shape, {seed = 3}),
-    sa.randn(shape, {seed = 4})
-  local top = peak "f32"
-  local seconds = in_turn(function()
-    local run = sa.forward(q, k, v)
-    local gradients = run:backward(dout)
-    return function()
-      run.out:free() run.lse:free()
-      for _, gradient in pairs(gradients) do gradient:free() end
-    end
-  end)
-  bar("[8,12,128,64] f32 forward + backward, of the peak", 14e-9 * 8 * 12 * 128 ^ 2 * 64 / seconds /
-    ((top + peak "f32") / 2), 0.65, true, "%")
+  local q, k, v, dout = calls.inputs {batch = 8, heads = 12, length = 128}
+  peak_bar("[8,12,128,64] f32 forward + backward", calls.both(q, k, v, dout), 14 * 8 * 12 * 128 ^ 2 * 64, "f32", 0.65)
+end
+
+-- So many calls in a slice, whose times are large beside the clock's; and what makes microseconds a call of them.
+local function often(count, fn)
+  return slice(function() for _ = 1, count do fn() end end), function(seconds) return seconds / count * 1e6 end
 end
 
 local function call_bars()
-  local q, k, v = sa.randn({1, 1, 4, 8}, {seed = 1}), sa.randn({1, 1, 4, 8}, {seed = 2}),
-    sa.randn({1, 1, 4, 8}, {seed = 3})
-  local calls = quick and 2000 or 20000
-  local forward, both = in_turn(function() for _ = 1, calls do sa.forward(q, k, v) end end,
-    function() for _ = 1, calls do sa.forward(q, k, v):backward(q) end end)
-  bar("a call on [1,1,4,8], forward", forward / calls * 1e6, 3, false, "us")
-  bar("a call on [1,1,4,8], forward + backward", both / calls * 1e6, 6, false, "us")
-  -- Two workers on what one does in some 100 us: what the second does not take off is the pool's.
-  local x = sa.randn({1, 2, 128, 64}, {seed = 1})
-  local function many(threads)
-    return function()
-      sa.threads(threads)
-      for _ = 1, calls / 100 do sa.forward(x, x, x) end
-    end
+  local q, k, v = calls.inputs {heads = 1, length = 4, width = 8}
+  local count = quick and 500 or 5000
+  local forward, microseconds = often(count, function() sa.forward(q, k, v) end)
+  local both = often(count, function() sa.forward(q, k, v):backward(q) end)
+  local times = turns(forward, both)
+  bar("a call on [1,1,4,8], forward", clock.each(times[1], microseconds), 3, false, "us")
+  bar("a call on [1,1,4,8], forward + backward", clock.each(times[2], microseconds), 6, false, "us")
+end
+
+-- The least that the pool shares out. What two threads take for two heads, and one does not for one, is the pool's, and
+-- what the memory of one core costs the other.
+local function pool_bar()
+  local count = quick and 50 or 300
+  local function heads_on_threads(n)
+    local q, k, v = calls.inputs {heads = n, length = 64}
+    local call = calls.with_threads(n, calls.forward(q, k, v))
+    return often(count, function() call()() end)
   end
-  local one, two = in_turn(many(1), many(2))
+  local two, microseconds = heads_on_threads(2)
+  local times = turns(heads_on_threads(1), two)
   sa.threads(1)
-  bar("the pool, warm: 2 threads' time less half of 1 thread's", (two - one / 2) / (calls / 100) * 1e6, 5, false, "us")
+  bar("the pool, warm: 2 heads of 64 tokens on 2 threads less 1 on 1", clock.compare(times[2], times[1],
+    function(seconds, one) return microseconds(seconds - one) end), 5, false, "us")
 end
 
 -- What the kernels are held to; the widths and lengths are fixed.
@@ -446,24 +387,29 @@ function sections.bars()
     peak_bars("AVX2 tier, f32", "f32", 64, 0.8, 0.8)
     sa.isa "auto"
   end
-  if tonumber(sa.info().cores) >= 2 then thread_bars(64) thread_bars(128) end
-  ratio_bars("causal over dense", 0.56, {causal = true})
+  if tonumber(sa.info().cores) >= 2 then
+    thread_bars(64)
+    thread_bars(128)
+    pool_bar()
+  end
+  ratio_bars("causal over dense", 0.56, {options = {causal = true}})
   mask_bars("window 512", m.window(512, 0), length)
   local ids, lengths = {}, {length + 37}
   for i = 1, length do ids[i] = math.floor((i - 1) * 8 / length) end
   mask_bars("8 documents, causal", m.documents(ids) * m.causal(), length)
   mask_bars("padding", m.padding(lengths), 2 * length)
-  ratio_bars("random(0.5) over dense", 1.12, {mask = m.random(0.5, 1)})
-  ratio_bars("finite bias [L,S] over dense", 1.25, {bias = sa.randn({length, length}, {seed = 7})})
-  ratio_bars("dropout 0.1 over dense", 1.35, {dropout = 0.1, seed = 10})
+  ratio_bars("random(0.5) over dense", 1.12, {options = {mask = m.random(0.5, 1)}})
+  ratio_bars("finite bias [L,S] over dense", 1.25, {options = {bias = sa.randn({length, length}, {seed = 7})}})
+  ratio_bars("dropout 0.1 over dense", 1.35, {options = {dropout = 0.1, seed = 10}})
   local middle = length / 2
-  ratio_bars("NaN in a key row, causal, over clean", 2.2, {causal = true}, {base = {causal = true},
-    prepare = function(_, k, v) k:select(3, middle):fill(0 / 0) v:select(3, middle):fill(0 / 0) end})
+  ratio_bars("NaN in a key row, causal, over clean", 2.2, {options = {causal = true},
+    prepare = function(_, k, v) k:select(3, middle):fill(0 / 0) v:select(3, middle):fill(0 / 0) end},
+    {options = {causal = true}})
   local slopes, steep = sa.full({heads}, 1e-3), sa.full({heads}, 8)
-  ratio_bars("ALiBi far below underflow over mild", 1.05, {alibi = steep}, {base = {alibi = slopes}})
+  ratio_bars("ALiBi far below underflow over mild", 1.05, {options = {alibi = steep}}, {options = {alibi = slopes}})
   local bias = sa.randn({length, length}, {seed = 7})
   local low = sa.where(sa.rand({length, length}, {seed = 8}):lt(0.5), bias, sa.full({length, length}, -1e4))
-  ratio_bars("bias of -10000 for half the pairs over mild", 1.05, {bias = low}, {base = {bias = bias}})
+  ratio_bars("bias of -10000 for half the pairs over mild", 1.05, {options = {bias = low}}, {options = {bias = bias}})
   decoding_bars "f32"
   decoding_bars "bf16"
   small_bars()

@@ -2,40 +2,37 @@
 --
 --   luajit bench/plots.lua [quick]
 --
--- f32, B1 H8 D64, one thread; each point is the median of wall times.
+-- f32, B1 H8 D64, one thread; each point is the median of wall times, or of ratios to those of no mask, with which they
+-- take turns.
 local sa = require "safeattn"
+local calls = require "bench.calls"
 local clock = require "bench.clock"
-local now = clock.now
 
 local quick = arg[1] == "quick"
-local heads, width = 8, 64
 sa.threads(1)
 
-local function median(fn)
-  local times, total = {}, 0
-  fn()
-  repeat
-    local start = now()
-    fn()
-    times[#times + 1] = now() - start
-    total = total + times[#times]
-  until #times >= 3 and total >= (quick and 0.02 or 0.3)
-  return clock.median(times) * 1e3
+local function turns(...)
+  local slices = {...}
+  for n, fn in ipairs(slices) do slices[n] = clock.slice(fn, quick and 0 or 5e-3) end
+  return clock.turns(slices, quick and 3 or 7, quick and 0 or 0.5)
 end
 
 -- Milliseconds of forward and backward.
-local function measure(length, options)
-  local shape = {1, heads, length, width}
-  local q, k, v, dout = sa.randn(shape, {seed = 1}), sa.randn(shape, {seed = 2}), sa.randn(shape, {seed = 3}),
-    sa.randn(shape, {seed = 4})
-  local run = sa.forward(q, k, v, options)
-  local forward = median(function()
-    local again = sa.forward(q, k, v, options)
-    again.out:free() again.lse:free()
-  end)
-  local backward = median(function()
-    for _, gradient in pairs(run:backward(dout)) do gradient:free() end
-  end)
+local function milliseconds(length, options)
+  local q, k, v, dout = calls.inputs {length = length}
+  local forward, backward = turns(calls.forward(q, k, v, options)), turns(calls.backward(q, k, v, dout, options))
+  collectgarbage()
+  return clock.median(forward[1]) * 1e3, clock.median(backward[1]) * 1e3
+end
+
+-- What forward and backward take over the same without a mask.
+local function over_dense(length, options)
+  local q, k, v, dout = calls.inputs {length = length}
+  local function ratio(times)
+    return clock.median(clock.compare(times[2], times[1], function(masked, dense) return masked / dense end))
+  end
+  local forward = ratio(turns(calls.forward(q, k, v, {}), calls.forward(q, k, v, options)))
+  local backward = ratio(turns(calls.backward(q, k, v, dout, {}), calls.backward(q, k, v, dout, options)))
   collectgarbage()
   return forward, backward
 end
@@ -108,7 +105,7 @@ local function draw_lengths()
     if 2 ^ math.floor(math.log(length) / math.log(2) + 0.5) == length then
       lengths[#lengths + 1] = length
       for n, options in ipairs {{}, {causal = true}} do
-        local forward, backward = measure(length, options)
+        local forward, backward = milliseconds(length, options)
         table.insert(lines[2 * n - 1], {length, forward})
         table.insert(lines[2 * n], {length, backward})
       end
@@ -121,7 +118,6 @@ end
 -- Time over that of no mask, against the share of visible pairs.
 local function draw_densities()
   local length, m = quick and 512 or 2048, sa.mask
-  local dense_forward, dense_backward = measure(length, {})
   local names = {"blocks of 64, forward", "blocks of 64, backward", "random bits, forward", "random bits, backward"}
   local lines = {}
   for n, name in ipairs(names) do lines[n] = {name = name, dashed = n > 2} end
@@ -129,9 +125,9 @@ local function draw_densities()
     local density = step / 10
     local blocks = sa.rand({length / 64, length / 64}, {seed = 5}):lt(density)
     for n, mask in ipairs {m.blocks(blocks, 64), m.random(density, 1)} do
-      local forward, backward = measure(length, {mask = mask})
-      table.insert(lines[2 * n - 1], {density, forward / dense_forward})
-      table.insert(lines[2 * n], {density, backward / dense_backward})
+      local forward, backward = over_dense(length, {mask = mask})
+      table.insert(lines[2 * n - 1], {density, forward})
+      table.insert(lines[2 * n], {density, backward})
     end
   end
   chart {file = "docs/images/speed-density.svg",

@@ -3,14 +3,17 @@
     make && python3 bench/peers/cpu.py [--quick] [--only=REGEX]
 
 Needs PyTorch 2.6 or newer; ONNX Runtime is left out where it is missing. --only: the cases whose name the expression
-finds. The library is called through ctypes on the
-very memory of PyTorch's tensors. Results are compared before anything is timed; contestants take turns, times are
-medians of wall time. Prints a table and writes build/bench-peers.json.
+finds. The library is called through ctypes on the very memory of PyTorch's tensors. Results are compared before
+anything is timed. Contestants take turns of some 20 ms of wall time; a ratio is that of a peer's turn to the mean of
+ours before and after it, and what is shown of times and ratios is their median. Before each turn everybody's threads
+have gone to sleep: those of OpenMP and of ONNX Runtime go on spinning after a call for longer than many a call takes,
+on the cores that the next one's threads want. Prints a table and writes build/bench-peers.json.
 """
 import ctypes
 import json
 import os
 import re
+import statistics
 import sys
 import time
 
@@ -27,6 +30,7 @@ except ImportError:
     print("peers: without ONNX Runtime, which Python does not have here")
 
 QUICK = "--quick" in sys.argv
+TURN, ROUNDS, SECONDS, LIMIT = (5e-3, 3, 0.1, 1) if QUICK else (20e-3, 9, 1, 20)
 ONLY = re.compile(next((word[7:] for word in sys.argv if word.startswith("--only=")), ""))
 HERE = os.path.dirname(os.path.abspath(__file__))
 sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -161,20 +165,45 @@ def onnx_run(q, k, v, causal, threads):
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
+def rest():
+    """Returns when the process has hardly used a processor for 20 ms: its threads have stopped spinning."""
+    for _ in range(50):
+        before = time.process_time()
+        time.sleep(20e-3)
+        if time.process_time() - before < 2e-3:
+            return
+
+
+def turn(fn):
+    """The median of the seconds that calls take, of which the first wakes the threads and counts only if it is long."""
+    times, total = [], 0.0
+    rest()
+    while total < TURN:
+        start = time.perf_counter()
+        fn()
+        times.append(time.perf_counter() - start)
+        total += times[-1]
+    return statistics.median(times[1:] or times)
+
+
 def in_turn(functions):
-    """Medians in ms of functions that take turns, each after a rest, in which the others' threads stop spinning."""
+    """Milliseconds of functions that take turns, how many times as long as the first the others take, and the rounds."""
+    first, *others = functions
     times = {name: [] for name in functions}
-    for turn in range(3):
+    start, elapsed = time.perf_counter(), 0.0
+    while len(times[first]) < 3 or elapsed < SECONDS or len(times[first]) < ROUNDS and elapsed < LIMIT:
         for name, fn in functions.items():
-            time.sleep(0.3)
-            fn()
-            total = 0.0
-            while total < (0.05 if QUICK else 0.25) or len(times[name]) < 2 * (turn + 1):
-                start = time.perf_counter()
-                fn()
-                times[name].append(time.perf_counter() - start)
-                total += times[name][-1]
-    return {name: sorted(list_)[(len(list_) - 1) // 2] * 1e3 for name, list_ in times.items()}
+            times[name].append(turn(fn))
+        elapsed = time.perf_counter() - start
+    times[first].append(turn(functions[first]))
+    ratios = {}
+    for name in others:
+        ratio = [2 * theirs / (before + after)
+                 for theirs, before, after in zip(times[name], times[first], times[first][1:])]
+        low, median, high = statistics.quantiles(ratio, n=4, method="inclusive")
+        ratios[name] = {"low": low, "median": median, "high": high}
+    return {"ms": {name: statistics.median(list_) * 1e3 for name, list_ in times.items()}, "slower": ratios,
+            "rounds": len(times[first]) - 1}
 
 
 def same(ours, theirs, alive, what):
@@ -217,7 +246,7 @@ def results_of(case, threads):
         run = onnx_run(q, k, v, causal, threads)
         same(ours.out, run(), alive, name + ", ONNX Runtime")
         contestants["onnxruntime"] = run
-    rows = [{"case": name, "way": "forward", "threads": threads, "ms": in_turn(contestants)}]
+    rows = [{"case": name, "way": "forward", "threads": threads, **in_turn(contestants)}]
     if not forward_only:
         out = sdpa(*leaves, attn_mask=dense, is_causal=causal)
         def torch_backward():
@@ -230,7 +259,7 @@ def results_of(case, threads):
         def torch_backward_alone():
             return torch.autograd.grad(out, leaves, dout, retain_graph=True)
         rows.append({"case": name, "way": "backward", "threads": threads,
-                     "ms": in_turn({"safeattn": ours.backward, "torch": torch_backward_alone})})
+                     **in_turn({"safeattn": ours.backward, "torch": torch_backward_alone})})
     return rows
 
 
@@ -274,8 +303,9 @@ def cases():
 
 
 def main():
-    print(f"PyTorch {torch.__version__}, ONNX Runtime {onnxruntime.__version__ if onnxruntime else '-'}; ms, medians")
-    print(f"{'':58} {'safeattn':>9} {'torch':>9} {'faster':>7} {'ort':>9} {'faster':>7}")
+    print(f"PyTorch {torch.__version__}, ONNX Runtime {onnxruntime.__version__ if onnxruntime else '-'}; ms, and how many "
+          "times as long as safeattn, with quartiles")
+    print(f"{'':66} {'safeattn':>9} {'torch':>9} {'ratio':>21} {'ort':>9} {'ratio':>21}")
     results = []
     for case in filter(lambda case: ONLY.search(case["name"]), cases()):
         for threads in case.get("threads", (1,)):
@@ -286,10 +316,9 @@ def main():
                 continue
             for row in rows:
                 ms = row["ms"]
-                line = f"{row['case'] + ', ' + row['way'] + ', ' + str(threads) + ' thr':58} {ms['safeattn']:9.3f}"
-                for peer in ("torch", "onnxruntime"):
-                    if peer in ms:
-                        line += f" {ms[peer]:9.3f} {ms[peer] / ms['safeattn']:6.2f}x"
+                line = f"{row['case'] + ', ' + row['way'] + ', ' + str(threads) + ' thr':66} {ms['safeattn']:9.3f}"
+                for peer, ratio in row["slower"].items():
+                    line += f" {ms[peer]:9.3f} {ratio['median']:5.2f} ({ratio['low']:5.2f} to {ratio['high']:5.2f})"
                 print(line, flush=True)
             results += rows
     os.makedirs("build", exist_ok=True)
