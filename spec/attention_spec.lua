@@ -188,7 +188,8 @@ describe("attention", function()
   it("of empty batches, heads and widths", function()
     local list = {}
     for _, dtype in ipairs(dtypes) do
-      for _, empty in ipairs {{batch = 0}, {heads = 0}, {value_width = 0}, {width = 0, scale = 1, value_width = 5}} do
+      for _, empty in ipairs {{batch = 0}, {heads = 0}, {value_width = 0}, {width = 0, scale = 1, value_width = 5},
+        {width = 0, scale = 1, value_width = 0}} do
         for _, mask in ipairs {false, "causal", "dead"} do
           local case = {dtype = dtype, mask = mask or nil, sinks = true, alibi = true, bias = "ls"}
           for name, value in pairs(empty) do case[name] = value end

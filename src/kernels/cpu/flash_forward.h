@@ -538,7 +538,7 @@ static void NAME(choose_group)(NAME(forward_job) * job, int64_t planes) {
   const int64_t kept = NAME(query_room)(p) * element + QUERIES * NAME(padded)(p->value_width) * (int64_t)sizeof(REAL);
   int64_t group = KEPT / kept < GROUP ? KEPT / kept : GROUP;
   while (group > 1 && planes * ((job->blocks + group - 1) / group) < 4 * job->workers) group /= 2;
-  const int64_t turn = SHARED / (STRETCH * row);
+  const int64_t turn = row ? SHARED / (STRETCH * row) : 1;
   job->group = group < 1 ? 1 : (int)group;
   job->turn = turn < 1 || sa_size_of(p->k.dtype) != element ? 1 : (int)turn;
 }
