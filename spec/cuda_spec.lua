@@ -67,6 +67,23 @@ end
     assert.equal(11, times, output)
   end)
 
+  it("attention on tensors that say they lie there ends with the code of a missing device", function()
+    local output = child.must_run([[
+local core = require "safeattn.core"
+local ffi, lib = core.ffi, core.lib
+local data, t = ffi.new "float[12]", ffi.new "sa_tensor[3]"
+for k = 0, 2 do
+  assert(lib.sa_tensor_borrow(t[k], data + 4 * k, lib.SA_F32, lib.SA_CPU, 2, ffi.new("int64_t[2]", 2), nil) == 0)
+  t[k].device = lib.SA_CUDA
+end
+local a = ffi.new "sa_attention"
+lib.sa_attention_init(a)
+a.q, a.k, a.v, a.out = t, t + 1, t + 1, t + 2
+print(lib.sa_forward(a) == lib.SA_NO_DEVICE, ffi.string(lib.sa_last_error()))
+]], absent)
+    assert.matches("^true\tsa_forward: device: got cuda:0, but the CUDA part cannot be loaded", output)
+  end)
+
   it("a library that is no CUDA part is refused", function()
     local output = child.must_run('print(select(2, require("safeattn").devices()))',
       {environment = {SAFEATTN_CUDA_LIB = "libm.so.6"}})

@@ -290,27 +290,25 @@ static void row_shape(const call *c, int64_t last, int64_t *shape) {
   memcpy(shape, full + 4 - c->rank, sizeof *shape * c->rank);
 }
 
-static const sa_attention_kernels *choose_kernels(call *c, bool backward) {
+static int choose_kernels(call *c, bool backward, const sa_attention_kernels **kernels) {
   const sa_backend *backend = sa_backend_of(c->function, c->a->q->device);
-  if (!backend) return NULL;
+  if (!backend) return SA_NO_DEVICE;
   const sa_attention_kernels *fused = c->a->backend == SA_REFERENCE ? NULL : backend->fused(&c->p, backward);
   if (!fused && c->a->backend == SA_FUSED) {
-    sa_fail(SA_UNSUPPORTED, c->function,
-            "backend: got fused, whose kernels take widths of q and v up to 256, for %lld and %lld; wanted auto or "
-            "reference",
-            (long long)c->p.width, (long long)c->p.value_width);
-    return NULL;
+    return sa_fail(SA_UNSUPPORTED, c->function,
+                   "backend: got fused, whose kernels take widths of q and v up to 256, for %lld and %lld; wanted auto "
+                   "or reference",
+                   (long long)c->p.width, (long long)c->p.value_width);
   }
-  const sa_attention_kernels *kernels = fused ? fused : backend->reference(&c->p);
-  if (!kernels) {
-    sa_fail(SA_UNSUPPORTED, c->function, "backend: the reference is not in this build's part for %s",
-            sa_device_name(c->p.device));
-    return NULL;
+  *kernels = fused ? fused : backend->reference(&c->p);
+  if (!*kernels) {
+    return sa_fail(SA_UNSUPPORTED, c->function, "backend: the reference is not in this build's part for %s",
+                   sa_device_name(c->p.device));
   }
   c->a->used = fused ? SA_FUSED : SA_REFERENCE;
   memset(c->a->kernel, 0, sizeof c->a->kernel);
-  strncpy(c->a->kernel, kernels->name, sizeof c->a->kernel - 1);
-  return kernels;
+  strncpy(c->a->kernel, (*kernels)->name, sizeof c->a->kernel - 1);
+  return SA_OK;
 }
 
 static int run_kernel(call *c, int (*kernel)(const sa_problem *)) {
@@ -347,8 +345,9 @@ static int forward(call *c) {
   shift_rows(&p->lse);
   shift_rows(&p->dead);
   // The choice hangs on what is to be written, too.
-  const sa_attention_kernels *kernels = choose_kernels(c, false);
-  return kernels ? run_kernel(c, kernels->forward) : SA_UNSUPPORTED;
+  const sa_attention_kernels *kernels;
+  status = choose_kernels(c, false, &kernels);
+  return status ? status : run_kernel(c, kernels->forward);
 }
 
 // What forward made, given back to backward.
@@ -399,8 +398,9 @@ static int backward(call *c) {
   // Gradients per head run along [H], which is the last dim of their tensors and the second of four.
   p->dsinks.stride[1] = p->dsinks.stride[3];
   p->dalibi.stride[1] = p->dalibi.stride[3];
-  const sa_attention_kernels *kernels = choose_kernels(c, true);
-  return kernels ? run_kernel(c, kernels->backward) : SA_UNSUPPORTED;
+  const sa_attention_kernels *kernels;
+  status = choose_kernels(c, true, &kernels);
+  return status ? status : run_kernel(c, kernels->backward);
 }
 
 void sa_attention_init(sa_attention *a) {
