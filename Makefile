@@ -280,6 +280,7 @@ INCLUDEDIR = $(PREFIX)/include
 INST_LIBDIR ?= $(DESTDIR)$(LIBDIR)/lua/5.1
 INST_LUADIR ?= $(DESTDIR)$(PREFIX)/share/lua/5.1
 INSTALLED_CUDA = $(if $(filter 0,$(CUDA)),,$(CUDA_LIBRARY))
+MODULES = $(patsubst lua/%,%,$(sort $(CDEF) $(wildcard lua/safeattn/*.lua lua/safeattn/*/*.lua)))
 
 ##> Lua modules, C library, header and pkg-config file (PREFIX=/usr/local, DESTDIR=)
 .PHONY: install
@@ -299,8 +300,9 @@ install-lua: install-modules $(CORE) $(INSTALLED_CUDA)
 
 .PHONY: install-modules
 install-modules: $(CDEF)
-	cd lua && find safeattn -name '*.lua' -exec install -D -m 644 {} "$(abspath $(INST_LUADIR))/{}" \;
+	for module in $(MODULES); do install -D -m 644 "lua/$$module" "$(INST_LUADIR)/$$module" || exit 1; done
 
+# What sed writes goes through install, which asks no umask who may read it.
 .PHONY: install-c
 install-c: $(LIBRARY) $(INSTALLED_CUDA)
 	install -d "$(DESTDIR)$(LIBDIR)/pkgconfig" "$(DESTDIR)$(INCLUDEDIR)"
@@ -309,7 +311,15 @@ install-c: $(LIBRARY) $(INSTALLED_CUDA)
 	$(if $(INSTALLED_CUDA),install -D -m 755 $(CUDA_LIBRARY) "$(DESTDIR)$(LIBDIR)/safeattn/cuda.so")
 	install -m 644 src/safeattn.h "$(DESTDIR)$(INCLUDEDIR)"
 	sed -e 's|@PREFIX@|$(PREFIX)|' -e 's|@LIBDIR@|$(LIBDIR)|' -e 's|@INCLUDEDIR@|$(INCLUDEDIR)|' \
-		-e 's|@VERSION@|$(VERSION)|' safeattn.pc.in > "$(DESTDIR)$(LIBDIR)/pkgconfig/safeattn.pc"
+		-e 's|@VERSION@|$(VERSION)|' safeattn.pc.in | \
+		install -m 644 /dev/stdin "$(DESTDIR)$(LIBDIR)/pkgconfig/safeattn.pc"
+
+##> takes away what install put there (the same PREFIX and DESTDIR)
+.PHONY: uninstall
+uninstall:
+	rm -rf "$(INST_LUADIR)/safeattn" "$(INST_LIBDIR)/safeattn" "$(DESTDIR)$(LIBDIR)/safeattn"
+	rm -f "$(DESTDIR)$(LIBDIR)/$(notdir $(LIBRARY))" "$(DESTDIR)$(LIBDIR)/libsafeattn.so" \
+		"$(DESTDIR)$(LIBDIR)/pkgconfig/safeattn.pc" "$(DESTDIR)$(INCLUDEDIR)/safeattn.h" "$(DESTDIR)$(PREFIX)/bin/safeattn"
 
 ##> remove what was built
 .PHONY: clean

@@ -111,8 +111,11 @@ describe("make install", function()
     assert.matches("\n" .. prefix .. "/lib/", output, 1, true)
   end)
 
-  it("installs the command", function()
-    assert.equal(version() .. "\n", must_run(("cd / && %s/bin/safeattn -e 'print(sa.info().version)'"):format(prefix)))
+  it("installs the command, which a link may lead to", function()
+    must_run(("ln -s %s/bin/safeattn %s/attend"):format(prefix, folder))
+    for _, command in ipairs {prefix .. "/bin/safeattn", folder .. "/attend"} do
+      assert.equal(version() .. "\n", must_run(("cd / && %s -e 'print(sa.info().version)'"):format(command)))
+    end
   end)
 
   it("installs one library under its two names", function()
@@ -133,6 +136,15 @@ describe("make install", function()
     assert.matches("prefix=/opt/attention\n", config, 1, true)
     assert.not_matches("stage", config, 1, true)
     run_installed(folder .. "/stage/opt/attention")
+  end)
+
+  it("lets everybody read what is there, in a folder of any name, and takes it away again", function()
+    local place = ("PREFIX='/two words' DESTDIR='%s/of two'"):format(folder)
+    must_run("umask 077; make install " .. place)
+    assert.equal("", must_run(("find '%s/of two/two words' -not -perm -444"):format(folder)))
+    run_installed("'" .. folder .. "/of two/two words'")
+    must_run("make uninstall " .. place)
+    assert.equal("", must_run(("find '%s/of two' -not -type d"):format(folder)))
   end)
 end)
 
@@ -181,7 +193,7 @@ describe("the Makefile", function()
 
   it("lists its targets", function()
     local output = must_run("make help")
-    for target in ("demo repl test test-browser test-asan bench lint docs install clean"):gmatch "%S+" do
+    for target in ("demo repl test test-browser test-asan bench lint docs install uninstall clean"):gmatch "%S+" do
       assert.matches("  make " .. target .. " ", output, 1, true)
     end
   end)
