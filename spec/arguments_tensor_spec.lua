@@ -24,6 +24,10 @@ local cases = {
     {"data", "nil", "a number, a boolean or tables of them", function() sa.tensor() end},
     {"data", '"abc"', "a number", function() sa.tensor("abc") end},
     {"data", "f32[2,3]", "tables of numbers", function() sa.tensor(t) end},
+    {"data", "the mask none", "tables of numbers", function() sa.tensor(sa.mask.none()) end},
+    {"data", 'a key "dtype"', "a list", function() sa.tensor {1, 2, dtype = "f64"} end},
+    {"data", "a key 3", "a list", function() sa.tensor {{[3] = 1}} end},
+    {"data", 'a key "n"', "a list", function() sa.tensor {{1, 2}, {1, 2, n = 2}} end},
     {"data", "a table of 1 at [2]", "a table of 2", function() sa.tensor {{1, 2}, {3}} end},
     {"data", "3 at [2]", "a table of 2", function() sa.tensor {{1, 2}, 3} end},
     {"data", "a table at [2]", "a number", function() sa.tensor {1, {2}} end},
@@ -47,7 +51,7 @@ local cases = {
   full = {
     {"value", "nil", "a number", function() sa.full({2}) end},
     {"value", '"1"', "a number", function() sa.full({2}, "1") end},
-    {"shape", "2", "a table of counts", function() sa.full(2, 1) end},
+    {"shape", "2", "a list of counts", function() sa.full(2, 1) end},
   },
   arange = {
     {"n", "nil", "a count", function() sa.arange() end},
@@ -152,7 +156,7 @@ local cases = {
     {"shape", "-2 at [1]", "a count", function() t:view(-2, 3) end},
     {"shape", "1.5 at [2]", "a count", function() t:view(2, 1.5) end},
     {"shape", '"6"', "a count", function() t:view("6") end},
-    {"shape", "f32[2,3]", "a table of counts", function() t:view(t) end},
+    {"shape", "f32[2,3]", "a list of counts", function() t:view(t) end},
     {"shape", "9 dims", "at most 8", function() t:view(1, 1, 1, 1, 1, 1, 1, 2, 3) end},
     {"shape", '"n"', "a list of counts", function() t:view {2, 3, n = 2} end},
   },
@@ -165,7 +169,8 @@ local cases = {
     {"dims", "1 dims", "each of the 2 dims once", function() t:permute(1) end},
     {"dims", "1 twice", "each of the 2 dims once", function() t:permute(1, 1) end},
     {"dims", "3", "1 to 2", function() t:permute(1, 3) end},
-    {"dims", "f32[2,3]", "each of the 2 dims once", function() t:permute(t) end},
+    {"dims", "f32[2,3]", "a list of dims", function() t:permute(t) end},
+    {"dims", 'a key "n"', "a list of dims", function() t:permute {2, 1, n = 2} end},
     {"dims", '"a"', "1 to 2", function() t:permute(1, "a") end},
   },
   narrow = {
@@ -202,6 +207,7 @@ local cases = {
     {"tensors", "nil", "a list", function() sa.cat() end},
     {"tensors", "f32[2,3]", "a list", function() sa.cat(t) end},
     {"tensors", "an empty list", "at least one", function() sa.cat {} end},
+    {"tensors", 'a key "dim"', "a list of tensors", function() sa.cat {t, t, dim = 2} end},
     {"tensors[2]", "1", "a tensor", function() sa.cat {t, 1} end},
     {"tensors[2]", "f64[2,3]", "f32[2,3]", function() sa.cat {t, wide} end},
     {"tensors[2]", "f32[3,4]", "in all dims but 1", function() sa.cat {t, sa.zeros {3, 4}} end},
@@ -211,6 +217,7 @@ local cases = {
   },
   stack = {
     {"tensors", "nil", "a list", function() sa.stack() end},
+    {"tensors", "a key 3", "a list of tensors", function() sa.stack {t, [3] = t} end},
     {"tensors[2]", "f32[3]", "f32[2,3]", function() sa.stack {t, sa.zeros {3}} end},
     {"tensors[1]", "8 dims", "less", function() sa.stack {eight} end},
     {"dim", "4", "1 to 3", function() sa.stack({t, t}, 4) end},
@@ -298,6 +305,7 @@ local cases = {
     {"fn", "that returned bool[2,3]", "a float tensor",
       function() sa.gradcheck(function(x) return x:gt(0) end, {t}) end},
     {"inputs", "f32[2,3]", "a list", function() sa.gradcheck(function(x) return x end, t) end},
+    {"inputs", 'a key "atol"', "a list", function() sa.gradcheck(function(x) return x end, {t, atol = 1}) end},
     {"inputs", "no float tensor", "at least one", function() sa.gradcheck(function(x) return x end, {ids}) end},
     {"inputs[1]", "a tensor that was freed", "one that lives",
       function() sa.gradcheck(function(x) return x end, {freed}) end},
@@ -327,14 +335,19 @@ local cases = {
 for _, name in ipairs {"empty", "zeros", "ones", "rand", "randn"} do
   local make = sa[name]
   cases[name] = {
-    {"shape", "nil", "a table of counts", function() make() end},
-    {"shape", "3", "a table of counts", function() make(3) end},
-    {"shape", "f32[2,3]", "a table of counts", function() make(t) end},
+    {"shape", "nil", "a list of counts", function() make() end},
+    {"shape", "3", "a list of counts", function() make(3) end},
+    {"shape", "f32[2,3]", "a list of counts", function() make(t) end},
     {"shape", "-1 at [2]", "a count", function() make {2, -1} end},
     {"shape", "1.5 at [1]", "a count", function() make {1.5} end},
     {"shape", "nan at [1]", "a count", function() make {nan} end},
     {"shape", '"2" at [1]', "a count", function() make {"2"} end},
     {"shape", '"dtype"', "a list of counts", function() make {2, dtype = "f32"} end},
+    {"shape", '"dtype"', "a list of counts", function()
+      local shape = {dtype = "f32"}
+      shape[1] = 2
+      make(shape)
+    end},
     {"shape", "9 dims", "at most 8", function() make {1, 1, 1, 1, 1, 1, 1, 1, 1} end},
     {"dtype", '"float"', "f32", function() make({2}, {dtype = "float"}) end},
     {"device", '"gpu"', '"cpu"', function() make({2}, {device = "gpu"}) end},
@@ -347,7 +360,7 @@ for _, name in ipairs {"empty", "zeros", "ones", "rand", "randn"} do
 end
 for _, name in ipairs {"rand", "randn"} do
   local make = sa[name]
-  table.remove(cases[name], 13)
+  table.remove(cases[name], 14)
   for _, case in ipairs {
     {"dtype", "i64", "f32, f64", function() make({2}, {dtype = "i64"}) end},
     {"seed", "-1", "a count", function() make({2}, {seed = -1}) end},
@@ -388,6 +401,7 @@ for _, name in ipairs {"sum", "mean", "max", "min"} do
     {"dims", "3", "1 to 2", function() reduce(t, {1, 3}) end},
     {"dims", "2 twice", "each dim once", function() reduce(t, {2, -1}) end},
     {"dims", '"keep"', "options come after", function() reduce(t, {keep = true}) end},
+    {"dims", "a key 3", "a list of dims", function() reduce(t, {[3] = 1}) end},
     {"keep", "1", "true or false", function() reduce(t, 1, {keep = 1}) end},
     {"options", "unknown option keepdims", "keep", function() reduce(t, 1, {keepdims = true}) end},
     {"options", "true", "a table", function() reduce(t, 1, true) end},

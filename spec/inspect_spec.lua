@@ -467,7 +467,9 @@ describe("inspect", function()
     wrong(": lse: got 1, wanted true or false", q, q, q, {lse = 1})
     wrong(": weights: got \"yes\", wanted true or false", q, q, q, {weights = "yes"})
     wrong(": out: got true, wanted a tensor", q, q, q, {out = true})
-    wrong(": bias:", q, q, q, {bias = sa.zeros {3, 3}})
+    wrong(": bias: has shape [3,3], wanted one that broadcasts to [1,2,4,4]", q, q, q, {bias = sa.zeros {3, 3}})
+    wrong(": bias: has shape [1,2,3,3], wanted one that broadcasts to [1,2,4,4]", q, q, q,
+      {bias = sa.zeros {1, 2, 3, 3}})
     wrong(": mask: documents has ids of 2 keys, wanted 4", q, q, q, {mask = m.documents {1, 2}})
     local look = sa.inspect(q, q, q)
     for text, call in pairs {

@@ -60,6 +60,8 @@ describe("adamw", function()
       {{w, w}, nil, "params%[2%]: got params%[1%] again"},
       {{w * 2}, nil, "params%[1%]: got f32%[2,2%] that does not require grad, wanted a leaf"},
       {{cpu.ones({2}, {dtype = "bf16", requires_grad = true})}, nil, "params%[1%]: got bf16%[2%], wanted"},
+      {{w, lr = 1}, nil, 'params: got a key "lr", wanted a list of tensors'},
+      {{w}, {betas = {0.9, 0.9, n = 2}}, 'betas: got a key "n"'},
       {{w}, {lr = -1}, "lr: got %-1, wanted a finite number of at least 0"},
       {{w}, {lr = 0 / 0}, "lr: got nan"},
       {{w}, {betas = {0.9}}, "betas: got a table"},

@@ -136,7 +136,7 @@ end)
 -- @function assert.tensor.shape
 register("tensor_shape", function(_, t, shape)
   local mistake = must_be_tensor("t", t)
-    or (type(shape) ~= "table" or tensor.is(shape)) and "shape: got " .. describe(shape) .. ", wanted a table of counts"
+    or (type(shape) ~= "table" or tensor.is(shape)) and "shape: got " .. describe(shape) .. ", wanted a list of counts"
   if mistake then return nil, mistake end
   if table.concat(t.shape, ",") ~= table.concat(shape, ",") then
     return ("got %s, wanted the shape [%s]"):format(describe(t), table.concat(shape, ","))

@@ -107,10 +107,20 @@ function core.call(fname, f, ...)
   if status ~= 0 then core.check(status, fname) end
 end
 
+-- The `describe` of the library's objects.
+local function describer(value)
+  local metatable = type(value) == "table" and getmetatable(value)
+  return type(metatable) == "table" and rawget(metatable, "describe")
+end
+
+--- Whether a value is a table that is none of the library's objects.
+function core.is_plain(value)
+  return type(value) == "table" and not describer(value)
+end
+
 --- What came, for a message: `f32[2,3]`, `"abc"`, `a table`. Objects whose metatable has `describe` say it themselves.
 function core.describe(value)
-  local metatable = type(value) == "table" and getmetatable(value)
-  local describe = type(metatable) == "table" and rawget(metatable, "describe")
+  local describe = describer(value)
   if describe then return describe(value) end
   local kind = type(value)
   if kind == "string" then
@@ -177,8 +187,7 @@ local no_options = core.no_options
 function core.options(fname, options, allowed, level)
   if options == nil then return no_options end
   level = level and level + 1
-  local metatable = type(options) == "table" and getmetatable(options)
-  if type(options) ~= "table" or (type(metatable) == "table" and rawget(metatable, "describe")) then
+  if not core.is_plain(options) then
     fail(fname, level, "options: got %s, wanted a table", describe(options))
   end
   for name in pairs(options) do
@@ -243,6 +252,19 @@ function core.dim(fname, argument, value, ndim)
   fail(fname, nil, "%s: got %s, wanted 1 to %d, or -1 to -%d from the end", argument, describe(value), ndim, ndim)
 end
 
+--- Raises unless a value is a list: with another key, too, such as an option in the wrong braces.
+-- @param wanted for the message: "a list of tensors"
+function core.check_list(fname, argument, value, wanted)
+  if not core.is_plain(value) then fail(fname, nil, "%s: got %s, wanted %s", argument, describe(value), wanted) end
+  local n = #value
+  -- next() is compiled where pairs() is not, and finds nothing behind the entries of most lists
+  for key in next, value, n > 0 and n or nil do
+    if type(key) ~= "number" or key < 1 or key > n or key ~= math.floor(key) then
+      fail(fname, nil, "%s: got a key %s, wanted %s", argument, describe(key), wanted)
+    end
+  end
+end
+
 local sizes = ffi.typeof("int64_t[8]")
 
 --- A shape (or index) of counts as C wants it.
@@ -250,19 +272,10 @@ local sizes = ffi.typeof("int64_t[8]")
 -- @param lowest the least value that an entry may have (default 0; -1 where that has a meaning)
 -- @return int64_t[8], number of dims
 function core.shape(fname, argument, list, lowest)
-  local metatable = type(list) == "table" and getmetatable(list)
-  if type(list) ~= "table" or (type(metatable) == "table" and rawget(metatable, "describe")) then
-    fail(fname, nil, "%s: got %s, wanted a table of counts", argument, describe(list))
-  end
+  core.check_list(fname, argument, list, "a list of counts")
   local n = #list
   if n > lib.SA_MAX_DIMS then
     fail(fname, nil, "%s: got %d dims, wanted at most %d", argument, n, tonumber(lib.SA_MAX_DIMS))
-  end
-  -- next() is compiled where pairs() is not, and finds nothing behind the entries of most lists
-  for key in next, list, n > 0 and n or nil do
-    if type(key) ~= "number" or key < 1 or key > n or key ~= math.floor(key) then
-      fail(fname, nil, "%s: got a key %s, wanted a list of counts", argument, describe(key))
-    end
   end
   local shape = sizes()
   for i = 1, n do

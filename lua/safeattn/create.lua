@@ -42,7 +42,7 @@ local function new(fname, shape, options, default)
   return finished(tensor.new(fname, dtype, device, ndim, sizes), options)
 end
 
---- Unset memory. shape: a table of counts; {} is a scalar. Options of all constructors: dtype ("f32"), device ("cpu"),
+--- Unset memory. shape: a list of counts; {} is a scalar. Options of all constructors: dtype ("f32"), device ("cpu"),
 -- requires_grad (false). Where the device is not there, all constructors give nil and say what is missing.
 function create.empty(shape, options)
   return new("empty", shape, core.options("empty", options, plain), "f32")
@@ -115,7 +115,7 @@ end
 -- The shape of nested tables, taken from the first element of each level.
 local function shape_of(data)
   local shape = {}
-  while type(data) == "table" and not tensor.is(data) do
+  while core.is_plain(data) do
     shape[#shape + 1] = #data
     if #shape > lib.SA_MAX_DIMS then
       fail("tensor", nil, "data: got tables nested more than 8 deep, wanted at most 8")
@@ -151,18 +151,18 @@ end
 -- Writes nested tables to a row-major array and returns the next free place of it.
 local function store(data, shape, depth, array, at, dtype, booleans, place)
   if depth == #shape then
-    if type(data) == "table" and not tensor.is(data) then
+    if core.is_plain(data) then
       fail("tensor", nil, "data: got a table%s, wanted a number: ragged", place_text(place, depth))
     end
     array[at] = checked(data, dtype, booleans, place, depth)
     return at + 1
   end
   local size = shape[depth + 1]
-  if type(data) ~= "table" or tensor.is(data) or #data ~= size then
+  if not core.is_plain(data) or #data ~= size then
     fail("tensor", nil, "data: got %s%s, wanted a table of %d like the first: ragged",
-      type(data) == "table" and not tensor.is(data) and "a table of " .. #data or core.describe(data),
-      place_text(place, depth), size)
+      core.is_plain(data) and "a table of " .. #data or core.describe(data), place_text(place, depth), size)
   end
+  core.check_list("tensor", "data", data, "a list")
   for i = 1, size do
     place[depth + 1] = i
     at = store(data[i], shape, depth + 1, array, at, dtype, booleans, place)
@@ -173,7 +173,7 @@ end
 --- A tensor of nested tables of numbers, or of booleans (which make a bool tensor); a bare number gives a scalar.
 function create.tensor(data, options)
   options = core.options("tensor", options, plain)
-  if tensor.is(data) then
+  if type(data) == "table" and not core.is_plain(data) then
     fail("tensor", nil, "data: got %s, wanted tables of numbers (clone and to copy a tensor)", core.describe(data))
   end
   local shape, first = shape_of(data)
@@ -212,7 +212,7 @@ local pointer_options = {dtype = true, device = true, stride = true, owner = tru
 --- A tensor on memory that something else owns; nothing is copied. The pointer and `owner` are kept alive as long as
 -- the tensor and its views are.
 -- @param data an FFI pointer or array; on const memory the tensor refuses to be written
--- @param shape a table of counts
+-- @param shape a list of counts
 -- @param options dtype (default: what the pointer points to; a must for half types and void pointers); device, that the
 --   memory is on ("cpu"); stride, in elements (default: row-major); owner, any Lua value; requires_grad
 function create.from_pointer(data, shape, options)

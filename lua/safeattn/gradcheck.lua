@@ -257,8 +257,13 @@ return function(fn, inputs, options)
     fn, inputs = fn[1], fn[2]
   end
   if type(fn) ~= "function" then fail("gradcheck", nil, "fn: got %s, wanted a function", core.describe(fn)) end
-  if type(inputs) ~= "table" or tensor.is(inputs) then
+  if not core.is_plain(inputs) then
     fail("gradcheck", nil, "inputs: got %s, wanted a list of tensors", core.describe(inputs))
+  end
+  for key in pairs(inputs) do
+    if type(key) ~= "number" then
+      fail("gradcheck", nil, "inputs: got a key %s, wanted a list of tensors", core.describe(key))
+    end
   end
   options = core.options("gradcheck", options, option_names)
   local dtype = options.dtype == nil and "f64" or options.dtype

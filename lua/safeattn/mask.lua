@@ -20,10 +20,6 @@ local function alignment(fname, align)
     or fail(fname, nil, 'align: got %s, wanted "top-left" or "bottom-right"', describe(align))
 end
 
-local function is_plain_table(x)
-  return type(x) == "table" and not tensor.is(x) and not expression.is(x)
-end
-
 local integers_of = {i32 = true, i64 = true}
 local bools = {bool = true}
 local floats = {f32 = true, f64 = true, f16 = true, bf16 = true}
@@ -37,6 +33,7 @@ end
 
 -- Stores the integers in `list`, each at least `lowest`, and gives the array.
 local function integers(fname, argument, list, lowest, array)
+  core.check_list(fname, argument, list, "a list of integers")
   for k = 1, #list do
     local x = list[k]
     -- Names are made for messages only: lists of ids are long.
@@ -53,7 +50,7 @@ local function counts(fname, argument, value)
   local list = value
   if type(value) == "number" then
     list = {value}
-  elseif not is_plain_table(value) then
+  elseif not core.is_plain(value) then
     local handle = handle_of(fname, argument, value, integers_of)
     if not handle or handle.ndim ~= 1 then
       fail(fname, nil, "%s: got %s, wanted a count, a list of counts, or an i32 or i64 tensor [B]", argument,
@@ -77,19 +74,20 @@ end
 local function document_ids(fname, argument, ids)
   local handle = handle_of(fname, argument, ids, integers_of)
   if handle and (handle.ndim == 1 or handle.ndim == 2) then return ids end
-  if not is_plain_table(ids) then
+  if not core.is_plain(ids) then
     fail(fname, nil, "%s: got %s, wanted i32 or i64 ids [S] or [B,S]: a tensor or a table", argument, describe(ids))
   end
   local nested = type(ids[1]) == "table"
+  if nested then core.check_list(fname, argument, ids, "a list of lists of ids") end
   local rows = nested and ids or {ids}
   local count = #rows[1]
   local shape, ndim = core.shape(fname, argument, nested and {#ids, count} or {count})
   local t = tensor.new(fname, lib.SA_I64, lib.SA_CPU, ndim, shape)
   for b, row in ipairs(rows) do
     local name = nested and string.format("%s[%d]", argument, b) or argument
-    if not is_plain_table(row) or #row ~= count then
+    if not core.is_plain(row) or #row ~= count then
       fail(fname, nil, "%s: got %s, wanted a list of %d ids, like the first", name,
-        is_plain_table(row) and "one of " .. #row or describe(row), count)
+        core.is_plain(row) and "one of " .. #row or describe(row), count)
     end
     integers(fname, name, row, -2 ^ 53, t:data() + (b - 1) * count)
   end

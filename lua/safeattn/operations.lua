@@ -187,16 +187,12 @@ local function reduced_dims(fname, handle, dims)
   end
   if dims == nil then
     for d = 0, ndim - 1 do take(d) end
-  elseif type(dims) == "table" and not tensor.is(dims) then
+  elseif core.is_plain(dims) then
+    core.check_list(fname, "dims", dims, "a list of dims (options come after it)")
     for i = 1, #dims do
       local dim = core.dim(fname, "dims", dims[i], ndim)
       if bit.band(bits, 2 ^ dim) ~= 0 then fail(fname, nil, "dims: got %d twice, wanted each dim once", dim + 1) end
       take(dim)
-    end
-    for key in pairs(dims) do
-      if type(key) ~= "number" then
-        fail(fname, nil, "dims: got a key %s, wanted a list of dims (options come after it)", core.describe(key))
-      end
     end
   else
     take(core.dim(fname, "dims", dims, ndim))

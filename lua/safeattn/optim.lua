@@ -32,9 +32,7 @@ local function is_share(x) return x >= 0 and x < 1 end
 -- @param options lr (1e-3), betas ({0.9, 0.999}), eps (1e-8), weight_decay (0.01). The fields lr, weight_decay
 --   and eps of the result may be changed between steps
 function optim.adamw(parameters, options)
-  if type(parameters) ~= "table" or tensor.is(parameters) then
-    fail("adamw", nil, "params: got %s, wanted a list of tensors", core.describe(parameters))
-  end
+  core.check_list("adamw", "params", parameters, "a list of tensors")
   if #parameters == 0 then fail("adamw", nil, "params: got an empty list, wanted at least one tensor") end
   options = core.options("adamw", options, adamw_options)
   local seen = {}
@@ -52,9 +50,8 @@ function optim.adamw(parameters, options)
     seen[p] = i
   end
   local betas = options.betas == nil and {0.9, 0.999} or options.betas
-  if type(betas) ~= "table" or #betas ~= 2 then
-    fail("adamw", nil, "betas: got %s, wanted a table of two numbers", core.describe(betas))
-  end
+  core.check_list("adamw", "betas", betas, "a table of two numbers")
+  if #betas ~= 2 then fail("adamw", nil, "betas: got a table of %d, wanted two numbers", #betas) end
   return setmetatable({
     parameters = {unpack(parameters)},
     moments = {},

@@ -263,9 +263,7 @@ end
 
 -- The pointers of a list of tensors.
 local function pointers(fname, argument, list)
-  if type(list) ~= "table" or getmetatable(list) then
-    fail(fname, nil, "%s: got %s, wanted a list of tensors", argument, describe(list))
-  end
+  core.check_list(fname, argument, list, "a list of tensors")
   local array = tensor_list(#list)
   for p = 1, #list do array[p - 1] = pointer(list[p], fname, string.format("%s[%d]", argument, p)) end
   return array

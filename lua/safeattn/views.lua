@@ -98,10 +98,8 @@ end
 function methods.permute(t, ...)
   local ndim = pointer(t, "permute", "t").ndim
   local order = as_list(...)
-  if tensor.is(order) or #order ~= ndim then
-    fail("permute", nil, "dims: got %s, wanted each of the %d dims once",
-      tensor.is(order) and core.describe(order) or #order .. " dims", ndim)
-  end
+  core.check_list("permute", "dims", order, "a list of dims")
+  if #order ~= ndim then fail("permute", nil, "dims: got %d dims, wanted each of the %d dims once", #order, ndim) end
   local dims, seen = dims_type(), {}
   for i = 1, ndim do
     local dim = core.dim("permute", "dims", order[i], ndim)
@@ -222,9 +220,7 @@ end
 -- Putting parts together
 
 local function checked_list(fname, list)
-  if type(list) ~= "table" or tensor.is(list) then
-    fail(fname, nil, "tensors: got %s, wanted a list of tensors", core.describe(list))
-  end
+  core.check_list(fname, "tensors", list, "a list of tensors")
   if #list == 0 then fail(fname, nil, "tensors: got an empty list, wanted at least one tensor") end
   for i = 1, #list do
     local handle = pointer(list[i], fname, "tensors[" .. i .. "]")

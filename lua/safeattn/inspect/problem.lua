@@ -94,7 +94,9 @@ local function check_options(p, fname, options)
     empty.bias = bias:detach():narrow(1, 1, 0)
   end
   local passed, problem = pcall(sdpa.forward, p.q:narrow(1, 1, 0), p.k:narrow(1, 1, 0), p.v:narrow(1, 1, 0), empty)
-  if not passed then fail(fname, nil, "%s", (tostring(problem):gsub("^.-safeattn%.forward: ", ""))) end
+  if passed then return end
+  local text = tostring(problem):gsub("^.-safeattn%.forward: ", ""):gsub("%[0(,%d+,%d+,%d+%])", "[" .. p.B .. "%1")
+  fail(fname, nil, "%s", text)
 end
 
 local function detached(t)
