@@ -82,7 +82,8 @@ describe("the prompt through a pipe", function()
 
   it("shows the documentation of functions", function()
     for name, text in pairs {
-      sdpa = "k", ["sa.zeros"] = "zeros", ["m.causal"] = "Query i sees", ["t:stats"] = "Over the finite elements",
+      sdpa = "k", ["sa.zeros"] = "Every element 0", ["m.causal"] = "Query i sees",
+      ["t:stats"] = "Over the finite elements",
       ["sa.save"] = "Writes a tensor (.npy) or a table of named tensors", gradcheck = "central differences",
       ["sa.load()"] = "@param path name of a file", window = "-left <= j - i - d <= right",
     } do
@@ -93,6 +94,18 @@ describe("the prompt through a pipe", function()
     assert.matches("Ctrl-C ends what runs", (piped("?\n")), 1, true)
     assert.matches("gradcheck.*sdpa", (piped("?sa\n")))
     assert.matches("additive all blocks causal", (piped("?m\n")), 1, true)
+  end)
+
+  it("has documentation of every function and method", function()
+    local names = require "safeattn.repl.names"
+    local environment = {sa = sa, m = sa.mask, t = sa.ones {1}}
+    for prefix, functions in pairs {
+      ["sa."] = sa, ["m."] = sa.mask, ["sa.cuda."] = sa.cuda, ["t:"] = require("safeattn.tensor").methods,
+    } do
+      for name, value in pairs(functions) do
+        if type(value) == "function" then assert(names.documentation(prefix .. name, environment)) end
+      end
+    end
   end)
 
   it("comes behind a script with -i", function()

@@ -55,10 +55,12 @@ local function filled(fname, shape, value, options, default)
   return t
 end
 
+--- Every element 0 (false in a bool tensor).
 function create.zeros(shape, options)
   return filled("zeros", shape, 0, options, "f32")
 end
 
+--- Every element 1 (true in a bool tensor).
 function create.ones(shape, options)
   return filled("ones", shape, 1, options, "f32")
 end

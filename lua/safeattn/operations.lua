@@ -40,16 +40,24 @@ local function unary(fname, op)
   end
 end
 
+--- -x, also written so.
 operations.neg = unary("neg", lib.SA_NEG)
+--- e^x.
 operations.exp = unary("exp", lib.SA_EXP)
+--- The natural logarithm: -inf at 0, NaN below.
 operations.log = unary("log", lib.SA_LOG)
+--- The square root; NaN below 0.
 operations.sqrt = unary("sqrt", lib.SA_SQRT)
+--- The hyperbolic tangent.
 operations.tanh = unary("tanh", lib.SA_TANH)
+--- max(x, 0).
 operations.relu = unary("relu", lib.SA_RELU)
+--- x times the normal distribution's share below x.
 operations.gelu = unary("gelu", lib.SA_GELU)
+--- The absolute value.
 operations.abs = unary("abs", lib.SA_ABS)
 
--- Elementwise, two operands
+-- Elementwise, two operands: tensors that broadcast, or a tensor and a number
 
 -- Either operand may be a number.
 local function combine(fname, op, a, b)
@@ -92,12 +100,16 @@ end
 
 local function same(g) return g end
 
+--- a + b, also written so.
 operations.add = arithmetic("add", lib.SA_ADD, function() return same, same end)
+--- a - b, also written so.
 operations.sub = arithmetic("sub", lib.SA_SUB, function() return same, negative end)
+--- a * b, also written so.
 operations.mul = arithmetic("mul", lib.SA_MUL, function(a, b)
   local read_a, read_b = requires_grad(b) and a, requires_grad(a) and b
   return function(g) return multiply(g, read_b) end, function(g) return multiply(g, read_a) end, {read_a, read_b, n = 2}
 end)
+--- a / b, also written so.
 operations.div = arithmetic("div", lib.SA_DIV, function(_, b, y)
   local read_y = requires_grad(b) and y
   return function(g) return divide(g, b) end,
@@ -108,11 +120,17 @@ local function comparison(fname, op)
   return function(a, b) return combine(fname, op, a, b) end
 end
 
+--- a < b, as a bool tensor; false where either is NaN.
 operations.lt = comparison("lt", lib.SA_LT)
+--- a <= b, as a bool tensor; false where either is NaN.
 operations.le = comparison("le", lib.SA_LE)
+--- a > b, as a bool tensor; false where either is NaN.
 operations.gt = comparison("gt", lib.SA_GT)
+--- a >= b, as a bool tensor; false where either is NaN.
 operations.ge = comparison("ge", lib.SA_GE)
+--- Whether a and b are equal, as a bool tensor; false where either is NaN.
 operations.eq = comparison("eq", lib.SA_EQ)
+--- Whether a and b differ, as a bool tensor; true where either is NaN.
 operations.ne = comparison("ne", lib.SA_NE)
 
 -- A tensor, or a number as a scalar tensor like `model`.
@@ -233,13 +251,13 @@ local function reduction(fname, op, backward_of)
   end
 end
 
---- Sum, mean, max, min: of everything (x:sum()), over a dim (x:sum(2)) or over several (x:sum{1, -1}); the dims go,
--- unless the option keep leaves them as 1: x:sum(2, {keep = true}). NaN wins a max or min; equal extremes share the
--- gradient.
+--- The sum of everything (x:sum()), over a dim (x:sum(2)) or over several (x:sum{1, -1}); the dims go, unless the
+-- option keep leaves them as 1: x:sum(2, {keep = true}).
 operations.sum = reduction("sum", lib.SA_SUM, function(_, _, spread)
   return spread
 end)
 
+--- The mean; dims and options as in sum.
 operations.mean = reduction("mean", lib.SA_MEAN, function(x, y, spread)
   local count = x:numel() / y:numel()
   return function(g) return spread(divide(g, count)) end
@@ -252,7 +270,9 @@ local function extreme(x, y, spread, total)
   end, {x, y}
 end
 
+--- The largest; dims and options as in sum. NaN wins; equal extremes share the gradient.
 operations.max = reduction("max", lib.SA_MAX, extreme)
+--- The smallest; dims and options as in sum. NaN wins; equal extremes share the gradient.
 operations.min = reduction("min", lib.SA_MIN, extreme)
 
 --- Where the largest element of a dim is: i64, 1-based, the first of equals. Without a dim: its place in row-major
