@@ -224,7 +224,7 @@ static int check_progression(const char *function, const sa_tensor *t, double st
 int sa_arange(sa_tensor *t, double start, double step) {
   int status = sa_tensor_check_writable(__func__, "t", t);
   if (status) return status;
-  if (t->dtype == SA_BOOL) return sa_fail(SA_INVALID, __func__, "t: is bool, wanted numbers");
+  if (t->dtype == SA_BOOL) return sa_fail(SA_INVALID, __func__, "dtype: got bool, wanted one of numbers");
   const bool integers = t->dtype == SA_I32 || t->dtype == SA_I64;
   if (integers) status = check_progression(__func__, t, start, step);
   if (status || sa_tensor_numel(t) == 0) return status;

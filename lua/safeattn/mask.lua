@@ -181,7 +181,7 @@ function M.global(n)
 end
 
 --- Square blocks of pairs.
--- @param keep bool tensor [.., ceil(L/size), ceil(S/size)], broadcast over B and H; true = visible
+-- @param keep bool tensor [.., ceil(L/size), ceil(S/size)], or 1 for any of its dims; true = visible
 -- @param size of a block, at least 1
 function M.blocks(keep, size)
   local fname = "mask.blocks"
