@@ -115,7 +115,10 @@ describe("a PNG file", function()
     local written, problem = t:heat{file = folder .. "/no/such/folder.png"}
     assert.is_nil(written)
     assert.matches("no/such/folder.png: ", problem, 1, true)
-    child.command("mkdir " .. folder .. "/one")
+    child.command("mkdir " .. folder .. "/one " .. folder .. "/folder.png")
+    written, problem = t:heat{file = folder .. "/folder.png"}
+    assert.is_nil(written)
+    assert.equal(folder .. "/folder.png: Is a directory", problem)
     t:heat{file = folder .. "/one/a.png"}
     t:heat{file = folder .. "/one/a.png"}
     assert.equal("a.png\n", child.command("ls " .. folder .. "/one"))

@@ -93,7 +93,7 @@ describe("look:report", function()
     local path = folder .. "/no/such/folder.html"
     local written, problem = attention(1, 2):report(path)
     assert.is_nil(written)
-    assert.matches("No such file or directory", problem, 1, true)
+    assert.equal(path .. ": No such file or directory", problem)
     local names = child.command("mkdir " .. folder .. "/one && ls " .. folder .. "/one")
     assert.equal("", names)
     attention(1, 2):report(folder .. "/one/a.html")

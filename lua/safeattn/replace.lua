@@ -14,5 +14,7 @@ return function(path, write)
   if written then written, problem = os.rename(name, path) end
   if written then return path end
   os.remove(name)
-  return nil, problem
+  -- Who asked for `path` knows no other name.
+  local first, last = problem:find(name, 1, true)
+  return nil, first and problem:sub(1, first - 1) .. path .. problem:sub(last + 1) or problem
 end

@@ -9,6 +9,7 @@ ffi.cdef [[
 int safeattn_open(const char *path, int flags, ...) __asm__("open");
 int safeattn_close(int fd) __asm__("close");
 int64_t safeattn_lseek(int fd, int64_t offset, int whence) __asm__("lseek64");
+intptr_t safeattn_read(int fd, void *bytes, size_t count) __asm__("read");
 intptr_t safeattn_write(int fd, const void *bytes, size_t count) __asm__("write");
 int safeattn_fsync(int fd) __asm__("fsync");
 int safeattn_rename(const char *from, const char *to) __asm__("rename");
@@ -58,6 +59,8 @@ local function unmap(mapping)
 end
 
 local function mapped(fd)
+  -- A directory can be opened, and has a length; reading nothing of it fails.
+  if C.safeattn_read(fd, nil, 0) < 0 then refuse("cannot be read: %s", reason()) end
   local length = tonumber(C.safeattn_lseek(fd, 0, SEEK_END))
   if length < 0 then refuse("cannot be read: %s", reason()) end
   if length == 0 then refuse("is empty") end
