@@ -35,6 +35,32 @@ describe("sa.forward", function()
     assert.matches("safeattn.forward: backend: .*256.*300", message)
   end)
 
+  it("takes every softcap: the largest changes nothing, the smallest makes all scores alike", function()
+    for _, dtype in ipairs {"f32", "f64", "bf16"} do
+      local q, k, v = inputs()
+      q, k, v = q:to(dtype), k:to(dtype), v:to(dtype)
+      q:select(3, 2):fill(0)
+      local dout = sa.randn({2, 4, 9, 6}, {seed = 4}):to(dtype)
+      local near = {atol = dtype == "bf16" and 2e-2 or 1e-5}
+      local plain = sa.forward(q, k, v)
+      local want = plain:backward(dout)
+      for _, softcap in ipairs {2e38, 3e38, 1e39, 1e300} do
+        local run = sa.forward(q, k, v, {softcap = softcap})
+        local got = run:backward(dout)
+        assert.tensor.near(run.out, plain.out, near)
+        assert.tensor.near(run.lse, plain.lse, {atol = 1e-5})
+        for _, name in ipairs {"dq", "dk", "dv"} do assert.tensor.near(got[name], want[name], near) end
+      end
+      local level = sa.forward(q * 0, k, v)
+      for _, softcap in ipairs {1e-310, 1e-300, 1e-46, 1e-39, 1e-30} do
+        local run = sa.forward(q, k, v, {softcap = softcap})
+        assert.tensor.near(run.out, level.out, near)
+        assert.tensor.near(run.lse, level.lse, {atol = 1e-5})
+        assert.equal(0, run:backward(dout).dv:stats().nan)
+      end
+    end
+  end)
+
   it("records nothing", function()
     local q, k, v = inputs()
     q.requires_grad = true

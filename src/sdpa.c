@@ -180,6 +180,13 @@ static int check_heads(call *c, const char *name, const sa_tensor *t, sa_operand
   return SA_OK;
 }
 
+// One that f32 has no room for is none; one whose reciprocal has no room leaves nothing of the scores in any case.
+static double usable_softcap(int dtype, double softcap) {
+  const bool wide = dtype == SA_F64;
+  if (!wide && softcap > 1e38) return 0;
+  return softcap > 0 ? fmax(softcap, wide ? 1e-300 : 1e-30) : 0;
+}
+
 static int check_numbers(call *c) {
   const sa_attention *a = c->a;
   sa_problem *p = &c->p;
@@ -200,7 +207,7 @@ static int check_numbers(call *c) {
   }
   // With E = 0 every score is 0 whatever the scale.
   p->scale = a->has_scale ? a->scale : p->width ? 1 / sqrt((double)p->width) : 1;
-  p->softcap = a->softcap;
+  p->softcap = usable_softcap(p->dtype, a->softcap);
   p->dropout = a->dropout;
   p->seed = a->seed;
   p->device = a->q->device;
