@@ -197,6 +197,11 @@ describe("the Makefile", function()
       assert.matches("  make " .. target .. " ", output, 1, true)
     end
   end)
+
+  it("makes pages that begin with what a module is for: LDoc takes the first comment that it reads for that", function()
+    local heads = must_run("grep -rlE '^--- ' lua/safeattn --include=*.lua | xargs -n 1 head -n 1")
+    for head in heads:gmatch "[^\n]+" do assert.matches("^%-%-%- ", head) end
+  end)
 end)
 
 describe("what a target needs", function()

@@ -1,4 +1,4 @@
--- the tape: remembers what made a tensor and carries gradients back through it
+--- the tape: remembers what made a tensor and carries gradients back through it
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

@@ -1,4 +1,4 @@
--- the elements of a tensor: reading, writing, comparing
+--- the elements of a tensor: reading, writing, comparing
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
@@ -204,6 +204,8 @@ local function tolerance(options, name, default)
 end
 
 --- Whether |a - b| <= atol + rtol |b| everywhere. Infinities must be equal; NaN agrees with NaN only on request.
+-- @param a a tensor
+-- @param b one of the same shape
 -- @param options atol (1e-8), rtol (1e-5), equal_nan (false)
 function contents.allclose(a, b, options)
   local left, right = pointer(a, "allclose", "a"), pointer(b, "allclose", "b")

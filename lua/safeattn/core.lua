@@ -1,4 +1,4 @@
--- loads the C library, and turns what it reports and what callers get wrong into Lua errors
+--- loads the C library, and turns what it reports and what callers get wrong into Lua errors
 
 if type(jit) ~= "table" then
   error("safeattn needs LuaJIT 2.1, this is " .. _VERSION .. ": run the script with luajit", 0)

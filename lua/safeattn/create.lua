@@ -1,4 +1,4 @@
--- tensors from nothing: of Lua tables, of numbers, of chance, of foreign memory
+--- tensors from nothing: of Lua tables, of numbers, of chance, of foreign memory
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

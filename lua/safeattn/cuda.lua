@@ -1,4 +1,4 @@
--- CUDA devices: their memory, their streams, and waiting for them
+--- CUDA devices: their memory, their streams, and waiting for them
 
 local core = require "safeattn.core"
 local scope = require "safeattn.scope"

@@ -1,4 +1,4 @@
--- compares the gradients of the tape with central differences, or with those of the reference, element by element
+--- compares the gradients of the tape with central differences, or with those of the reference, element by element
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

@@ -1,4 +1,4 @@
--- masks: which pairs of a query and a key are visible; constructors, combined by * (and), + (or), - (not, and not)
+--- masks: which pairs of a query and a key are visible; constructors, combined by * (and), + (or), - (not, and not)
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

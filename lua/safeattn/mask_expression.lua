@@ -1,4 +1,4 @@
--- what a mask is to Lua: an expression, its text, its C nodes, and what can be asked of it
+--- what a mask is to Lua: an expression, its text, its C nodes, and what can be asked of it
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

@@ -1,4 +1,4 @@
--- evaluates a Lua function of (b, h, i, j) into the bits of a mask
+--- evaluates a Lua function of (b, h, i, j) into the bits of a mask
 
 local core = require "safeattn.core"
 local expression = require "safeattn.mask_expression"

@@ -1,4 +1,4 @@
--- arithmetic on tensors, recorded on the tape: elementwise, reductions, matmul and what a small model needs
+--- arithmetic on tensors, recorded on the tape: elementwise, reductions, matmul and what a small model needs
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
@@ -331,7 +331,10 @@ end
 
 local epsilon_option = {epsilon = true}
 
---- (x - mean) / sqrt(variance + epsilon) * weight + bias over the last dim of x. weight and bias [n], or nil.
+--- (x - mean) / sqrt(variance + epsilon) * weight + bias over the last dim of x.
+-- @param x [..,n]
+-- @param weight [n], or nil
+-- @param bias [n], or nil
 -- @param options epsilon (1e-5)
 function operations.layernorm(x, weight, bias, options)
   local handle = pointer(x, "layernorm", "x")
@@ -380,7 +383,9 @@ end
 local cross_entropy_options = {ignore = true, reduction = true}
 local NO_ID = ffi.new("int64_t", -2 ^ 63)
 
---- -log softmax(x)[id] per row of x [..,n], for ids [..] (i32 or i64, from 1).
+--- -log softmax(x)[id] per row of x.
+-- @param x [..,n]
+-- @param ids [..], i32 or i64, from 1
 -- @param options reduction: "mean" over the rows that count (default; 0 when there are none), "sum" or "none";
 --   ignore: an id whose rows do not count
 function operations.cross_entropy(x, ids, options)

@@ -1,4 +1,4 @@
--- what changes parameters after a backward
+--- what changes parameters after a backward
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
@@ -28,7 +28,8 @@ end
 local function is_amount(x) return x >= 0 and x < math.huge end
 local function is_share(x) return x >= 0 and x < 1 end
 
---- AdamW over a list of parameters: contiguous f32 or f64 tensors that require grad.
+--- AdamW.
+-- @param parameters a list of contiguous f32 or f64 tensors that require grad
 -- @param options lr (1e-3), betas ({0.9, 0.999}), eps (1e-8), weight_decay (0.01). The fields lr, weight_decay
 --   and eps of the result may be changed between steps
 function optim.adamw(parameters, options)

@@ -1,4 +1,4 @@
--- what print shows of a tensor: a header, statistics, and as much of the body as fits; the way to its pictures
+--- what print shows of a tensor: a header, statistics, and as much of the body as fits; the way to its pictures
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

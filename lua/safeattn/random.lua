@@ -1,4 +1,4 @@
--- seeds for whatever draws random numbers and was given none
+--- seeds for whatever draws random numbers and was given none
 
 local core = require "safeattn.core"
 

@@ -1,4 +1,4 @@
--- replaces a file in one step, so that nobody ever reads half of it
+--- replaces a file in one step, so that nobody ever reads half of it
 
 -- Names differ within this process, and between processes of different seconds.
 local count = 0

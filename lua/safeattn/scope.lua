@@ -1,4 +1,4 @@
--- settings that hold while a function runs, and not while its coroutine has yielded
+--- settings that hold while a function runs, and not while its coroutine has yielded
 
 -- In a coroutine the function gets one of its own, whose yields are handed on; `thread` is false elsewhere.
 local go_on

@@ -1,4 +1,4 @@
--- attention: sdpa on the tape, forward and backward without it, the merge of parts, and the stand-alone softmax
+--- attention: sdpa on the tape, forward and backward without it, the merge of parts, and the stand-alone softmax
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

@@ -1,4 +1,4 @@
--- the tensor: a Lua table that owns a handle of the C library, its fields and its lifetime
+--- the tensor: a Lua table that owns a handle of the C library, its fields and its lifetime
 
 local core = require "safeattn.core"
 

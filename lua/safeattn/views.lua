@@ -1,4 +1,4 @@
--- tensors made of tensors without arithmetic: views of the same memory, copies, casts, and putting parts together
+--- tensors made of tensors without arithmetic: views of the same memory, copies, casts, and putting parts together
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

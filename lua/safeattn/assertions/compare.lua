@@ -1,4 +1,4 @@
--- where two tensors differ, as text that names the worst element
+--- where two tensors differ, as text that names the worst element
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

@@ -1,4 +1,4 @@
--- whether what a mask hides has an influence: it is poisoned, and everything out of its reach must keep its bits
+--- whether what a mask hides has an influence: it is poisoned, and everything out of its reach must keep its bits
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

@@ -1,4 +1,4 @@
--- colour maps, computed in OKLab, whose distances are those that people see; and what stands for what is not a number
+--- colour maps, computed in OKLab, whose distances are those that people see; and what stands for what is not a number
 
 local core = require "safeattn.core"
 

@@ -1,4 +1,4 @@
--- pictures as PNG files, written by libpng, which is opened when the first one is
+--- pictures as PNG files, written by libpng, which is opened when the first one is
 
 local core = require "safeattn.core"
 local colours = require "safeattn.draw.colours"

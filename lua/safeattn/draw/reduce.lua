@@ -1,4 +1,4 @@
--- makes a picture, a grid of cells, of a matrix or of a mask; larger ones are reduced so that nothing odd disappears
+--- makes a picture, a grid of cells, of a matrix or of a mask; larger ones are reduced so that nothing odd disappears
 
 local core = require "safeattn.core"
 

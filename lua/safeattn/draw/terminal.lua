@@ -1,4 +1,4 @@
--- pictures as text: half blocks in 24-bit or 256 colours, or characters alone where there are no colours
+--- pictures as text: half blocks in 24-bit or 256 colours, or characters alone where there are no colours
 
 local core = require "safeattn.core"
 local colours = require "safeattn.draw.colours"

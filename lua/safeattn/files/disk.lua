@@ -1,4 +1,4 @@
--- reads files by mapping them into memory, and writes them whole or not at all
+--- reads files by mapping them into memory, and writes them whole or not at all
 
 local ffi = require "ffi"
 

@@ -1,4 +1,4 @@
--- the JSON of file headers, from strangers: dkjson behind a check of depth
+--- the JSON of file headers, from strangers: dkjson behind a check of depth
 
 local disk = require "safeattn.files.disk"
 

@@ -1,4 +1,4 @@
--- what all formats share: elements of a shape counted without overflow, tensors made or refused, bytes of a tensor
+--- what all formats share: elements of a shape counted without overflow, tensors made or refused, bytes of a tensor
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

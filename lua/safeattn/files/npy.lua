@@ -1,4 +1,4 @@
--- NumPy's .npy: one tensor behind a header that is a Python literal
+--- NumPy's .npy: one tensor behind a header that is a Python literal
 
 local core = require "safeattn.core"
 local disk = require "safeattn.files.disk"

@@ -1,4 +1,4 @@
--- NumPy's .npz: a ZIP archive of .npy members, stored or deflated
+--- NumPy's .npz: a ZIP archive of .npy members, stored or deflated
 
 local core = require "safeattn.core"
 local disk = require "safeattn.files.disk"

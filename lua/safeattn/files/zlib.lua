@@ -1,4 +1,4 @@
--- zlib through FFI, for the members of an .npz: checksums, inflating, deflating
+--- zlib through FFI, for the members of an .npz: checksums, inflating, deflating
 
 local ffi = require "ffi"
 local disk = require "safeattn.files.disk"

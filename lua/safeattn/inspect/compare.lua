@@ -1,4 +1,4 @@
--- the same inputs by other ways: the fused kernel against the reference, and the three stances on dead rows
+--- the same inputs by other ways: the fused kernel against the reference, and the three stances on dead rows
 
 local sdpa = require "safeattn.sdpa"
 local operations = require "safeattn.operations"

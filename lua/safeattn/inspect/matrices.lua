@@ -1,4 +1,4 @@
--- scores, weights, their gradients and entropies as tensors: whole, of one head, or a tile of it
+--- scores, weights, their gradients and entropies as tensors: whole, of one head, or a tile of it
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

@@ -1,4 +1,4 @@
--- NaN and Inf: which inputs hold them, who sees those, what they reach, and what caused those in the results
+--- NaN and Inf: which inputs hold them, who sees those, what they reach, and what caused those in the results
 
 local sdpa = require "safeattn.sdpa"
 local Problem = require "safeattn.inspect.problem"

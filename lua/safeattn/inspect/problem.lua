@@ -1,4 +1,4 @@
--- what is inspected: the inputs with four dims, the parts of the mask, and one head at a time in f64
+--- what is inspected: the inputs with four dims, the parts of the mask, and one head at a time in f64
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"

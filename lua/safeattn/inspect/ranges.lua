@@ -1,4 +1,4 @@
--- sets of positions as short text: "3-7, 12"
+--- sets of positions as short text: "3-7, 12"
 
 local M = {}
 

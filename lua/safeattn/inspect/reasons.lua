@@ -1,4 +1,4 @@
--- why a query sees no key, or no query sees a key: which parts of the mask leave it nothing
+--- why a query sees no key, or no query sees a key: which parts of the mask leave it nothing
 
 local ranges = require "safeattn.inspect.ranges"
 

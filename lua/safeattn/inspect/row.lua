@@ -1,4 +1,4 @@
--- one query: its scores, weights and their gradients by the definition, in f64
+--- one query: its scores, weights and their gradients by the definition, in f64
 
 local new_table = require "table.new"
 local core = require "safeattn.core"

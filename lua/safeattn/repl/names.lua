@@ -1,4 +1,4 @@
--- what a name at the prompt means: its completions, and the documentation of its function
+--- what a name at the prompt means: its completions, and the documentation of its function
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
