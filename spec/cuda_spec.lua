@@ -165,9 +165,23 @@ helper.describe_cuda("CUDA tensors", function()
   it("go with tensors on the same device only", function()
     local here, elsewhere = sa.ones({2, 3}, {device = "cuda"}), sa.full({3}, true)
     local _, message = pcall(here.masked_fill, here, elsewhere, 1)
-    assert.matches("mask: got bool[3], wanted a bool tensor that broadcasts to f32[2,3] on cuda:0", message, 1, true)
+    assert.matches("mask: got bool[3] on cpu, wanted a bool tensor that broadcasts to f32[2,3] on cuda:0", message, 1,
+      true)
     _, message = pcall(sa.add, here, sa.ones {3})
     assert.matches("b: got a tensor on cpu, wanted cuda:0 like a", message, 1, true)
+    for _, mistake in ipairs {
+      function() sa.cat {here, sa.ones {2, 3}} end, function() sa.stack {here, sa.ones {2, 3}} end,
+      function() here.grad = sa.ones {2, 3} end,
+      function() sa.inspect(here, here, here, {}, sa.ones {2, 3}) end,
+      function()
+        local leaf = here:clone()
+        leaf.requires_grad = true
+        leaf:backward(sa.ones {2, 3})
+      end,
+    } do
+      _, message = pcall(mistake)
+      assert.matches("got f32%[2,3%] on cpu, wanted .*f32%[2,3%] on cuda:0", message)
+    end
   end)
 
   it("on another device than the current one are attended to there", function()

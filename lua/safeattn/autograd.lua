@@ -311,7 +311,7 @@ function tensor.methods.backward(t, gradient)
     gradient = tensor.like("backward", t)
     call("backward", lib.sa_fill, gradient.handle, 1)
   elseif not tensor.alike(handle, pointer(gradient, "backward", "gradient")) then
-    fail("backward", nil, "gradient: got %s, wanted %s", core.describe(gradient), core.describe(t))
+    fail("backward", nil, "gradient: got %s, wanted %s", tensor.describe_both(gradient, t))
   end
   local node, slot = node_of(t)
   scope(set_recording, false, carry_back, node, slot, gradient)

@@ -179,8 +179,7 @@ function operations.masked_fill(x, mask, value)
     fits = fits and (mask_handle.shape[d] == 1 or mask_handle.shape[d] == handle.shape[lead + d])
   end
   if not fits or mask_handle.dtype ~= lib.SA_BOOL or mask_handle.device ~= handle.device then
-    fail("masked_fill", nil, "mask: got %s, wanted a bool tensor that broadcasts to %s", core.describe(mask),
-      core.describe(x))
+    fail("masked_fill", nil, "mask: got %s, wanted a bool tensor that broadcasts to %s", tensor.describe_both(mask, x))
   end
   local y = choose("masked_fill", mask, operand("masked_fill", "value", value, x), x)
   if wanted {x} then

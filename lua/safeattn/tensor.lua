@@ -240,7 +240,7 @@ function assignable.grad(t, value)
     return
   end
   if not tensor.alike(handle, pointer(value, "grad", "value")) then
-    fail("grad", nil, "value: got %s, wanted %s", core.describe(value), core.describe(t))
+    fail("grad", nil, "value: got %s, wanted %s", tensor.describe_both(value, t))
   end
   t.gradient = value
 end
@@ -276,11 +276,21 @@ function Tensor.__newindex(t, name, value)
 end
 
 --- "f32[2,8,128,64]", for messages and print.
-function Tensor.describe(t)
+-- @param t a tensor
+-- @param located whether the CPU is named too, as other devices are
+function Tensor.describe(t, located)
   local handle = t.handle
   if not handle then return "a tensor that was freed" end
   local name = core.dtype_names[handle.dtype] .. "[" .. table.concat(list(handle.shape, handle.ndim), ",") .. "]"
-  return handle.device == lib.SA_CPU and name or name .. " on " .. core.device_name(handle.device)
+  if handle.device == lib.SA_CPU and not located then return name end
+  return name .. " on " .. core.device_name(handle.device)
+end
+
+--- Two tensors of which a message says that one came where one like the other was wanted. It names both devices when
+-- they differ.
+function tensor.describe_both(came, wanted)
+  local apart = came.handle.device ~= wanted.handle.device
+  return Tensor.describe(came, apart), Tensor.describe(wanted, apart)
 end
 
 -- Print and arithmetic are other modules' work: they fill in what the metatable wants.

@@ -225,8 +225,8 @@ local function checked_list(fname, list)
   for i = 1, #list do
     local handle = pointer(list[i], fname, "tensors[" .. i .. "]")
     if handle.dtype ~= list[1].handle.dtype or handle.device ~= list[1].handle.device then
-      fail(fname, nil, "tensors[%d]: got %s, wanted the dtype and device of tensors[1], %s", i, core.describe(list[i]),
-        core.describe(list[1]))
+      fail(fname, nil, "tensors[%d]: got %s, wanted the dtype and device of tensors[1], %s", i,
+        tensor.describe_both(list[i], list[1]))
     end
   end
 end

@@ -131,7 +131,8 @@ function Problem.new(fname, q, k, v, options, dout)
     wanted[#wanted] = p.Ev
     local handle = tensor.pointer(dout, fname, "dout")
     if dout.dtype ~= q.dtype or shape_text(dout.shape) ~= shape_text(wanted) or handle.device ~= q.handle.device then
-      fail(fname, nil, "dout: got %s, wanted %s%s, like the output", describe(dout), q.dtype, shape_text(wanted))
+      local came, like = tensor.describe_both(dout, q)
+      fail(fname, nil, "dout: got %s, wanted %s, like the output", came, (like:gsub("%b[]", shape_text(wanted))))
     end
     p.dout = with_four_dims(p.given.dout)
   end
