@@ -81,7 +81,7 @@ lib.sa_attention_init(a)
 a.q, a.k, a.v, a.out = t, t + 1, t + 1, t + 2
 print(lib.sa_forward(a) == lib.SA_NO_DEVICE, ffi.string(lib.sa_last_error()))
 ]], absent)
-    assert.matches("^true\tsa_forward: device: got cuda:0, but the CUDA part cannot be loaded", output)
+    assert.matches("^true\tsa_forward: there is no cuda:0: the CUDA part cannot be loaded", output)
   end)
 
   it("a library that is no CUDA part is refused", function()
