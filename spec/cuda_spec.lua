@@ -388,3 +388,17 @@ helper.describe_cuda("masks of CUDA tensors", function()
     } do assert.is_true(sa.equal(make("cuda"), make("cpu"))) end
   end)
 end)
+
+helper.describe_cuda("the examples", function()
+  local command = "DEVICE=cuda LUA_PATH='lua/?.lua;lua/?/init.lua;;' luajit examples/"
+
+  local examples = {"tour.lua", "three_stances.lua"}
+  if not os.getenv "SAFEATTN_QUICK" then table.insert(examples, "train_lines.lua 2 examples/text.txt") end
+
+  for _, example in ipairs(examples) do
+    it("run there: " .. example, function()
+      local output, status = child.command(command .. example)
+      assert.equal(0, status, output)
+    end)
+  end
+end)
