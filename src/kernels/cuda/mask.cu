@@ -79,97 +79,155 @@ static void count_before(int64_t *row_before, int64_t *run_before, const sa_run 
   }
 }
 
-// One array of the upload: its place in it, with room for the device to align to.
-static int64_t place_array(int64_t *end, int64_t count, int64_t bytes) {
-  const int64_t at = *end;
-  *end += (count * bytes + 255) / 256 * 256;
-  return at;
+// The arrays of an uploaded plan.
+typedef struct arrays {
+  int64_t *row_start, *col_start, *row_before, *run_before;
+  sa_run *row_runs, *col_runs;
+  uint64_t *dead_rows, *dead_keys;
+  int32_t *row_order, *col_order;
+  sa_pattern *patterns;
+  uint2 *row_bits;
+  uint32_t *col_bits;
+} arrays;
+
+// How long they are.
+typedef struct lengths {
+  int64_t rows, cols, row_runs, col_runs, row_words, col_words;
+} lengths;
+
+static lengths lengths_of(const sa_plan *plan) {
+  const int64_t planes = plan->batch * plan->heads;
+  lengths n;
+  n.rows = planes * plan->row_tiles;
+  n.cols = planes * plan->col_tiles;
+  n.row_runs = plan->row_start[n.rows];
+  n.col_runs = plan->col_start[n.cols];
+  n.row_words = planes * ((plan->queries + 63) / 64);
+  n.col_words = planes * ((plan->keys + 63) / 64);
+  return n;
 }
 
-static int upload(const char *function, const sa_plan *plan, int device, uploaded_plan *uploaded) {
-  const int64_t planes = plan->batch * plan->heads, rows = planes * plan->row_tiles, cols = planes * plan->col_tiles;
-  const int64_t row_runs = plan->row_start[rows], col_runs = plan->col_start[cols];
-  const int64_t row_words = planes * ((plan->queries + 63) / 64), col_words = planes * ((plan->keys + 63) / 64);
-  const int64_t most = plan->row_tiles > plan->col_tiles ? plan->row_tiles : plan->col_tiles;
-  int64_t bytes = 0;
-  const int64_t row_start_at = place_array(&bytes, rows + 1, 8), col_start_at = place_array(&bytes, cols + 1, 8);
-  const int64_t row_runs_at = place_array(&bytes, row_runs, sizeof(sa_run));
-  const int64_t col_runs_at = place_array(&bytes, col_runs, sizeof(sa_run));
-  const int64_t dead_rows_at = place_array(&bytes, row_words, 8), dead_keys_at = place_array(&bytes, col_words, 8);
-  const int64_t row_before_at = place_array(&bytes, rows + 1, 8), run_before_at = place_array(&bytes, row_runs, 8);
-  const int64_t row_order_at = place_array(&bytes, rows, 4), col_order_at = place_array(&bytes, cols, 4);
-  const int64_t copied = bytes;
-  const int64_t patterns_at = place_array(&bytes, plan->pattern_count, sizeof(sa_pattern));
-  const int64_t row_bits_at = place_array(&bytes, plan->pattern_count, ROW_ENTRIES * sizeof(uint2));
-  const int64_t col_bits_at = place_array(&bytes, plan->pattern_count, COL_ENTRIES * sizeof(uint32_t));
+// An array's place, with room for the device to align the next to.
+template <class T>
+static void place_array(T **array, char *base, int64_t *end, int64_t count) {
+  *array = (T *)((uintptr_t)base + (uintptr_t)*end);
+  *end += (count * (int64_t)sizeof(T) + 255) / 256 * 256;
+}
 
-  char *staged = (char *)sa_cuda_host->allocate(function, copied + (most + 2) * 8);
-  if (!staged) return SA_NO_MEMORY;
-  memcpy(staged + row_start_at, plan->row_start, (size_t)(rows + 1) * 8);
-  memcpy(staged + col_start_at, plan->col_start, (size_t)(cols + 1) * 8);
-  if (row_runs) memcpy(staged + row_runs_at, plan->row_runs, (size_t)row_runs * sizeof(sa_run));
-  if (col_runs) memcpy(staged + col_runs_at, plan->col_runs, (size_t)col_runs * sizeof(sa_run));
-  if (row_words) memcpy(staged + dead_rows_at, plan->dead_rows, (size_t)row_words * 8);
-  if (col_words) memcpy(staged + dead_keys_at, plan->dead_keys, (size_t)col_words * 8);
-  count_before((int64_t *)(staged + row_before_at), (int64_t *)(staged + run_before_at), plan->row_runs,
-               plan->row_start, rows);
-  const int64_t listed = ((const int64_t *)(staged + row_before_at))[rows];
-  int64_t *place = (int64_t *)(staged + copied);
-  order_lists((int32_t *)(staged + row_order_at), place, plan->row_runs, plan->row_start, planes, plan->row_tiles,
-              plan->col_tiles);
-  order_lists((int32_t *)(staged + col_order_at), place, plan->col_runs, plan->col_start, planes, plan->col_tiles,
-              plan->row_tiles);
+// All of them in memory that begins at `base`, behind one another: first those that the host fills. Returns the bytes
+// of these; *bytes: of all.
+static int64_t lay_out(const sa_plan *plan, char *base, arrays *a, int64_t *bytes) {
+  const lengths n = lengths_of(plan);
+  int64_t end = 0;
+  place_array(&a->row_start, base, &end, n.rows + 1);
+  place_array(&a->col_start, base, &end, n.cols + 1);
+  place_array(&a->row_runs, base, &end, n.row_runs);
+  place_array(&a->col_runs, base, &end, n.col_runs);
+  place_array(&a->dead_rows, base, &end, n.row_words);
+  place_array(&a->dead_keys, base, &end, n.col_words);
+  place_array(&a->row_before, base, &end, n.rows + 1);
+  place_array(&a->run_before, base, &end, n.row_runs);
+  place_array(&a->row_order, base, &end, n.rows);
+  place_array(&a->col_order, base, &end, n.cols);
+  const int64_t filled = end;
+  place_array(&a->patterns, base, &end, plan->pattern_count);
+  place_array(&a->row_bits, base, &end, plan->pattern_count * ROW_ENTRIES);
+  place_array(&a->col_bits, base, &end, plan->pattern_count * COL_ENTRIES);
+  *bytes = end;
+  return filled;
+}
 
-  cudaStream_t stream;
-  int status = sa_cuda_use(function, device, &stream);
-  char *memory = status ? NULL : (char *)sa_cuda_scratch(function, device, bytes);
-  if (!memory) {
-    sa_cuda_host->release(staged);
-    return status ? status : SA_NO_MEMORY;
-  }
-  status = sa_cuda_check(function, cudaMemcpyAsync(memory, staged, (size_t)copied, cudaMemcpyHostToDevice, stream));
+template <class T>
+static void copy_array(T *to, const T *from, int64_t count) {
+  if (count) memcpy(to, from, (size_t)count * sizeof *to);
+}
+
+// What the host fills. `place` has room for two numbers more than a list has tiles.
+static void fill(const sa_plan *plan, const arrays *a, int64_t *place) {
+  const lengths n = lengths_of(plan);
+  const int64_t planes = plan->batch * plan->heads;
+  copy_array(a->row_start, plan->row_start, n.rows + 1);
+  copy_array(a->col_start, plan->col_start, n.cols + 1);
+  copy_array(a->row_runs, plan->row_runs, n.row_runs);
+  copy_array(a->col_runs, plan->col_runs, n.col_runs);
+  copy_array(a->dead_rows, plan->dead_rows, n.row_words);
+  copy_array(a->dead_keys, plan->dead_keys, n.col_words);
+  count_before(a->row_before, a->run_before, plan->row_runs, plan->row_start, n.rows);
+  order_lists(a->row_order, place, plan->row_runs, plan->row_start, planes, plan->row_tiles, plan->col_tiles);
+  order_lists(a->col_order, place, plan->col_runs, plan->col_start, planes, plan->col_tiles, plan->row_tiles);
+}
+
+// The filled arrays and the patterns to the device, where the patterns' bits are ordered.
+static int send(const char *function, const sa_plan *plan, const char *staged, int64_t filled, const arrays *there,
+                cudaStream_t stream) {
+  int status = sa_cuda_check(function,
+                             cudaMemcpyAsync(there->row_start, staged, (size_t)filled, cudaMemcpyHostToDevice, stream));
   if (!status && plan->pattern_count) {
-    status = sa_cuda_check(
-        function, cudaMemcpyAsync(memory + patterns_at, plan->patterns,
-                                  (size_t)plan->pattern_count * sizeof(sa_pattern), cudaMemcpyHostToDevice, stream));
+    const size_t bytes = (size_t)plan->pattern_count * sizeof(sa_pattern);
     const int64_t blocks = plan->pattern_count < 65536 ? plan->pattern_count : 65536;
+    status = sa_cuda_check(function,
+                           cudaMemcpyAsync(there->patterns, plan->patterns, bytes, cudaMemcpyHostToDevice, stream));
     if (!status)
       status = sa_cuda_launch(function, order_bits_kernel, dim3((unsigned)blocks), dim3(ROW_ENTRIES), 0, stream,
-                              (const uint64_t *)(memory + patterns_at), (uint2 *)(memory + row_bits_at),
-                              (uint32_t *)(memory + col_bits_at), plan->pattern_count);
+                              (const uint64_t *)there->patterns, there->row_bits, there->col_bits, plan->pattern_count);
   }
   // Other streams may use the plan as soon as they find it.
-  if (!status) status = sa_cuda_check(function, cudaStreamSynchronize(stream));
-  sa_cuda_host->release(staged);
-  if (status) {
-    sa_cuda_scratch_release(device, memory);
-    return status;
-  }
-  uploaded->device = device;
-  uploaded->memory = memory;
-  sa_device_plan *to = &uploaded->plan;
+  return status ? status : sa_cuda_check(function, cudaStreamSynchronize(stream));
+}
+
+static void describe(sa_device_plan *to, const sa_plan *plan, const arrays *there, int64_t listed) {
   to->batch = plan->batch;
   to->heads = plan->heads;
   to->queries = plan->queries;
   to->keys = plan->keys;
   to->row_tiles = (int32_t)plan->row_tiles;
   to->col_tiles = (int32_t)plan->col_tiles;
-  to->row_start = (const int64_t *)(memory + row_start_at);
-  to->row_runs = (const sa_run *)(memory + row_runs_at);
-  to->row_before = (const int64_t *)(memory + row_before_at);
-  to->run_before = (const int64_t *)(memory + run_before_at);
-  to->col_start = (const int64_t *)(memory + col_start_at);
-  to->col_runs = (const sa_run *)(memory + col_runs_at);
-  to->row_bits = (const uint2 *)(memory + row_bits_at);
-  to->col_bits = (const uint32_t *)(memory + col_bits_at);
-  to->dead_rows = (const uint64_t *)(memory + dead_rows_at);
-  to->dead_keys = (const uint64_t *)(memory + dead_keys_at);
-  to->row_order = (const int32_t *)(memory + row_order_at);
-  to->col_order = (const int32_t *)(memory + col_order_at);
+  to->row_start = there->row_start;
+  to->row_runs = there->row_runs;
+  to->row_before = there->row_before;
+  to->run_before = there->run_before;
+  to->col_start = there->col_start;
+  to->col_runs = there->col_runs;
+  to->row_bits = there->row_bits;
+  to->col_bits = there->col_bits;
+  to->dead_rows = there->dead_rows;
+  to->dead_keys = there->dead_keys;
+  to->row_order = there->row_order;
+  to->col_order = there->col_order;
   to->listed = listed;
   to->visible = plan->visible;
   to->partial = plan->partial;
   to->full = plan->full;
+}
+
+static int upload(const char *function, const sa_plan *plan, int device, uploaded_plan *uploaded) {
+  const int64_t most = plan->row_tiles > plan->col_tiles ? plan->row_tiles : plan->col_tiles;
+  arrays here, there;
+  int64_t bytes;
+  const int64_t filled = lay_out(plan, NULL, &here, &bytes);
+  char *staged = (char *)sa_cuda_host->allocate(function, filled + (most + 2) * 8);
+  if (!staged) return SA_NO_MEMORY;
+  lay_out(plan, staged, &here, &bytes);
+  fill(plan, &here, (int64_t *)(staged + filled));
+  const int64_t listed = here.row_before[lengths_of(plan).rows];
+
+  cudaStream_t stream;
+  int status = sa_cuda_use(function, device, &stream);
+  char *memory = status ? NULL : (char *)sa_cuda_scratch(function, device, bytes);
+  if (memory) {
+    lay_out(plan, memory, &there, &bytes);
+    status = send(function, plan, staged, filled, &there, stream);
+  } else if (!status) {
+    status = SA_NO_MEMORY;
+  }
+  sa_cuda_host->release(staged);
+  if (status) {
+    if (memory) sa_cuda_scratch_release(device, memory);
+    return status;
+  }
+  uploaded->device = device;
+  uploaded->memory = memory;
+  describe(&uploaded->plan, plan, &there, listed);
   return SA_OK;
 }
 
