@@ -1,18 +1,6 @@
 -- a C program alone: examples/c/minimal.c, built against the tree and run
 
-local function run(command)
-  -- The sanitizers that the suite may run under are for the library, not for the compiler and the program.
-  local pipe = assert(io.popen("env -u LD_PRELOAD sh -c '" .. command .. "' 2>&1; echo \"status $?\""))
-  local output, status = pipe:read("*a"):match("^(.*)status (%d+)\n$")
-  pipe:close()
-  return output, tonumber(status)
-end
-
-local function must_run(command)
-  local output, status = run(command)
-  assert.equal(0, status, command .. "\n" .. output)
-  return output
-end
+local must_run = require("spec.child").must_command
 
 describe("a C program alone", function()
   local program = os.tmpname()

@@ -18,6 +18,13 @@ function child.command(command)
   return output, tonumber(status)
 end
 
+--- Runs a command that must end well, and returns what it printed.
+function child.must_command(command)
+  local output, status = child.command(command)
+  if status ~= 0 then error(command .. "\nended with status " .. tostring(status) .. ":\n" .. output, 2) end
+  return output
+end
+
 --- Runs Lua text.
 -- @param options `environment`: table of variables, false removes one; `before`: commands of the shell to run first;
 --   `path`: of the Lua modules (default: the tree's)

@@ -2,13 +2,7 @@
 -- wgmma waits for the one before
 
 local child = require "spec.child"
-
-local function read(path)
-  local file = assert(io.open(path))
-  local text = file:read "*a"
-  file:close()
-  return text
-end
+local files = require "spec.files"
 
 -- The reports of the last build: {{source =, text =}, ...}.
 local function reports()
@@ -18,7 +12,7 @@ local function reports()
     local there = io.open(source)
     if there then
       there:close()
-      all[#all + 1] = {source = source, text = read(path)}
+      all[#all + 1] = {source = source, text = files.read(path)}
     end
   end
   return all
@@ -36,7 +30,7 @@ end
 
 -- A file whose head (its comments before the first line of code) says "may spill" has a reason, which stands there.
 local function may_spill(source)
-  return read(source):match "^[^#]*":find("may spill", 1, true) ~= nil
+  return files.read(source):match "^[^#]*":find("may spill", 1, true) ~= nil
 end
 
 -- Without nvcc there is nothing to report on.

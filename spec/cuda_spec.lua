@@ -397,8 +397,7 @@ helper.describe_cuda("the examples", function()
 
   for _, example in ipairs(examples) do
     it("run there: " .. example, function()
-      local output, status = child.command(command .. example)
-      assert.equal(0, status, output)
+      child.must_command(command .. example)
     end)
   end
 end)

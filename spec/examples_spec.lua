@@ -1,30 +1,18 @@
 -- the examples run, and show what they say they show; the README's runs exactly as printed
 
+local child = require "spec.child"
+local files = require "spec.files"
+
+local read, write = files.read, files.write
+
 local function run(command)
-  local pipe = assert(io.popen('LUA_PATH="lua/?.lua;lua/?/init.lua;;" ' .. command .. ' 2>&1; echo "status $?"'))
-  local output, status = pipe:read("*a"):match("^(.*)status (%d+)\n$")
-  pipe:close()
-  assert.equal("0", status, output)
-  return output
-end
-
-local function read(path)
-  local file = assert(io.open(path))
-  local text = file:read("*a")
-  file:close()
-  return text
-end
-
-local function write(path, text)
-  local file = assert(io.open(path, "w"))
-  file:write(text)
-  file:close()
+  return child.must_command('LUA_PATH="lua/?.lua;lua/?/init.lua;;" ' .. command)
 end
 
 local folder
 
-setup(function() folder = assert(io.popen("mktemp -d")):read("*l") end)
-teardown(function() os.execute("rm -rf " .. folder) end)
+setup(function() folder = files.folder() end)
+teardown(function() files.remove(folder) end)
 
 describe("the README's example", function()
   local code, shown = read("README.md"):match("```lua\n(.-)```.-```text\n(.-)```")

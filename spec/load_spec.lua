@@ -2,11 +2,7 @@
 
 local child = require "spec.child"
 
-local function shell(command)
-  local output, status = child.command(command)
-  assert.equal(0, status, output)
-  return output
-end
+local shell = child.must_command
 
 describe("require", function()
   local folder

@@ -6,11 +6,7 @@ local load = "local ok, problem = pcall(require, 'safeattn') print(ok and 'loade
 
 local folder
 
-local function shell(command)
-  local output, status = child.command(command)
-  assert.equal(0, status, output)
-  return output
-end
+local shell = child.must_command
 
 local function library()
   local named = os.getenv "SAFEATTN_LIB"

@@ -1,6 +1,9 @@
 -- what an installation gets: LuaRocks, make install, pkg-config, and what the make targets ask for
 
-local root = assert(io.popen("pwd")):read("*l")
+local child = require "spec.child"
+local files = require "spec.files"
+
+local root = child.must_command("pwd"):match "[^\n]+"
 
 -- Everything here runs as a user's shell would run it: without the variables that this suite may have been given, and
 -- without a network.
@@ -9,31 +12,20 @@ local clean = "env -u LD_PRELOAD -u SAFEATTN_LIB -u LUA_PATH -u LUA_CPATH -u MAK
   .. " CUDA=0"
   .. " http_proxy=http://127.0.0.1:9 https_proxy=http://127.0.0.1:9 "
 
-local function quoted(text) return "'" .. text:gsub("'", "'\\''") .. "'" end
+local write = files.write
 
 local function run(command)
-  local pipe = assert(io.popen(clean .. "sh -c " .. quoted(command) .. " 2>&1; echo \"status $?\""))
-  local output, status = pipe:read("*a"):match("^(.*)status (%d+)\n$")
-  pipe:close()
-  return output, tonumber(status)
+  return child.command(clean .. "sh -c " .. child.quoted(command))
 end
 
 local function must_run(command)
-  local output, status = run(command)
-  assert.equal(0, status, command .. "\n" .. output)
-  return output
-end
-
-local function write(path, text)
-  local file = assert(io.open(path, "w"))
-  file:write(text)
-  file:close()
+  return child.must_command(clean .. "sh -c " .. child.quoted(command))
 end
 
 local folder
 
-setup(function() folder = must_run("mktemp -d"):match("%S+") end)
-teardown(function() must_run("rm -rf " .. folder) end)
+setup(function() folder = files.folder() end)
+teardown(function() files.remove(folder) end)
 
 -- Prints a row of attention behind a mask, a gradient, and where the modules and the library came from.
 local script = [[

@@ -3,16 +3,10 @@
 local sa = require "safeattn"
 local helper = require "spec.helper"
 local child = require "spec.child"
+local files = require "spec.files"
 local m = sa.mask
 
 local folder
-
-local function read(path)
-  local file = assert(io.open(path, "rb"))
-  local text = file:read "*a"
-  file:close()
-  return text
-end
 
 local function attention(H, L, options, with_gradient)
   local function random(seed) return sa.randn({1, H, L, 64}, {seed = seed}) end
@@ -26,13 +20,13 @@ describe("look:report", function()
   it("writes 8 heads of 512 x 512 in less than 5 MiB", function()
     local path = folder .. "/large.html"
     assert.equal(path, attention(8, 512, {mask = m.random(0.5, 1)}, true):report(path))
-    assert.is_true(#read(path) < 5 * 2 ^ 20)
+    assert.is_true(#files.read(path) < 5 * 2 ^ 20)
   end)
 
   it("is one file that asks for nothing", function()
     local path = folder .. "/alone.html"
     attention(1, 8, {causal = true}, true):report(path)
-    local text = read(path)
+    local text = files.read(path)
     for _, request in ipairs {"https?://", " src=", "@import", "url%(", "fetch%(", "XMLHttpRequest", "WebSocket"} do
       assert.not_matches(request, text)
     end
@@ -46,7 +40,7 @@ describe("look:report", function()
     local mask = m.documents {1, 1, 1, -1, 2, 2} * m.causal()
     local look = sa.inspect(sa.randn({6, 4}, {seed = 1}), sa.randn({6, 4}, {seed = 2}), v, {mask = mask})
     look:report(path)
-    local text = read(path)
+    local text = files.read(path)
     local function holds(shown)
       local quoted = tostring(shown):gsub("\n", "\\u000a"):gsub('"', "\\u0022"):gsub("<", "\\u003c")
       assert.matches(quoted, text, 1, true)
@@ -61,14 +55,14 @@ describe("look:report", function()
   it("keeps titles and names from being read as markup", function()
     local path = folder .. "/title.html"
     attention(1, 2):report(path, {title = "</script><b>&"})
-    assert.matches("<h1>&lt;/script&gt;&lt;b&gt;&amp;</h1>", read(path), 1, true)
+    assert.matches("<h1>&lt;/script&gt;&lt;b&gt;&amp;</h1>", files.read(path), 1, true)
     local tap = sa.tap()
     tap:name "</script><script>alert(1)</script>"
     local x = sa.ones({2, 2})
     sa.sdpa(x, x, x)
     tap:stop()
     assert.equal(path, tap:report(path))
-    assert.not_matches("alert(1)</script>", read(path), 1, true)
+    assert.not_matches("alert(1)</script>", files.read(path), 1, true)
   end)
 
   it("puts the newest records of a tap on one page", function()
@@ -82,7 +76,7 @@ describe("look:report", function()
     tap:stop()
     tap:report(path, {newest = 2})
     local names = {}
-    for name in read(path):gmatch '"name":"(call %d)"' do names[#names + 1] = name end
+    for name in files.read(path):gmatch '"name":"(call %d)"' do names[#names + 1] = name end
     assert.same({"call 4", "call 3"}, names)
     tap:clear()
     assert.equal("safeattn.tap():report: self: got a tap that recorded nothing, wanted one with a record",

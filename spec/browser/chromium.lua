@@ -1,6 +1,7 @@
 -- runs headless Chromium on a page: what it ends up with, what it complains of, what it looks like
 
 local child = require "spec.child"
+local files = require "spec.files"
 
 local chromium = {}
 
@@ -14,19 +15,6 @@ local function command(arguments, page)
   child.command("rm -rf " .. profile)
   if status ~= 0 then error("chromium ended with status " .. tostring(status) .. ":\n" .. output, 2) end
   return output
-end
-
-local function read(path)
-  local file = assert(io.open(path, "rb"))
-  local text = file:read "*a"
-  file:close()
-  return text
-end
-
-local function write(path, text)
-  local file = assert(io.open(path, "wb"))
-  file:write(text)
-  file:close()
 end
 
 local before = [[<script>
@@ -68,11 +56,11 @@ local after = [[<script>
 -- @param width of the window
 -- @return the lines said, the problems (a text, "" when there were none)
 function chromium.run(path, script, hash, width)
-  local page = read(path)
+  local page = files.read(path)
   local copy = path .. ".harness.html"
   local start = page:find('<script type="application/json"', 1, true)
   local finish = page:find("</body>", start, true)
-  write(copy, page:sub(1, start - 1) .. before .. page:sub(start, finish - 1) .. string.format(after, script)
+  files.write(copy, page:sub(1, start - 1) .. before .. page:sub(start, finish - 1) .. string.format(after, script)
     .. page:sub(finish))
   local dom = command(string.format("--window-size=%d,900 --dump-dom", width or 1200), "file://" .. copy .. "#"
     .. (hash or ""))
