@@ -363,6 +363,16 @@ describe("lifetime", function()
     assert.same({1, 1}, sa.ones({2}):totable())
   end)
 
+  it("is not read where a descriptor says more dims than there can be", function()
+    local t = ffi.new("sa_tensor", {ndim = 9})
+    for dim = 0, 7 do t.shape[dim], t.stride[dim] = 2, 2 end
+    assert.equal(0, tonumber(lib.sa_tensor_numel(t)))
+    assert.is_true(lib.sa_tensor_contiguous(t))
+    local first, last = ffi.new "const char *[1]", ffi.new "const char *[1]"
+    lib.sa_tensor_extent(t, first, last)
+    assert.is_true(first[0] == last[0])
+  end)
+
   it("collects garbage and tries again when memory is refused once", function()
     lib.sa_memory_fail(1)
     assert.same({1, 1}, sa.ones({2}):totable())

@@ -60,7 +60,7 @@ static bool multiply_shape(int ndim, const int64_t *shape, int64_t *numel) {
 }
 
 int64_t sa_tensor_numel(const sa_tensor *t) {
-  if (!t) return 0;
+  if (!t || t->ndim > SA_MAX_DIMS) return 0;
   int64_t numel = 1;
   for (int dim = 0; dim < t->ndim; dim++) numel *= t->shape[dim];
   return numel;
