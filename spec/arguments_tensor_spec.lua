@@ -78,6 +78,8 @@ local cases = {
     {"shape", "24 bytes", "at most the array's 16", function() sa.from_pointer(ffi.new("float[4]"), {2, 3}) end},
     {"stride", "1 strides", "2", function() sa.from_pointer(ffi.new("float[4]"), {2, 2}, {stride = {1}}) end},
     {"stride", "-1 at [1]", "a count", function() sa.from_pointer(ffi.new("float[4]"), {4}, {stride = {-1}}) end},
+    {"stride", "1099511627776 for a size of 1099511627776", "a reach of at most",
+      function() sa.from_pointer(ffi.cast("float *", ffi.new("float[4]")), {2 ^ 40}, {stride = {2 ^ 40}}) end},
     {"options", "unknown option place", "device, dtype, owner, requires_grad or stride",
       function() sa.from_pointer(ffi.new("float[4]"), {4}, {place = "cpu"}) end},
   },

@@ -201,8 +201,8 @@ int sa_tensor_borrow(sa_tensor *out, void *data, int dtype, int device, int ndim
       return sa_fail(SA_INVALID, __func__, "stride: got %lld at dim %d, wanted >= 0", (long long)stride[dim], dim);
     if (__builtin_mul_overflow(shape[dim] > 0 ? shape[dim] - 1 : 0, stride[dim], &reach) ||
         __builtin_add_overflow(elements, reach, &elements) || elements > INT64_MAX / element)
-      return sa_fail(SA_INVALID, __func__, "stride: got %lld at dim %d of %s, wanted a reach of at most %lld bytes",
-                     (long long)stride[dim], dim, sa_describe(&t), (long long)INT64_MAX);
+      return sa_fail(SA_INVALID, __func__, "stride: got %lld for a size of %lld, wanted a reach of at most %lld bytes",
+                     (long long)stride[dim], (long long)shape[dim], (long long)INT64_MAX);
   }
   *out = t;
   return SA_OK;
