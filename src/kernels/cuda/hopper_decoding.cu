@@ -32,13 +32,15 @@ enum {
   DECODING_EVEN_SHARE = 768     // units of a block up to which it matters where items end
 };
 
-// Up to 16 rows the portable kernels are faster where blocks have many ends of items, each of which comes late in the
-// stream of keys: 64 x 2048 keys of 32:8 heads take them 129 us, these 146, and 16 x 8192 with padding 97 and 113. More
-// rows would take them the keys once per 16.
+// Up to 16 rows the portable kernels are faster where blocks have many ends of items: 256 x 1024 keys of 32:8 heads
+// take them 253 us, these 265. Of lists that differ from batch to batch each is looked up in memory, in the stream of
+// keys: 64 x 2048 keys with padding 91 and 127, but 16 x 8192 98 and 84. More rows would take them the keys once
+// per 16.
 static bool ends_are_few(const sa_problem *p) {
   if (p->queries * (p->heads / p->key_heads) > 16) return true;
-  return p->plan->batch * p->plan->heads == 1 &&
-         p->batch * p->key_heads <= sa_cuda_properties_of(p->device)->processors;
+  const bool alike = p->plan->batch * p->plan->heads == 1, narrow = p->width <= 128 && p->value_width <= 128;
+  const int64_t items = p->batch * (p->plan->heads == 1 ? p->key_heads : p->heads);
+  return items <= sa_cuda_properties_of(p->device)->processors * (alike && narrow ? 4 : 1);
 }
 
 bool sa_cuda_hopper_decoding_covers(const sa_problem *p) {
@@ -53,8 +55,8 @@ bool sa_cuda_hopper_decoding_covers(const sa_problem *p) {
 }
 
 // Fewer blocks where these have whole items, or items whole blocks, each: a block that has an item's end and the next
-// one's beginning is late. 131072 keys of 8 heads take 128 blocks 132 us and 132 blocks 135; but four times as many 485
-// and 478.
+// one's beginning is late. 8192 keys of 8 heads take 128 blocks 12.6 us and 132 blocks 15.2, 131072 keys 127 and 126,
+// 16 queries of them 171 and 175.
 static int64_t even_blocks(int64_t items, int64_t blocks) {
   for (int64_t fewer = blocks; fewer >= blocks - blocks / 8; fewer--)
     if (fewer % items == 0 || items % fewer == 0) return fewer;
@@ -72,6 +74,7 @@ static int64_t share_items(const sa_problem *p, const sa_device_plan *plan, int 
   d->rows = (int32_t)(job.packed ? job.group * p->queries : p->queries);
   // A power of two, so that all teams of warps are whole.
   d->groups = d->rows <= 16 ? 1 : d->rows <= 32 ? 2 : 4;
+  d->teams = DECODING_WARPS / d->groups;
   d->planes = (int32_t)(plan->batch * plan->heads);
   const int64_t items = p->batch * heads;
   d->repeats = (int32_t)(d->planes == 1 ? items : plan->heads == 1 ? heads : 1);

@@ -4,20 +4,20 @@
 // it (unless a few blocks less can have whole heads, or heads whole blocks). One warp copies its share by TMA to a
 // ring of 128 KiB, in steps of 16 KiB, in one stream across the heads. Eight others multiply by mma.sync, a step each
 // in turn, every one with a softmax of its own: the queries of all heads that share a key head are the 16 rows of a
-// product. Up to 64 rows are groups of 16, which as many warps multiply with the same step. At a head's end the warps'
-// sums are added in shared memory. Where other blocks have parts of it, one more warp counts the parts, so that the
-// stream does not wait for that, and the block that comes last adds them when its own are done.
+// product. Up to 64 rows are groups of 16, which as many warps multiply with the same step. At a head's end each hands
+// its sums over in shared memory and goes on. More warps add them, and where other blocks have parts of a head leave
+// theirs in memory and count it: the one that comes last adds all.
 //
 // What is masked cannot leak: a step that a mask cuts is looked through for what is not finite in V. If there is, these
 // elements are 0 in the same products, and are then given to the rows that see them.
 //
-//   widths up to  keys a step  registers: O, Q                     shared memory
-//   64            64           32, 16                              163 KiB
-//   128           32           64, 32                              195 KiB
-//   256           16           128, none: Q is in shared memory    226 KiB
+//   widths up to  keys a step  registers: O, Q                     warps that end heads  shared memory
+//   64            64           32, 16                              7                     163 KiB
+//   128           32           64, 32                              7                     195 KiB
+//   256           16           128, none: Q is in shared memory    3                     226 KiB
 //
-// One query of 32:8 heads at width 128 on an H200: 131072 keys in 132 to 135 us, 4 TB/s; 4 x 131072 in 478 to 490, 4.4.
-// Reading alone takes 121 and 471.
+// One query of 32:8 heads at width 128 on an H200, calls in a row and in a CUDA graph: 8192 keys in 12.6 and 11.9 us,
+// 131072 in 127 and 125, 4.3 TB/s; 4 x 131072 in 471 and 469, 4.6. Reading alone takes 6, 120 and 471.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #include "kernels/cuda/hopper_decoding_loads.cuh"
@@ -68,9 +68,9 @@ static __device__ __forceinline__ void decoding_load_queries(const decoding_job 
 // microseconds.
 template <class C>
 static __device__ __forceinline__ void decoding_touch_queries(const decoding_job &d, decoding_shared<C> &shared,
-                                                              int begun, int ended) {
+                                                              int begun) {
   enum { LINES = C::WIDTH / 64, NEXT = 8 };
-  const int last = ended < begun + NEXT ? ended : begun + NEXT;
+  const int last = shared.last_item < begun + NEXT ? shared.last_item : begun + NEXT;
   const sa_problem &p = d.forward.p;
   uint32_t touched = 0;
 #pragma unroll 4
@@ -83,10 +83,9 @@ static __device__ __forceinline__ void decoding_touch_queries(const decoding_job
   shared.touched = touched;
 }
 
-// Where a lane's rows are in the bits of a pattern: the pair of words, which of the two, and whether there is a row.
+// Where a lane's rows are among the 512 words of a pattern's bits; -1 where there is no row.
 typedef struct decoding_bits {
-  int at[2];
-  bool second[2], there[2];
+  int word[2];
 } decoding_bits;
 
 static __device__ __forceinline__ decoding_bits decoding_bits_of(const decoding_job &d, int group) {
@@ -95,9 +94,8 @@ static __device__ __forceinline__ decoding_bits decoding_bits_of(const decoding_
   for (int half = 0; half < 2; half++) {
     const int row = group * 16 + (int)(threadIdx.x & 31) / 4 + 8 * half;
     const int query = d.forward.packed ? row % (int)d.forward.p.queries : row;
-    bits.there[half] = row < d.rows;
-    bits.at[half] = bits.there[half] ? query / 16 * 32 + query % 8 * 4 + (threadIdx.x & 3) : 0;
-    bits.second[half] = query & 8;
+    const int pair = query / 16 * 32 + query % 8 * 4 + (threadIdx.x & 3);
+    bits.word[half] = row < d.rows ? 2 * pair + (query >> 3 & 1) : -1;
   }
   return bits;
 }
@@ -214,8 +212,8 @@ static __device__ __forceinline__ void decoding_multiply(const decoding_job &d, 
   if (!full) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint2 pair = d.forward.plan.row_bits[(int64_t)at.pattern * 256 + bits.at[half]];
-      const uint32_t word = bits.there[half] ? bits.second[half] ? pair.y : pair.x : 0;
+      const uint32_t *words = (const uint32_t *)d.forward.plan.row_bits + (int64_t)at.pattern * 512;
+      const uint32_t word = bits.word[half] < 0 ? 0 : words[bits.word[half]];
       seen[0][half] = word >> at.piece * (C::KEYS / 4) & (uint32_t)((1ull << C::KEYS / 4) - 1);
     }
     // For rows that see nothing here, nothing changes.
@@ -263,67 +261,77 @@ static __device__ __forceinline__ void decoding_clear(gathered<C> &got) {
   }
 }
 
-// As many warps as an item has groups of rows are a team. A slot of the ring is always the same team's: one that came
-// to another's could take the end of a phase before for that of its own.
+// As many warps as an item has groups of rows are a team; the teams take steps in turn. A slot of the ring is always
+// the same team's: one that came to another's could take the end of a phase before for that of its own.
 template <class C>
-static __device__ __forceinline__ void decoding_consume(const decoding_job &d, decoding_shared<C> &shared, int begun) {
-  const int warp = threadIdx.x / 32, group = warp % d.groups, teams = DECODING_WARPS / d.groups;
+static __device__ __forceinline__ void decoding_consume(const decoding_job &d, decoding_shared<C> &shared, int item) {
+  const int warp = threadIdx.x / 32, group = warp % d.groups;
   const decoding_bits bits = decoding_bits_of(d, group);
-  int slot = warp / d.groups, item = begun;
-  uint32_t parity = 0;
+  const int steps = decoding_first_unit(d, blockIdx.x + 1) - decoding_first_unit(d, blockIdx.x);
+  uint32_t handed = 0;
   // At once: behind the keys that are called for meanwhile they would take longer.
   bool entered = true;
   gathered<C> got;
   decoding_queries<C> q(shared, group);
   decoding_clear(got);
-  for (;;) {
-    if (entered) decoding_load_queries<C>(d, item, group, q);
-    entered = false;
-    mbarrier_wait(shared_address(&shared.full[slot]), parity);
-    const decoding_step at = shared.step[slot];
+  for (int step = warp / d.groups;;) {
+    if (entered) {
+      // Where the warps share the queries, all must have ended the item before.
+      if (C::STAGES_QUERIES) mbarrier_wait(shared_address(&shared.summed), handed ^ 1);
+      decoding_load_queries<C>(d, item, group, q);
+      entered = false;
+    }
+    const int slot = step % C::SLOTS;
+    decoding_step at = {0, 0, shared.last_item + 1, 0};
+    if (step < steps) {
+      mbarrier_wait(shared_address(&shared.full[slot]), step / C::SLOTS & 1);
+      at = shared.step[slot];
+    }
     for (; item < at.item; item++) {
-      decoding_end_item<C>(d, shared, item, begun, got);
+      decoding_hand_over<C>(d, shared, group, got, handed);
       decoding_clear(got);
       entered = true;
     }
-    if (at.pattern == DECODING_END) break;
+    if (step >= steps) break;
     if (entered) continue;
     if (at.pattern != DECODING_NOTHING) decoding_multiply<C>(d, q, bits, at, (const char *)shared.ring[slot], got);
     __syncwarp();
     if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared_address(&shared.empty[slot]));
-    slot += teams;
-    if (slot >= C::SLOTS) slot = warp / d.groups, parity ^= 1;
+    step += d.teams;
   }
-  decoding_merge_counted<C>(d, shared);
 }
 
 template <class C>
-__global__ void __launch_bounds__(DECODING_ALL_THREADS, 1)
-    hopper_decoding_kernel(const __grid_constant__ decoding_job d) {
+__global__ void __launch_bounds__(C::ALL_THREADS, 1) hopper_decoding_kernel(const __grid_constant__ decoding_job d) {
   decoding_shared<C> &shared = *dynamic_shared<decoding_shared<C>>();
-  if (threadIdx.x == DECODING_THREADS) {
-    tma_prefetch(&d.k);
-    tma_prefetch(&d.v);
-    hopper_block_slots(shared_address(shared.full), shared_address(shared.empty), C::SLOTS, d.groups);
-    mbarrier_init_fence();
+  const decoding_place place = decoding_find_place<C>(d, decoding_first_unit(d, blockIdx.x));
+  if (threadIdx.x / 32 == DECODING_WARPS) {
+    const int last_item = decoding_find_place<C>(d, decoding_first_unit(d, blockIdx.x + 1) - 1).item;
+    if (threadIdx.x % 32 == 0) {
+      tma_prefetch(&d.k);
+      tma_prefetch(&d.v);
+      hopper_block_slots(shared_address(shared.full), shared_address(shared.empty), C::SLOTS, d.groups);
+      mbarrier_init(shared_address(&shared.summed), DECODING_WARPS);
+      mbarrier_init(shared_address(&shared.taken), d.rows < C::ENDING_WARPS ? d.rows : C::ENDING_WARPS);
+      mbarrier_init_fence();
+      shared.last_item = last_item;
+    }
   }
   __syncthreads();
-  const decoding_place place = decoding_find_place<C>(d, decoding_first_unit(d, blockIdx.x));
   // The next launch may be brought to the device at once: its blocks wait for room, and for all that this one writes.
   dependents_launch();
   if (threadIdx.x < DECODING_THREADS) {
-    registers_take<DECODING_MULTIPLYING_REGISTERS>();
+    registers_take<C::MULTIPLYING_REGISTERS>();
     dependency_wait();
     decoding_consume<C>(d, shared, place.item);
   } else {
-    registers_give_back<DECODING_LOADING_REGISTERS>();
+    registers_give_back<C::ENDING_REGISTERS>();
     if (threadIdx.x < DECODING_THREADS + 32) {
       decoding_load<C>(d, shared, place);
-    } else if (threadIdx.x < DECODING_THREADS + 64) {
+    } else {
       dependency_wait();
-      const decoding_place ended = decoding_find_place<C>(d, decoding_first_unit(d, blockIdx.x + 1) - 1);
-      decoding_touch_queries<C>(d, shared, place.item, ended.item);
-      decoding_count<C>(d, shared, place, ended);
+      if (threadIdx.x >= C::ALL_THREADS - 32) decoding_touch_queries<C>(d, shared, place.item);
+      decoding_end_items<C>(d, shared, place.item);
     }
   }
 }
@@ -331,7 +339,7 @@ __global__ void __launch_bounds__(DECODING_ALL_THREADS, 1)
 // One of these is instantiated in each of the hopper_decoding_*.cu.
 template <class C>
 int hopper_decoding_launch(const char *function, const decoding_job &d, int blocks, cudaStream_t stream) {
-  return sa_cuda_launch<true>(function, hopper_decoding_kernel<C>, dim3(blocks), dim3(DECODING_ALL_THREADS),
+  return sa_cuda_launch<true>(function, hopper_decoding_kernel<C>, dim3(blocks), dim3(C::ALL_THREADS),
                               sizeof(decoding_shared<C>), stream, d);
 }
 

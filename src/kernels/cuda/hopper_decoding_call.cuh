@@ -8,22 +8,14 @@
 enum {
   DECODING_WARPS = 8,  // that multiply
   DECODING_THREADS = 32 * DECODING_WARPS,
-  DECODING_ALL_THREADS = DECODING_THREADS + 128,  // with a warpgroup of which a warp loads and a warp counts
-  // 128 * 40 + 256 * 232 are the 384 * 168 registers that a block is launched with.
-  DECODING_LOADING_REGISTERS = 40,
-  DECODING_MULTIPLYING_REGISTERS = 232,
+  DECODING_ENDING_WARPS = 7,  // at most
   DECODING_ROWS = 64,         // of an item at most
   DECODING_RUNS = 4,          // of tiles that travel with the launch
   DECODING_RING = 128 << 10,  // 48 KiB would do for memory; the rest is for warps that are late
   DECODING_ITEMS = 16,        // items on their way through a block: more than steps in its ring
-  DECODING_PARTS = 256,       // of an item at most: one a block
-  // In place of the pattern of a step.
-  DECODING_NOTHING = -2,  // there is nothing to load
-  DECODING_END = -3,
-  // Named barriers.
-  DECODING_MEET = 1,
-  DECODING_PARTED = 2,  // and 3: a part of the item that the block begins with, or of another, is written
-  DECODING_COUNTED = 4
+  // Of an item at most, one a block: every warp that ends items counts parts for itself.
+  DECODING_PARTS = SA_CUDA_ZEROS / DECODING_ENDING_WARPS,
+  DECODING_NOTHING = -2  // in place of the pattern of a step: there is nothing to load
 };
 
 // An item is the queries of all heads that share a key head (packed), or of one head where masks differ from head to
@@ -36,7 +28,7 @@ typedef struct decoding_job {
   forward_job forward;
   int32_t k_batch_step, k_head_step, v_batch_step, v_head_step;  // 0 along dims that are broadcast, else 1
   int32_t heads;                                                 // items of a batch
-  int32_t rows, groups;                                          // of an item
+  int32_t rows, groups, teams;                                   // of an item; teams of `groups` warps
   int32_t planes, repeats;
   int32_t tiles;      // of an item where there is one plane
   int32_t run_count;  // of the runs here, where there is one plane that has no more
@@ -47,7 +39,7 @@ typedef struct decoding_job {
   // What is left of items that several blocks have, [slot][row of `groups` * 16][column].
   float *part_out;
   struct decoding_row *part_row;
-  int32_t *counters;  // of an item's finished parts, at the number of its first block
+  int32_t *counters;  // of an item's finished parts, [its first block][ending warp]
 } decoding_job;
 
 // What a row has gathered beside its columns.
@@ -66,15 +58,15 @@ static __device__ __forceinline__ int decoding_block_of(const decoding_job &d, i
   return unit < of_longer ? unit / (d.share + 1) : d.longer + (unit - of_longer) / d.share;
 }
 
-// An item that several blocks have: the first of them, and how many.
+// The blocks that have parts of an item: the first of them, and how many.
 typedef struct decoding_split {
-  int item, first, parts;
+  int first, parts;
 } decoding_split;
 
-static __device__ __forceinline__ decoding_split decoding_split_of(const decoding_job &d, int item, int first_unit,
+static __device__ __forceinline__ decoding_split decoding_split_of(const decoding_job &d, int first_unit,
                                                                    int end_unit) {
   const int first = decoding_block_of(d, first_unit);
-  return {item, first, decoding_block_of(d, end_unit - 1) - first + 1};
+  return {first, decoding_block_of(d, end_unit - 1) - first + 1};
 }
 
 // The widths are padded to WIDTH. A step's keys, and its values behind them, are panels of 64 columns.
@@ -84,6 +76,12 @@ struct decoding_shape : forward_shape<Products, WIDTH, WIDTH, 1, 1, 4096 / WIDTH
   static constexpr int PANELS = WIDTH / SA_PANEL, PANEL_BYTES = KEYS * SA_PANEL * 2;
   // Wider than 128, Q does not fit the registers beside O.
   static constexpr bool STAGES_QUERIES = WIDTH > 128;
+  // One warp loads, the others beside those that multiply end items. The latter have the fewer registers the more they
+  // are: 256 * 192 + 256 * 64 are 512 * 128, 256 * 208 + 128 * 88 are 384 * 168.
+  static constexpr int ENDING_WARPS = WIDTH > 128 ? 3 : +DECODING_ENDING_WARPS;
+  static constexpr int ALL_THREADS = DECODING_THREADS + 32 * (1 + ENDING_WARPS);
+  static constexpr int MULTIPLYING_REGISTERS = WIDTH > 128 ? 216 : 176;
+  static constexpr int ENDING_REGISTERS = WIDTH > 128 ? 72 : 80;
   static constexpr int STEP_BYTES = 2 * PANELS * PANEL_BYTES;
   static constexpr int SLOTS = DECODING_RING / STEP_BYTES;
   // Columns of the warps' rows that are added at a time.
@@ -111,9 +109,10 @@ struct decoding_shared : decoding_staged<C> {
   alignas(16) decoding_step step[C::SLOTS];
   decoding_row rows[DECODING_WARPS][16];
   alignas(8) uint64_t full[C::SLOTS], empty[C::SLOTS];
-  int2 item_units[DECODING_ITEMS];  // the first, and that behind the last
-  decoding_split split[2];          // the items that the block shares with others, where it has the last part
-  uint32_t touched;                 // what decoding_touch_queries read
+  uint64_t summed, taken;  // all warps' sums of an item are there, or PITCH columns of them; they have been added
+  decoding_split split[DECODING_ITEMS];
+  int32_t last_item;
+  uint32_t touched;  // what decoding_touch_queries read
 };
 
 #endif

@@ -90,13 +90,13 @@ static __device__ __forceinline__ void decoding_load(const decoding_job &d, deco
   tile_walk walk = decoding_walk<C>(d, place, unit);
   hopper_ring<C::SLOTS> ring;
   const bool leads = (threadIdx.x & 31) == 0;
+  if (leads) shared.split[place.item % DECODING_ITEMS] = decoding_split_of(d, place.first, place.end);
   dependency_wait();
   for (;;) {
     const int end = place.end < last ? place.end : last;
     if (leads) {
       const int batch = place.item / d.heads, head = place.item % d.heads;
       const int key_head = d.heads == d.forward.p.key_heads ? head : head / (int)d.forward.group;
-      shared.item_units[place.item % DECODING_ITEMS] = make_int2(place.first, place.end);
       int piece = (unit - place.first) % C::PIECES;
       for (; unit < end; unit++) {
         const int key = walk.tile * SA_TILE + piece * C::KEYS;
@@ -127,15 +127,8 @@ static __device__ __forceinline__ void decoding_load(const decoding_job &d, deco
     unit = end;
     if (unit == last) break;
     decoding_next_place<C>(d, place);
+    if (leads) shared.split[place.item % DECODING_ITEMS] = decoding_split_of(d, place.first, place.end);
     walk = decoding_walk<C>(d, place, unit);
-  }
-  if (!leads) return;
-  // So every team of warps meets one.
-  for (int slot = 0; slot < C::SLOTS; slot++) {
-    mbarrier_wait(shared_address(&shared.empty[ring.at]), ring.parity ^ 1);
-    shared.step[ring.at] = {0, DECODING_END, place.item + 1, 0};
-    mbarrier_arrive(shared_address(&shared.full[ring.at]));
-    ring.next();
   }
 }
 

@@ -1,15 +1,8 @@
 // how the rows of few queries end: what a block's warps gathered is added, then what blocks did, and out is written
-//
-// This code runs once or twice a block, so what it takes is mostly the way of its instructions from memory: it is made
-// to be short.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_ROWS_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_ROWS_CUH
 #include "kernels/cuda/hopper_decoding_loads.cuh"
 #include "kernels/cuda/portable_numbers.cuh"
-
-static __device__ __forceinline__ void decoding_meet() {
-  named_barrier_sync(DECODING_MEET, DECODING_THREADS);
-}
 
 // Row of an item -> head and query.
 typedef struct decoding_query {
@@ -44,23 +37,33 @@ static __device__ __forceinline__ float4 decoding_scaled(float4 x, float by) {
 //
 // Sinks are in natural units, in which one near the dtype's largest number does not overflow.
 template <class C>
-__attribute__((noinline)) static __device__ void decoding_end_row(const decoding_job &d, const decoding_sums &from,
-                                                                  int item, int row, int column, decoding_row *left) {
+static __device__ __forceinline__ void decoding_end_row(const decoding_job &d, const decoding_sums &from, int item,
+                                                        int row, int column, decoding_row *left) {
   typedef typename C::element element;
+  enum { ABREAST = C::WIDTH > 128 ? 4 : 8 };  // loads
   const int lane = threadIdx.x & 31;
   column += 4 * lane;
   decoding_row all = {-INFINITY, 0, 0};
   float4 o = make_float4(0, 0, 0, 0);
   // Lanes beyond the width read what others do.
-  const float *const number_0 = from.columns + ((4 * lane % C::WIDTH) ^ from.swizzle);
-  const int apart = from.step * from.pitch;
-  const float *later = number_0 - from.back * from.pitch;
-  // 32 at a time, each time brought to the greatest peak so far: what each is multiplied by is found by a lane.
+  const float *const columns = from.columns + ((4 * lane % C::WIDTH) ^ from.swizzle);
+  // 32 at a time, each time brought to the greatest peak so far: what each is multiplied by is found by a lane, while
+  // the first columns are on their way.
 #pragma unroll 1
   for (int first = 0; first < from.count; first += 32) {
-    const int k = first + lane;
+    const int here = from.count - first < 32 ? from.count - first : 32;
+    float4 x[ABREAST];
+    const auto fetch = [&](int n) {
+#pragma unroll
+      for (int i = 0; i < ABREAST; i++) {
+        const int k = first + n + i;
+        x[i] = make_float4(0, 0, 0, 0);
+        if (n + i < here) x[i] = *(const float4 *)(columns + (k * from.step - (k ? from.back : 0)) * from.pitch);
+      }
+    };
     decoding_row own = {-INFINITY, 0, 0};
-    if (k < from.count) own = from.row[k * from.step - (k ? from.back : 0)];
+    if (lane < here) own = from.row[(first + lane) * from.step - (first + lane ? from.back : 0)];
+    fetch(0);
     float peak = larger(own.peak, all.peak);
 #pragma unroll
     for (int distance = 16; distance; distance /= 2) peak = larger(peak, __shfl_xor_sync(~0u, peak, distance));
@@ -73,12 +76,15 @@ __attribute__((noinline)) static __device__ void decoding_end_row(const decoding
     all.peak = peak;
     all.alive |= __any_sync(~0u, own.alive != 0);
     o = decoding_scaled(o, before);
-    const int here = from.count - first < 32 ? from.count - first : 32;
-#pragma unroll 4
-    for (int n = 0; n < here; n++, later += apart) {
-      const float factor = __shfl_sync(~0u, by, n);
-      const float4 x = *(const float4 *)(n || first ? later : number_0);
-      o.x += x.x * factor, o.y += x.y * factor, o.z += x.z * factor, o.w += x.w * factor;
+#pragma unroll 1
+    for (int n = 0;;) {
+#pragma unroll
+      for (int i = 0; i < ABREAST; i++) {
+        const float factor = __shfl_sync(~0u, by, n + i);
+        o.x += x[i].x * factor, o.y += x[i].y * factor, o.z += x[i].z * factor, o.w += x[i].w * factor;
+      }
+      if ((n += ABREAST) >= here) break;
+      fetch(n);
     }
   }
   if (left) {
@@ -131,97 +137,95 @@ static __device__ __forceinline__ decoding_row *decoding_slot(const decoding_job
   return d.part_row + (2 * block + ends) * d.groups * 16;
 }
 
-// All parts of an item.
+// A row's sums of the block's warps, of the columns that they have handed over.
 template <class C>
-static __device__ __forceinline__ void decoding_merge(const decoding_job &d, const decoding_split &split) {
-  // The first part is one that ends its block; from there to the next one's beginning is one slot, then two.
-  const decoding_row *slot = decoding_slot(d, split.first, true);
-#pragma unroll 1
-  for (int row = threadIdx.x / 32; row < d.rows; row += DECODING_WARPS)
-#pragma unroll 1
-    for (int column = 0; column < C::WIDTH; column += 128) {
-      const decoding_sums from = {slot + row,   d.part_out + (slot - d.part_row + row) * C::WIDTH + column,
-                                  C::WIDTH,     0,
-                                  split.parts,  2 * d.groups * 16,
-                                  d.groups * 16};
-      decoding_end_row<C>(d, from, split.item, row, column, NULL);
-    }
+static __device__ __forceinline__ decoding_sums decoding_of_warps(const decoding_job &d,
+                                                                  const decoding_shared<C> &shared, int row) {
+  const int group = row / 16, down = row % 16;
+  return {&shared.rows[group][down], shared.columns[group][down], C::PITCH, (down & 3) * 8, d.teams, 16 * d.groups, 0};
 }
 
-// Ends an item, as far as this block has it: all warps that multiply call it. `begun`: the one that the block begins
-// with.
+// A row's sums of the blocks that have parts of it. The first part is one that ends its block; from there to the next
+// one's beginning is one slot, then two.
 template <class C>
-static __device__ __forceinline__ void decoding_end_item(const decoding_job &d, decoding_shared<C> &shared, int item,
-                                                         int begun, const gathered<C> &got) {
+static __device__ __forceinline__ decoding_sums decoding_of_blocks(const decoding_job &d, const decoding_split &split,
+                                                                   int row, int column) {
+  const decoding_row *const from = decoding_slot(d, split.first, true) + row;
+  return {
+      from,         d.part_out + (from - d.part_row) * C::WIDTH + column, C::WIDTH, 0, split.parts, 2 * d.groups * 16,
+      d.groups * 16};
+}
+
+// Counts a part of an item, which the warp has written; whether it is the last to come.
+static __device__ __forceinline__ bool decoding_count(int32_t *counter, int parts) {
+  int before = 0;
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) {
+    before = add_ordered(counter, 1);
+    if (before == parts - 1) *counter = 0;
+  }
+  return __shfl_sync(~0u, before, 0) == parts - 1;
+}
+
+// The items of the block, from `item` on, by the warps that end them: each has some of the rows. They add the sums of
+// the warps that multiply, and of an item that other blocks have too the sums of all when theirs are the last to come.
+template <class C>
+static __device__ __forceinline__ void decoding_end_items(const decoding_job &d, decoding_shared<C> &shared, int item) {
+  const int warp = threadIdx.x / 32 - DECODING_WARPS - 1;
+  uint32_t parity = 0;
+  if (warp >= d.rows) return;
+  for (; item <= shared.last_item; item++) {
+    mbarrier_wait(shared_address(&shared.summed), parity);
+    const decoding_split split = shared.split[item % DECODING_ITEMS];
+    decoding_row *const part = split.parts == 1 ? NULL : decoding_slot(d, blockIdx.x, (int)blockIdx.x == split.first);
+#pragma unroll 1
+    for (bool all = false;; all = true) {
+#pragma unroll 1
+      for (int column = 0; column < C::WIDTH; column += C::PITCH) {
+        if (!all) mbarrier_wait(shared_address(&shared.summed), parity);
+#pragma unroll 1
+        for (int row = warp; row < d.rows; row += C::ENDING_WARPS)
+          decoding_end_row<C>(d,
+                              all ? decoding_of_blocks<C>(d, split, row, column) : decoding_of_warps<C>(d, shared, row),
+                              item, row, column, all || !part ? NULL : part + row);
+        if (all) continue;
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared_address(&shared.taken));
+        parity ^= 1;
+      }
+      if (all || !part) break;
+      if (!decoding_count(d.counters + split.first * DECODING_ENDING_WARPS + warp, split.parts)) break;
+    }
+  }
+}
+
+// Hands a warp's sums of an item to the warps that end it, when these have taken those of the item before.
+template <class C>
+static __device__ __forceinline__ void decoding_hand_over(const decoding_job &d, decoding_shared<C> &shared, int group,
+                                                          const gathered<C> &got, uint32_t &parity) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const float sum = over_quad_sum(got.sum[0][half]);
-    const uint32_t alive = __ballot_sync(~0u, got.alive >> half & 1) >> (lane & 28) & 15;
-    const float peak = got.peak[0][half];
-    if (t == 0) shared.rows[warp][g + 8 * half] = {peak == -INFINITY ? peak : peak * d.factor, sum, alive};
-  }
-  const int2 units = shared.item_units[item % DECODING_ITEMS];
-  const decoding_split split = decoding_split_of(d, item, units.x, units.y);
-  decoding_row *const slot = split.parts == 1 ? NULL : decoding_slot(d, blockIdx.x, (int)blockIdx.x == split.first);
+  for (int round = 0; round < C::ROUNDS; round++, parity ^= 1) {
+    mbarrier_wait(shared_address(&shared.taken), parity ^ 1);
 #pragma unroll
-  for (int round = 0; round < C::ROUNDS; round++) {
+    for (int half = 0; half < 2; half++) {
+      if (round) break;
+      const float sum = over_quad_sum(got.sum[0][half]), peak = got.peak[0][half];
+      const uint32_t alive = __ballot_sync(~0u, got.alive >> half & 1) >> (lane & 28) & 15;
+      if (t == 0) shared.rows[warp][g + 8 * half] = {peak == -INFINITY ? peak : peak * d.factor, sum, alive};
+    }
 #pragma unroll
-    for (int n = 0; n < C::PITCH / 8; n++)
+    for (int half = 0; half < 2; half++) {
+      if (16 * group + g + 8 * half >= d.rows) break;
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
+      for (int n = 0; n < C::PITCH / 8; n++) {
         const float *o = got.o[0][round * (C::PITCH / 8) + n].d + 2 * half;
         *(float2 *)&shared.columns[warp][g + 8 * half][(8 * n + 2 * t) ^ (g & 3) * 8] = make_float2(o[0], o[1]);
       }
-    decoding_meet();
-#pragma unroll 1
-    for (int row = warp; row < d.rows; row += DECODING_WARPS) {
-      const int group = row / 16, down = row % 16;
-      const decoding_sums from = {&shared.rows[group][down],
-                                  shared.columns[group][down],
-                                  C::PITCH,
-                                  (down & 3) * 8,
-                                  DECODING_WARPS / d.groups,
-                                  16 * d.groups,
-                                  0};
-      decoding_end_row<C>(d, from, item, row, round * C::PITCH, slot ? slot + row : NULL);
     }
-    decoding_meet();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.summed));
   }
-  if (slot) named_barrier_arrive(DECODING_PARTED + (item != begun), DECODING_THREADS + 32);
-}
-
-// By the warp that counts the parts of items, so that the others need not wait for it: as soon as they are written.
-template <class C>
-static __device__ __forceinline__ void decoding_count(const decoding_job &d, decoding_shared<C> &shared,
-                                                      const decoding_place &begun, const decoding_place &ended) {
-  for (int n = 0; n < 2; n++) {
-    const decoding_place &place = n ? ended : begun;
-    decoding_split split = decoding_split_of(d, place.item, place.first, place.end);
-    if (n && ended.item == begun.item) split.parts = 1;
-    if (split.parts > 1) {
-      named_barrier_meet(DECODING_PARTED + n, DECODING_THREADS + 32);
-      int before = 0;
-      if ((threadIdx.x & 31) == 0) {
-        __threadfence();
-        before = atomicAdd(&d.counters[split.first], 1);
-        __threadfence();
-        if (before == split.parts - 1) d.counters[split.first] = 0;
-      }
-      if (__shfl_sync(~0u, before, 0) != split.parts - 1) split.parts = 1;
-    }
-    if ((threadIdx.x & 31) == 0) shared.split[n] = split;
-  }
-  named_barrier_meet(DECODING_COUNTED, DECODING_THREADS + 32);
-}
-
-// Merges the items of which the block had the last part, when all its own are done.
-template <class C>
-static __device__ __forceinline__ void decoding_merge_counted(const decoding_job &d, decoding_shared<C> &shared) {
-  named_barrier_meet(DECODING_COUNTED, DECODING_THREADS + 32);
-#pragma unroll 1
-  for (int n = 0; n < 2; n++)
-    if (shared.split[n].parts > 1) decoding_merge<C>(d, shared.split[n]);
 }
 
 #endif

@@ -97,6 +97,13 @@ static __device__ __forceinline__ void store_release(int *p, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 
+// Adds to a word and gives what it was: a release and an acquire.
+static __device__ __forceinline__ int add_ordered(int *p, int value) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
+  return before;
+}
+
 // 2^x to 2 ulp; results below the smallest normal number are 0.
 static __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -169,6 +169,9 @@ static inline void store_relaxed(int *p, int value) {
 static inline void store_release(int *p, int value) {
   __atomic_store_n(p, value, __ATOMIC_RELEASE);
 }
+static inline int add_ordered(int *p, int value) {
+  return atomicAdd(p, value);
+}
 
 static inline float exp2_fast(float x) {
   const float y = exp2f(fabsf(x) < 0x1p-126f ? 0 : x);
