@@ -430,7 +430,7 @@ static void NAME(write_weights)(const NAME(block) * block, const NAME(element) *
 typedef struct NAME(forward_job) {
   const sa_problem *p;
   int64_t blocks, heads, parts, tiles_per_part;  // heads: of a block
-  int64_t items;
+  int64_t items, whole;      // whole: the items before this one are groups, the others single blocks
   int group, turn, workers;  // blocks of an item, which take turns, and stretches of a turn
   char *rooms;               // one per worker
   int64_t room_bytes;
@@ -470,12 +470,18 @@ static NAME(gathered) NAME(part_gathered)(const NAME(forward_job) * job, int64_t
   return NAME(take_gathered)(&room, job->p);
 }
 
-// The blocks of an item, of one head; returns how many. The last ones come first, since under a causal mask they have
-// the most to do.
+// The blocks of an item, of one head; returns how many: none where a head's last group is short. The last ones come
+// first, since under a causal mask they have the most to do.
 static int NAME(item_blocks)(const NAME(forward_job) * job, int64_t item, NAME(block) * blocks) {
-  const int64_t groups = (job->blocks + job->group - 1) / job->group, head = item / groups * job->heads;
-  const int64_t first = (groups - 1 - item % groups) * job->group, left = job->blocks - first;
-  const int count = left < job->group ? (int)left : job->group;
+  const int64_t groups = (job->blocks + job->group - 1) / job->group, single = item - job->whole;
+  const int64_t place = single < 0 ? item : job->whole + single / job->group, head = place / groups * job->heads;
+  int64_t first = (groups - 1 - place % groups) * job->group, end = first + job->group;
+  if (single >= 0) {
+    end -= single % job->group;
+    first = end - 1;
+  }
+  if (end > job->blocks) end = job->blocks;
+  const int count = end > first ? (int)(end - first) : 0;
   for (int i = 0; i < count; i++) {
     blocks[i] = NAME(block_at)(job->p, head / job->p->heads, head % job->p->heads, first + i, job->heads);
   }
@@ -487,8 +493,8 @@ static void NAME(forward_whole)(void *argument, int64_t item, int worker) {
   NAME(forward_room) room = NAME(worker_room)(job, worker);
   NAME(block) blocks[GROUP], next[GROUP];
   const int count = NAME(item_blocks)(job, item, blocks);
-  const bool foresees = item + job->workers < job->items;
-  if (foresees) NAME(item_blocks)(job, item + job->workers, next);
+  const int64_t later = item + job->workers;
+  const bool foresees = later < job->items && NAME(item_blocks)(job, later, next);
   NAME(gather)
   (blocks, count, foresees ? next : NULL, job->turn, 0, job->p->plan->col_tiles, &room, room.own);
   for (int i = 0; i < count; i++) {
@@ -530,7 +536,8 @@ static void NAME(forward_join)(void *argument, int64_t item, int worker) {
 
 // How many blocks take turns, and for how long. What they keep is to fit into the second cache beside what they share,
 // and every worker is to have some items. Where keys are converted, blocks take turns at every stretch, which is then
-// converted once. The bits do not depend on any of it.
+// converted once. The last groups, one a worker, are given out block by block, so that all end at about the same time.
+// The bits do not depend on any of it.
 static void NAME(choose_group)(NAME(forward_job) * job, int64_t planes) {
   enum { SHARED = 256 << 10, KEPT = 320 << 10 };
   const sa_problem *p = job->p;
@@ -559,7 +566,9 @@ static int NAME(forward)(const sa_problem *p) {
     job.group = 1;
   }
   job.tiles_per_part = (tiles + job.parts - 1) / job.parts;
-  job.items = planes * ((job.blocks + job.group - 1) / job.group) * job.parts;
+  const int64_t groups = planes * ((job.blocks + job.group - 1) / job.group);
+  job.whole = job.workers > 1 && groups > job.workers ? groups - job.workers : groups;
+  job.items = (job.whole + (groups - job.whole) * job.group) * job.parts;
   sa_room measure = {0};
   NAME(take_forward)(&measure, p, job.group);
   job.room_bytes = measure.used;
