@@ -41,19 +41,20 @@ local function turns(...) return clock.turns({...}, enough_rounds, enough_second
 -- The median in seconds of one thing that takes no turns with another.
 local function measure(fn) return clock.spread(turns(slice(fn))[1]).median end
 
-local function peak(dtype) -- GFLOP/s of one core; the half types are computed in f32
+local function peak(dtype) -- GFLOP/s of the threads in force; the half types are computed in f32
   return tonumber(lib.sa_measure_peak(dtype == "f64" and lib.SA_F64 or lib.SA_F32)) * 1e-9
 end
 
 local function over(seconds, other) return seconds / other end
 local function under(seconds, other) return other / seconds end
 
--- The seconds that cores at their peak would take for so many flops, by a look at it of some 5 ms.
+-- The seconds that threads at their peak would take for so many flops, by a look at it of some 5 ms.
 local function at_peak(flops, dtype, threads)
   return function()
+    sa.threads(threads or 1)
     local looks, sum = 3, 0
     for _ = 1, looks do sum = sum + peak(dtype) end
-    return flops * 1e-9 / (threads or 1) / (sum / looks)
+    return flops * 1e-9 / (sum / looks)
   end
 end
 
@@ -309,11 +310,13 @@ local function mask_bars(name, mask, size)
     {length = size, options = {mask = mask}}, nil, visible_tiles(mask, size))
 end
 
+-- What a second thread gives, and what it gives the peak: two cores may be halves of one, or one of them another's too.
 local function thread_bars(width)
   local one, two = both_ways {width = width}, both_ways {width = width, threads = 2}
   for _, way in ipairs {"forward", "backward"} do
-    local times = turns(slice(two[way]), slice(one[way]))
-    bar(("2 threads over 1, D%d %s"):format(width, way), clock.compare(times[2], times[1], over), 1.9, true)
+    local times = turns(at_peak(1, "f32"), at_peak(1, "f32", 2), slice(two[way]), slice(one[way]))
+    bar(("2 threads over 1, D%d %s (the peak: %.2f)"):format(width, way,
+      clock.median(times[1]) / clock.median(times[2])), clock.compare(times[4], times[3], over), 1.9, true)
   end
   sa.threads(1)
 end
@@ -419,6 +422,7 @@ end
 -- The run -------------------------------------------------------------------------------------------------------------
 
 local info = sa.info()
+sa.threads(1)
 local f32, f64 = peak "f32", peak "f64"
 print(("%s, %s, %d cores; fused multiply-add peak of one core: f32 %.0f GFLOP/s, f64 %.0f GFLOP/s"):format(
   sa._VERSION, info.isa, info.cores, f32, f64))

@@ -19,8 +19,8 @@ static void read_memory(const void *memory, int64_t bytes, int places) {
   __asm__ volatile("" ::"r"(&sum) : "memory");
 }
 
-static double measure_peak(int dtype) {
-  return dtype == SA_F64 ? measure_peak_f64() : measure_peak_f32();
+static double multiply(int dtype) {
+  return dtype == SA_F64 ? multiply_f64() : multiply_f32();
 }
 
 const sa_cpu_kernels PASTE(sa_cpu_, TIER) = {
@@ -28,6 +28,6 @@ const sa_cpu_kernels PASTE(sa_cpu_, TIER) = {
               [SA_F64] = {"fused-f64-" TEXT(TIER), forward_f64, backward_f64},
               [SA_F16] = {"fused-f16-" TEXT(TIER), forward_f32, backward_f32},
               [SA_BF16] = {"fused-bf16-" TEXT(TIER), forward_f32, backward_f32}},
-    .measure_peak = measure_peak,
+    .multiply = multiply,
     .read_memory = read_memory,
 };

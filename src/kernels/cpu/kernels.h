@@ -12,7 +12,8 @@ enum { SA_FUSED_WIDTH = 256 };  // E and Ev up to this
 // What an ISA has no better one of is NULL.
 typedef struct sa_cpu_kernels {
   sa_attention_kernels fused[4];  // by sa_dtype: f32, f64, f16, bf16
-  double (*measure_peak)(int dtype);
+  // Fused multiply-adds from registers, for a moment; returns how many flops that was.
+  double (*multiply)(int dtype);
   // A read of memory and no more, aligned to 64 bytes, in so many places at once, each a multiple of 256 bytes.
   void (*read_memory)(const void *memory, int64_t bytes, int places);
 } sa_cpu_kernels;
