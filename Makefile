@@ -83,6 +83,7 @@ $(BUILD)/%.cu.o: src/%.cu Makefile
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCCFLAGS) $(OWN_NVCCFLAGS) $(GENCODE) -Xptxas -v -c -o $@ $< >$@.log 2>&1 || { cat $@.log; exit 1; }
 	@grep -E 'warning|[^.]error' -A 3 $@.log || true
+	@! grep 'C75[0-9][0-9]' $@.log || { rm -f $@; echo "$<: wgmma waits for the one before it"; exit 1; }
 
 -include $(CUDA_OBJECTS:.o=.d)
 

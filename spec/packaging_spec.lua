@@ -173,6 +173,23 @@ describe("the Makefile", function()
     assert.not_matches("/hopper_", commands "CUDA=1 CUDA_ARCHS=86", 1, true)
   end)
 
+  it("takes no CUDA file whose wgmma the compiler serialised", function()
+    write(folder .. "/nvcc", [[
+#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+echo "ptxas info : (C$CODE) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+]])
+    local make = ("chmod +x %s/nvcc && make NVCC=%s/nvcc BUILD=%s/serial %s/serial/kernels/cuda/hopper_forward.cu.o")
+      :gsub("%%s", folder)
+    for _, code in ipairs {7510, 7514} do
+      local output, status = run(("export CODE=%d; "):format(code) .. make)
+      assert.equal(2, status, output)
+      assert.matches("hopper_forward.cu: wgmma waits for the one before it", output, 1, true)
+    end
+    must_run("export CODE=1; " .. make)
+  end)
+
   it("compiles again what includes a header that changed", function()
     local output = must_run("make -n -W src/plan.h")
     assert.matches("src/plan.c\n", output, 1, true)
