@@ -57,9 +57,6 @@ static inline int64_t sa_plan_plane(const sa_plan *plan, int64_t batch, int64_t 
 static inline uint64_t sa_plan_dead_rows_at(const sa_plan *plan, int64_t plane, int64_t query) {
   return plan->dead_rows[plane * ((plan->queries + 63) / 64) + query / 64];
 }
-static inline bool sa_plan_row_dead(const sa_plan *plan, int64_t plane, int64_t query) {
-  return sa_plan_dead_rows_at(plan, plane, query) >> (query % 64) & 1;
-}
 
 // Of sa_host (backend.h).
 void *sa_plan_copy_on(const sa_plan *plan, int device);
