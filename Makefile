@@ -331,4 +331,4 @@ clean:
 .PHONY: help
 help:
 	@awk '/^##> / { text = substr($$0, 5) } /^[a-z-]+:/ && text { \
-		sub(/:.*/, "", $$1); printf "  make %-12s %s\n", $$1, text; text = "" }' Makefile
+		sub(/:.*/, "", $$1); printf "  make %-15s %s\n", $$1, text; text = "" }' Makefile
