@@ -432,6 +432,10 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_THREADS, 1)
     hopper_block_slots(base + SHAPE::turn_full, base + SHAPE::turn_empty, HOPPER_BACKWARD_TURNS, 2);
     mbarrier_init_fence();
   }
+  for (uint32_t n = threadIdx.x * 16; n < SHAPE::zeros_bytes; n += HOPPER_BACKWARD_THREADS * 16) {
+    shared_store_4i(base + SHAPE::zeros + n, 0, 0, 0, 0);
+  }
+  async_proxy_fence();
   __syncthreads();
 
   if (warp < 4) {

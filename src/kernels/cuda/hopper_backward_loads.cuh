@@ -264,6 +264,21 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
               SHAPE::queries * 4, full);
   }
 
+  // Zeros of keys that no query sees, one lane: boxes of one slab of zeros. Their keys have no other work, and while a
+  // warp wrote them by itself, 13000 cycles a column, those that multiply ran out of steps.
+  __device__ __forceinline__ void clear(const hopper_backward_job &job) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (!(i == 0 ? c.dk_out : c.dv_out).data) continue;
+#pragma unroll
+      for (int n = 0; n < 2 * SHAPE::panels; n++) {
+        tma_store(i == 0 ? &c.dk : &c.dv, n / 2 * SA_PANEL, job.column * SA_TILE + n % 2 * 64, job.key_head, job.batch,
+                  base + SHAPE::zeros);
+      }
+    }
+    bulk_commit();
+  }
+
   // Q of the first step, V, dO, K, then Q and dO of each step.
   __device__ __forceinline__ void load_job(int n) {
     bool first = true;
@@ -296,7 +311,7 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
     for (int n = 0;;) {
       const hopper_backward_job job = next_job();
       if (SHAPE::loader_clears && job.steps == 0) {
-        hopper_backward_clear<type>(c, job.column, job.batch, job.key_head, lane, 32);
+        if (lane == 0) clear(job);
         continue;
       }
       if (lane == 0) {
@@ -306,11 +321,12 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
         shared_store_4i(to + 16, job.head, job.end, job.part, job.shared);
         mbarrier_arrive(base + SHAPE::job_full + 8 * (n & 1));
       }
-      if (job.steps < 0) return;
+      if (job.steps < 0) break;
       if (lane == 0) load_job(n);
       __syncwarp();
       n++;
     }
+    if (lane == 0) bulk_wait_read<0>();
   }
 };
 

@@ -42,11 +42,12 @@ struct hopper_backward_shape {
   static constexpr int q_slots = CAREFUL ? 2 : 3, dout_slots = CAREFUL ? 1 : 2;
   static constexpr uint32_t key_bytes = SA_TILE * WIDTH * 2, query_bytes = queries * WIDTH * 2,
                             ds_bytes = queries * SA_TILE * 2, panel_bytes = SA_TILE * 128, slab_bytes = 64 * 128,
-                            dq_bytes = 64 * 64 * 4, bits_bytes = halves * 1024;
+                            dq_bytes = 64 * 64 * 4, bits_bytes = halves * 1024,
+                            zeros_bytes = loader_clears ? slab_bytes : 0;
   // Shared memory, from where it starts.
   static constexpr uint32_t k = 0, v = k + key_bytes, q = v + key_bytes, dout = q + q_slots * query_bytes,
-                            ds = dout + dout_slots * query_bytes, dq = ds + 2 * ds_bytes, clean_k = dq + 2 * dq_bytes,
-                            lse = clean_k + (CAREFUL ? key_bytes : 0), delta = lse + q_slots * queries * 4,
+                            ds = dout + dout_slots * query_bytes, dq = ds + 2 * ds_bytes, zeros = dq + 2 * dq_bytes,
+                            clean_k = zeros + zeros_bytes, lse = clean_k + (CAREFUL ? key_bytes : 0), delta = lse + q_slots * queries * 4,
                             bits = delta + dout_slots * queries * 4, step = bits + q_slots * bits_bytes,
                             job = step + q_slots * 16, turn = job + 2 * 32, last = turn + HOPPER_BACKWARD_TURNS * 16,
                             log2_sum = last + 2 * 16, bad_q = log2_sum + (biased ? 4 * q_slots * queries : 0),
