@@ -227,78 +227,99 @@ template <class T, int WIDTH>
 __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
     hopper_backward_rows(const __grid_constant__ hopper_backward_call c) {
   enum { LANES = WIDTH / 8, AT_ONCE = HOPPER_BACKWARD_ROWS_THREADS / LANES, ROUNDS = 64 / AT_ONCE };
+  static_assert(ROUNDS * 4 == LANES, "a row for every fourth lane");
   __shared__ float part[HOPPER_BACKWARD_ROWS_THREADS / 32];
   // From the last head to the first, whose rows are then in the cache when the next launch begins with them.
   const int block = gridDim.x - 1 - blockIdx.x;
   const int blocks = c.padded / 64, flat = block / blocks, first = block % blocks * 64;
   const int batch = flat / c.heads, head = flat % c.heads, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+#pragma unroll 1
   for (int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; n < c.zeroed_count;
        n += (int64_t)gridDim.x * blockDim.x) {
     c.zeroed[n] = 0;
   }
-  if (!c.deterministic) {
-    float4 *sums = (float4 *)(c.dq + (int64_t)block * 64 * WIDTH);
-    for (int n = threadIdx.x; n < 64 * WIDTH / 4; n += HOPPER_BACKWARD_ROWS_THREADS) sums[n] = make_float4(0, 0, 0, 0);
-  } else if (c.dq_out.data && hopper_backward_no_key(c, batch, head, first)) {
-    T *dq = hopper_rows<T>(c.dq_out, batch, head);
-    for (int row = first + group; row < min(first + 64, c.queries); row += AT_ONCE) {
-      if (lane * 8 < c.width) *(uint4 *)(dq + row * c.dq_out.stride[2] + lane * 8) = make_uint4(0, 0, 0, 0);
+  const int rows = c.queries - first;  // of the tensor that are left, at times none
+  uint64_t dead = ~(uint64_t)0;
+  if (rows > 0) dead = c.plan.dead_rows[sa_device_plane(c.plan, batch, head) * ((c.queries + 63) / 64) + first / 64];
+  if (rows > 0 && rows < 64) dead |= ~(uint64_t)0 << rows;
+  dead >>= group;  // bit n AT_ONCE: of this thread's row of round n
+  if (c.dead.data) {
+    const bool *flags = hopper_rows<const bool>(c.dead, batch, head) + (first + group) * c.dead.stride[2];
+#pragma unroll
+    for (int n = 0; n < ROUNDS; n++) {
+      if (n * AT_ONCE + group < rows && flags[n * AT_ONCE * c.dead.stride[2]]) dead |= (uint64_t)1 << n * AT_ONCE;
     }
   }
-  const T *out = hopper_rows<T>(c.out, batch, head), *dout = hopper_rows<T>(c.dout_values, batch, head);
-  const uint64_t *dead_rows =
-      c.plan.dead_rows + sa_device_plane(c.plan, batch, head) * ((c.queries + 63) / 64) + first / 64;
-  const uint64_t dead_bits = first < c.queries ? *dead_rows : ~(uint64_t)0;
-  const auto is_dead = [&](int row) -> bool {
-    if (row >= c.queries) return true;
-    if (!c.dead.data) return dead_bits >> row % 64 & 1;
-    return hopper_rows<const bool>(c.dead, batch, head)[row * c.dead.stride[2]];
-  };
+  const T *out = hopper_rows<T>(c.out, batch, head) + (first + group) * c.out.stride[2] + lane * 8;
+  const T *dout = hopper_rows<T>(c.dout_values, batch, head) + (first + group) * c.dout_values.stride[2] + lane * 8;
   uint4 x[ROUNDS], y[ROUNDS];
 #pragma unroll
   for (int n = 0; n < ROUNDS; n++) {
-    const int row = first + n * AT_ONCE + group;
     x[n] = y[n] = make_uint4(0, 0, 0, 0);
-    if (is_dead(row) || lane * 8 >= c.value_width) continue;
-    x[n] = *(const uint4 *)(out + row * c.out.stride[2] + lane * 8);
-    y[n] = *(const uint4 *)(dout + row * c.dout_values.stride[2] + lane * 8);
+    if (dead >> n * AT_ONCE & 1 || lane * 8 >= c.value_width) continue;
+    x[n] = *(const uint4 *)(out + n * AT_ONCE * c.out.stride[2]);
+    y[n] = *(const uint4 *)(dout + n * AT_ONCE * c.dout_values.stride[2]);
   }
-  float sink_sum = 0;
-  int coarse = 0;
+  // What is below is asked for while those are on their way. Every fourth lane ends with the sum of one of the rows.
+  const int in_block = lane / 4 * AT_ONCE + group, row = first + in_block;
+  const bool has_row = lane % 4 == 0, beyond = in_block >= rows;
+  float lse = 0, dlse = 0;
+  if (has_row && !beyond) {
+    lse = ((const float *)c.lse.data)[batch * c.lse.stride[0] + head * c.lse.stride[1] + row * c.lse.stride[2]];
+    if (c.dlse.data) {
+      dlse = ((const float *)c.dlse.data)[batch * c.dlse.stride[0] + head * c.dlse.stride[1] + row * c.dlse.stride[2]];
+    }
+  }
+  if (!c.deterministic) {
+    float4 *sums = (float4 *)(c.dq + (int64_t)block * 64 * WIDTH);
+#pragma unroll 1
+    for (int n = threadIdx.x; n < 64 * WIDTH / 4; n += HOPPER_BACKWARD_ROWS_THREADS) sums[n] = make_float4(0, 0, 0, 0);
+  } else if (c.dq_out.data && hopper_backward_no_key(c, batch, head, first)) {
+    T *dq = hopper_rows<T>(c.dq_out, batch, head) + first * c.dq_out.stride[2] + lane * 8;
+#pragma unroll 1
+    for (int n = group; n < min(64, rows); n += AT_ONCE) {
+      if (lane * 8 < c.width) *(uint4 *)(dq + n * c.dq_out.stride[2]) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  float sum[ROUNDS];
 #pragma unroll
   for (int n = 0; n < ROUNDS; n++) {
-    const int row = first + n * AT_ONCE + group;
     const uint32_t *a = (const uint32_t *)&x[n], *b = (const uint32_t *)&y[n];
-    float sum = 0;
+    sum[n] = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      sum = fmaf(hopper_low<T>(a[i]), hopper_low<T>(b[i]), fmaf(hopper_high<T>(a[i]), hopper_high<T>(b[i]), sum));
+      sum[n] =
+          fmaf(hopper_low<T>(a[i]), hopper_low<T>(b[i]), fmaf(hopper_high<T>(a[i]), hopper_high<T>(b[i]), sum[n]));
     }
+  }
+  // Half of the lanes give away the first half of the rows, the others the second, and so on until each has one.
 #pragma unroll
-    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-    if (lane != 0) continue;
-    const bool beyond = row >= c.queries, dead = is_dead(row);
-    float lse = 0, delta = 0;
-    if (!beyond) {
-      lse = ((const float *)c.lse.data)[batch * c.lse.stride[0] + head * c.lse.stride[1] + row * c.lse.stride[2]];
-      if (c.dlse.data) {
-        delta =
-            -((const float *)c.dlse.data)[batch * c.dlse.stride[0] + head * c.dlse.stride[1] + row * c.dlse.stride[2]];
-      }
+  for (int half = ROUNDS / 2, lanes = LANES / 2; half > 0; half /= 2, lanes /= 2) {
+#pragma unroll
+    for (int n = 0; n < half; n++) {
+      const float lower = sum[n], upper = sum[n + half];
+      sum[n] = (lane & lanes ? upper : lower) + __shfl_xor_sync(~0u, lane & lanes ? lower : upper, lanes);
     }
-    delta += sum;  // of a dead row nothing was read
+  }
+#pragma unroll
+  for (int lanes = 2; lanes > 0; lanes /= 2) sum[0] += __shfl_xor_sync(~0u, sum[0], lanes);
+  float sink_sum = 0;
+  int coarse = 0;
+  if (has_row) {
+    const bool is_dead = dead >> lane / 4 * AT_ONCE & 1;
+    const float delta = sum[0] - dlse;  // of a dead row nothing was read
     if (c.sink_part && !beyond) {
       // A dead row is all sink, if there is one.
       const float sink = hopper_backward_sink<T>(c, head);
-      const float share = !dead ? expf(sink - lse) : sink == -INFINITY ? 0.f : 1.f;
-      sink_sum -= share * delta;
+      const float share = !is_dead ? expf(sink - lse) : sink == -INFINITY ? 0.f : 1.f;
+      sink_sum = -share * delta;
     }
     const int64_t at = (int64_t)flat * c.padded + hopper_backward_slot(row);
     // Visible scores that are all -inf are NaN; a dead row has no pair that is not masked, this only keeps it tidy.
-    c.lse_log2[at] = dead ? -INFINITY : lse == -INFINITY ? NAN : -lse * c.lse_unit;
-    c.delta[at] = dead ? 0.f : delta;
+    c.lse_log2[at] = is_dead ? -INFINITY : lse == -INFINITY ? NAN : -lse * c.lse_unit;
+    c.delta[at] = is_dead ? 0.f : delta;
     if (c.log2_sum) c.log2_sum[at] = 0;
-    coarse |= !dead && fabsf(lse) > HOPPER_BACKWARD_COARSE;
+    coarse = !is_dead && fabsf(lse) > HOPPER_BACKWARD_COARSE;
   }
   if (c.coarse) {
     coarse = __syncthreads_or(coarse);
