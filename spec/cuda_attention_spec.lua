@@ -138,6 +138,8 @@ helper.describe_cuda("attention on a CUDA device", function()
   for name, c in pairs {
     ["of heads that are grouped and long"] = {heads = 4, width = 64, queries = 1050, keys = 200,
       mask = sa.mask.padding({150}, {1000})},
+    ["of so many queries that columns of keys are shared out"] = {heads = 1, width = 128, queries = 2100, keys = 250,
+      mask = sa.mask.padding({200}, {2050})},
     ["of long columns of keys that get shorter"] = {heads = 1, width = 128, queries = 4090, keys = 250,
       mask = sa.mask.blocks(shrinking, 128) * sa.mask.padding({200}, {4040})},
   } do

@@ -24,8 +24,8 @@ enum { MIXED_BYTES = 17 << 20, MIXED_BYTES_ALIKE = 34 << 20 };
 // as long, of 17 to 65 2 to 4 % less; at width 64 a long run of calls took 3 % longer.
 enum { MIXED_BYTES_DESCENDING = 64 << 20, MIXED_HEADS_DESCENDING = 8, DESCENDED_TILES = 16 };
 
-// As few queries as a column must have to be shared out.
-enum { SHARED_QUERIES = 8 * SA_TILE };
+// As few queries as a column must have to be shared out, by heads, or by its tiles in THIRDS jobs.
+enum { SHARED_QUERIES = 8 * SA_TILE, THIRDS_QUERIES = 16 * SA_TILE, THIRDS = 3 };
 
 // Widths that hopper_backward.cuh is made for: to which those of a problem are padded with zeros, which TMA adds. 0 for
 // wider ones.
@@ -221,13 +221,21 @@ static int32_t mixed_heads(const sa_problem *p, bool descending) {
 
 // Jobs of whole groups of heads are long, and in the order of turns the longest come last: of the columns that are
 // taken last, one a multiprocessor, each head is a job. Where heads are short, a job's beginning costs as much as that
-// gains.
+// gains. Columns of single heads that are alike are done in rounds of all multiprocessors: those of the last round take
+// a third or two thirds of one as three jobs each. As two they would mostly take a whole one: 68 columns have 136
+// halves, and 132 multiprocessors.
 static void share_out(const sa_problem *p, hopper_backward_call *c) {
-  const int processors = sa_cuda_properties_of(p->device)->processors;
-  const bool share =
-      c->deterministic && bucket(p) && c->group > 1 && p->plan->heads == 1 && p->queries >= SHARED_QUERIES;
-  c->whole = !share ? c->jobs : c->jobs > processors ? c->jobs - processors : 0;
+  const int processors = sa_cuda_properties_of(p->device)->processors, rest = c->jobs % processors;
+  c->whole = c->jobs;
   c->parts = c->group;
+  if (!c->deterministic || !bucket(p) || p->plan->heads > 1) return;
+  if (c->group > 1) {
+    if (p->queries >= SHARED_QUERIES) c->whole = c->jobs > processors ? c->jobs - processors : 0;
+  } else if (p->plan->batch == 1 && p->queries >= THIRDS_QUERIES && columns_alike(p->plan) && !p->dalibi.data &&
+             rest * THIRDS <= processors * (THIRDS - 1)) {
+    c->whole = c->jobs - rest;
+    c->parts = THIRDS;
+  }
 }
 
 // Heads with most to do first, so that the blocks end at the same time.

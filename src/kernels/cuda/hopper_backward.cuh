@@ -3,9 +3,10 @@
 // hopper_backward_rows makes the row statistics, hopper_backward_tiles all gradients: a block per multiprocessor stays
 // for the whole launch and takes jobs from one counter. A job is a column of tiles, 128 keys of a key head, with all
 // queries that see them, of one head of the group after the other, so that dK and dV stay in registers. The last
-// columns of long groups are shared out, a job a head: it adds its dV and dK, in memory, to those of the heads before,
-// in their order, and the last one's leave. A step is a tile of 64 queries (128 at width 64). Sums of dQ that are made
-// in any order become halves in a launch after it.
+// columns of long groups are shared out, a job a head, and so are those that would be alone in a last round, in three
+// jobs: each adds its dV and dK, in memory, to those of the jobs before, in their order, and the last one's leave. A
+// step is a tile of 64 queries (128 at width 64). Sums of dQ that are made in any order become halves in a launch after
+// it.
 //
 //   warpgroup 0     gives its registers away. Warp 0 loads in one stream across the jobs: K, V of a job, Q, dO, row
 //                   statistics and bits of its steps; it writes the zeros of keys that no query sees. Warps 1 and 2 add
@@ -20,12 +21,13 @@
 // dozen where a job ends; their loop does not.
 //
 //   width  queries a step  registers: dK, dV, S, dP, P  shared memory
-//   64     128             32, 32, 64, 64, 32           213 KiB
-//   128    64              64, 64, 32, 32, 16           213 KiB
+//   64     128             32, 32, 64, 64, 32           221 KiB
+//   128    64              64, 64, 32, 32, 16           221 KiB
 //
 // Shared memory: K, V, three slots of Q and two of dO (Q of a step is still read by its dK when the one after the next
-// must load), two of dS, one of dQ. dS is made from the very halves of P that dV was made from, which costs a fifth
-// more rounding in dQ and dK (2.9e-3 instead of 2.35e-3 of their norm) and saves the registers of P in f32.
+// must load), two of dS, one of dQ, a box of zeros. dS is made from the very halves of P that dV was made from, which
+// costs a fifth more rounding in dQ and dK (2.9e-3 instead of 2.35e-3 of their norm) and saves the registers of P in
+// f32.
 //
 // Extras (bias, softcap, ALiBi, dropout) are compiled into kernels of their own, one each and one for all, of width 128
 // alone. P then goes two ways, as dropout is part of dV's and the softcap's derivative of dS's; the bias of a step is
@@ -432,10 +434,12 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_THREADS, 1)
     hopper_block_slots(base + SHAPE::turn_full, base + SHAPE::turn_empty, HOPPER_BACKWARD_TURNS, 2);
     mbarrier_init_fence();
   }
-  for (uint32_t n = threadIdx.x * 16; n < SHAPE::zeros_bytes; n += HOPPER_BACKWARD_THREADS * 16) {
-    shared_store_4i(base + SHAPE::zeros + n, 0, 0, 0, 0);
+  if constexpr (SHAPE::zeros_bytes > 0) {
+    for (uint32_t n = threadIdx.x * 16; n < SHAPE::zeros_bytes; n += HOPPER_BACKWARD_THREADS * 16) {
+      shared_store_4i(base + SHAPE::zeros + n, 0, 0, 0, 0);
+    }
+    async_proxy_fence();
   }
-  async_proxy_fence();
   __syncthreads();
 
   if (warp < 4) {

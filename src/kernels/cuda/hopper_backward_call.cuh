@@ -34,8 +34,8 @@ typedef struct hopper_backward_call {
   // Whether, in order, columns are taken from the first on, their rows from the last on; else the other way round.
   // Where columns get shorter, the longest are then begun first, and the blocks end at the same time.
   int32_t descending;
-  // Columns from number `whole` on, the last ones taken, are shared out in `parts` jobs, each of some heads of the
-  // group, so that the blocks end at the same time.
+  // Columns from number `whole` on, the last ones taken, are shared out in `parts` jobs, each of as many of their
+  // tiles, so that the blocks end at the same time.
   int32_t whole, parts;
   uint16_t head_order[HOPPER_BACKWARD_HEADS];
   float *dq;         // sums: chunks of [batch, head, padded / 64, width / 64], each [8][128][4] as wgmma leaves them
@@ -288,8 +288,7 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
     sum[n] = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      sum[n] =
-          fmaf(hopper_low<T>(a[i]), hopper_low<T>(b[i]), fmaf(hopper_high<T>(a[i]), hopper_high<T>(b[i]), sum[n]));
+      sum[n] = fmaf(hopper_low<T>(a[i]), hopper_low<T>(b[i]), fmaf(hopper_high<T>(a[i]), hopper_high<T>(b[i]), sum[n]));
     }
   }
   // Half of the lanes give away the first half of the rows, the others the second, and so on until each has one.

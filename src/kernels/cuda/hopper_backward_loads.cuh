@@ -49,8 +49,8 @@ typedef struct hopper_backward_walk {
 // A job as the producer finds it, and as shared memory has it: two times 16 bytes.
 typedef struct hopper_backward_job {
   int column, steps, batch, key_head;  // steps: 0 when no query sees these keys, -1 when there is no job
-  int head, end;                       // heads: from `head` on, before `end`
-  int part, shared;                    // of a shared column, which of its jobs, and its number; else -1
+  int first, tiles;  // of the tiles that the heads of the group have in this column, one head after the other
+  int part, shared;  // of a shared column, which of its jobs, and its number; else -1
 } hopper_backward_job;
 
 // What every warp of warpgroup 0 knows of jobs.
@@ -78,7 +78,7 @@ struct hopper_backward_jobs {
   __device__ __forceinline__ int tiles_of(const hopper_backward_job &job) const {
     int tiles = 0;
 #pragma unroll 1
-    for (int head = job.head; head < job.end; head++) {
+    for (int head = job.key_head * c.group; head < (job.key_head + 1) * c.group; head++) {
       const int64_t *start = runs_of(job.batch, head, job.column);
       const sa_run *run = c.plan.col_runs + start[0] + lane;
 #pragma unroll 1
@@ -126,10 +126,15 @@ struct hopper_backward_jobs {
                        ? (c.descending ? rank : columns - 1 - rank)
                        : c.plan.col_order[plane(job.batch, job.key_head * c.group) * columns + rank];
       if (CAREFUL && !flagged(job)) continue;
+      const int64_t tiles = tiles_of(job);
+      if (job.shared >= 0 && tiles < c.parts) {
+        if (job.part > 0) continue;
+        job.shared = -1;
+      }
       const int parts = job.shared < 0 ? 1 : c.parts;
-      job.head = job.key_head * c.group + c.group * job.part / parts;
-      job.end = job.key_head * c.group + c.group * (job.part + 1) / parts;
-      job.steps = tiles_of(job) * SHAPE::steps;
+      job.first = (int)(tiles * job.part / parts);
+      job.tiles = (int)(tiles * (job.part + 1) / parts) - job.first;
+      job.steps = job.tiles * SHAPE::steps;
       return job;
     }
   }
@@ -145,11 +150,26 @@ struct hopper_backward_jobs {
     return shared_load(base + SHAPE::job + 32 * (n & 1) + 12);
   }
 
-  __device__ __forceinline__ int job_head(int n) const {
-    return shared_load(base + SHAPE::job + 32 * (n & 1) + 16);
-  }
-  __device__ __forceinline__ int job_end(int n) const {
-    return shared_load(base + SHAPE::job + 32 * (n & 1) + 20);
+  // visit(head, row, pattern) for its tiles.
+  template <class VISIT>
+  __device__ __forceinline__ void each_tile(int n, VISIT visit) const {
+    int skipped = shared_load(base + SHAPE::job + 32 * (n & 1) + 16);
+    int left = shared_load(base + SHAPE::job + 32 * (n & 1) + 20);
+#pragma unroll 1
+    for (int head = job_key_head(n) * c.group; left > 0; head++) {
+      hopper_backward_walk walk;
+      const int64_t *start = runs_of(job_batch(n), head, job_column(n));
+      walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]), c.descending);
+      while (left > 0 && walk.next()) {
+        const int over = min(skipped, walk.rows);
+        skipped -= over;
+        walk.rows = min(walk.rows - over, left);
+        walk.row += over * walk.step;
+        left -= walk.rows;
+#pragma unroll 1
+        for (; walk.rows > 0; walk.rows--, walk.row += walk.step) visit(head, walk.row, walk.pattern);
+      }
+    }
   }
 
   __device__ __forceinline__ int64_t statistics(int batch, int head, int query) const {
@@ -191,16 +211,13 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
   using base_type = hopper_backward_jobs<SHAPE, CAREFUL>;
   using base_type::base;
   using base_type::c;
+  using base_type::each_tile;
   using base_type::job_batch;
   using base_type::job_column;
-  using base_type::job_end;
-  using base_type::job_head;
   using base_type::job_key_head;
   using base_type::lane;
   using base_type::next_job;
-  using base_type::runs_of;
   using base_type::statistics;
-  using base_type::tiles_of;
   using typename base_type::type;
 
   __device__ __forceinline__ hopper_backward_loads(const hopper_backward_call &call, uint32_t start)
@@ -282,27 +299,18 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
   // Q of the first step, V, dO, K, then Q and dO of each step.
   __device__ __forceinline__ void load_job(int n) {
     bool first = true;
+    each_tile(n, [&](int head, int row, int pattern) {
 #pragma unroll 1
-    for (int head = job_head(n); head < job_end(n); head++) {
-      hopper_backward_walk walk;
-      const int64_t *start = runs_of(job_batch(n), head, job_column(n));
-      walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]), c.descending);
-      while (walk.next()) {
-#pragma unroll 1
-        for (; walk.rows > 0; walk.rows--, walk.row += walk.step) {
-#pragma unroll 1
-          for (int step = 0; step < SHAPE::steps; step++) {
-            const int query = walk.row * SA_TILE + step * SHAPE::queries;
-            load_queries(job_batch(n), head, query, walk.pattern);
-            if (first) load_values(n);
-            load_dout(job_batch(n), head, query);
-            if (first) load_keys(n);
-            first = false;
-            loaded++;
-          }
-        }
+      for (int step = 0; step < SHAPE::steps; step++) {
+        const int query = row * SA_TILE + step * SHAPE::queries;
+        load_queries(job_batch(n), head, query, pattern);
+        if (first) load_values(n);
+        load_dout(job_batch(n), head, query);
+        if (first) load_keys(n);
+        first = false;
+        loaded++;
       }
-    }
+    });
     if (!first) jobs++;
   }
 
@@ -318,7 +326,7 @@ struct hopper_backward_loads : hopper_backward_jobs<SHAPE, CAREFUL> {
         mbarrier_wait(base + SHAPE::job_empty + 8 * (n & 1), (n >> 1 & 1) ^ 1);
         const uint32_t to = base + SHAPE::job + 32 * (n & 1);
         shared_store_4i(to, job.column, job.steps, job.batch, job.key_head);
-        shared_store_4i(to + 16, job.head, job.end, job.part, job.shared);
+        shared_store_4i(to + 16, job.first, job.tiles, job.part, job.shared);
         mbarrier_arrive(base + SHAPE::job_full + 8 * (n & 1));
       }
       if (job.steps < 0) break;

@@ -26,14 +26,12 @@ struct hopper_backward_sums : hopper_backward_jobs<SHAPE, CAREFUL> {
   using base_type::base;
   using base_type::c;
   using base_type::chunk;
+  using base_type::each_tile;
   using base_type::job_batch;
   using base_type::job_column;
-  using base_type::job_end;
-  using base_type::job_head;
   using base_type::lane;
   using base_type::plane;
   using base_type::release_job;
-  using base_type::runs_of;
   using base_type::wait_job;
   using typename base_type::type;
 
@@ -60,26 +58,17 @@ struct hopper_backward_sums : hopper_backward_jobs<SHAPE, CAREFUL> {
 #pragma unroll 1
     for (int n = 0;; n++) {
       if (wait_job(n).y < 0) return;
-#pragma unroll 1
-      for (int head = job_head(n); head < job_end(n); head++) {
-        hopper_backward_walk walk;
-        const int64_t *start = runs_of(job_batch(n), head, job_column(n));
-        walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]), c.descending);
-        while (walk.next()) {
-#pragma unroll 1
-          for (; walk.rows > 0; walk.rows--, walk.row += walk.step) {
-            const int2 turn = count_turns(job_batch(n), head, walk.row, job_column(n));
-            const int slot = told % HOPPER_BACKWARD_TURNS;
-            if (lane == 0) {
-              mbarrier_wait(base + SHAPE::turn_empty + 8 * slot, (told / HOPPER_BACKWARD_TURNS & 1) ^ 1);
-              shared_store_4i(base + SHAPE::turn + 16 * slot, chunk(job_batch(n), head, walk.row), turn.x, turn.y, 0);
-              mbarrier_arrive(base + SHAPE::turn_full + 8 * slot);
-            }
-            __syncwarp();
-            told++;
-          }
+      each_tile(n, [&](int head, int row, int) {
+        const int2 turn = count_turns(job_batch(n), head, row, job_column(n));
+        const int slot = told % HOPPER_BACKWARD_TURNS;
+        if (lane == 0) {
+          mbarrier_wait(base + SHAPE::turn_empty + 8 * slot, (told / HOPPER_BACKWARD_TURNS & 1) ^ 1);
+          shared_store_4i(base + SHAPE::turn + 16 * slot, chunk(job_batch(n), head, row), turn.x, turn.y, 0);
+          mbarrier_arrive(base + SHAPE::turn_full + 8 * slot);
         }
-      }
+        __syncwarp();
+        told++;
+      });
       release_job(n);
     }
   }
