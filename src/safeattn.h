@@ -348,10 +348,10 @@ int sa_device_count(int kind);     // SA_CPU: 1; SA_CUDA: devices that can be us
 void sa_interrupt(bool on);
 bool sa_interrupted(void);
 int sa_catch_interrupts(bool on);  // SIGINT (Ctrl-C) turns the flag on, or does again what it did before
-// For measurements: fused multiply-adds per second, in flops, that the calling thread's threads do together, for f32 or
-// f64 on the ISA in force.
+// For measurements: fused multiply-adds per second, in flops, that the calling thread's threads did together in a few
+// milliseconds, for f32 or f64 on the ISA in force.
 double sa_measure_peak(int dtype);
-// Likewise: bytes per second that they read together from memory, 0 when there is none to read.
+// Likewise: bytes per second that they read together from memory at best, 0 when there is none to read.
 double sa_measure_read(void);
 
 /*  7. Devices
