@@ -12,6 +12,12 @@ static __device__ __forceinline__ uint32_t hopper_block_memory() {
   return base;
 }
 
+// The same as a T: where its parts are is known when the kernel is compiled.
+template <class T>
+static __device__ __forceinline__ T &hopper_block_memory_as() {
+  return *(T *)shared_pointer(hopper_block_memory());
+}
+
 // `count` neighbouring mbarriers, whose phases end with `arrivals` arrivals.
 static __device__ __forceinline__ void hopper_block_mbarriers(uint32_t first, int count, int arrivals) {
 #pragma unroll

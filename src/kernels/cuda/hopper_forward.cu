@@ -8,7 +8,7 @@
 
 // A kernel's widths: those of q and v are rounded up to them with zeros, which TMA adds.
 typedef struct shape_entry {
-  int width, value_width, extras, keys;
+  int width, value_width, extras, keys, blocks;
   int (*bf16)(const char *, const forward_call &, int, cudaStream_t);
   int (*f16)(const char *, const forward_call &, int, cudaStream_t);
 } shape_entry;
@@ -36,12 +36,13 @@ typedef struct shape_entry {
 #define DECLARE(...)                                                                                             \
   extern template int LAUNCH(__nv_bfloat16, __VA_ARGS__)(const char *, const forward_call &, int, cudaStream_t); \
   extern template int LAUNCH(__half, __VA_ARGS__)(const char *, const forward_call &, int, cudaStream_t);
-#define ENTRY(w, v, extras)                   \
-  {w,                                         \
-   v,                                         \
-   extras,                                    \
-   forward_shape<__half, w, v, extras>::keys, \
-   LAUNCH(__nv_bfloat16, w, v, extras),       \
+#define ENTRY(w, v, extras)                     \
+  {w,                                           \
+   v,                                           \
+   extras,                                      \
+   forward_shape<__half, w, v, extras>::keys,   \
+   forward_shape<__half, w, v, extras>::blocks, \
+   LAUNCH(__nv_bfloat16, w, v, extras),         \
    LAUNCH(__half, w, v, extras)},
 SHAPES(DECLARE)
 static const shape_entry shapes[] = {SHAPES(ENTRY)};
@@ -175,8 +176,8 @@ int sa_cuda_hopper_forward(const sa_problem *p) {
   if (status) return status;
   c.flagged_next = (int32_t *)sa_cuda_scratch(function, p->device, (int64_t)c.items * sizeof(int32_t));
   if (!c.flagged_next) return SA_NO_MEMORY;
-  const int processors = sa_cuda_properties_of(p->device)->processors;
-  const int blocks = c.items < processors ? c.items : processors;
+  const int most = sa_cuda_properties_of(p->device)->processors * shape->blocks;
+  const int blocks = c.items < most ? c.items : most;
   status = (p->dtype == SA_BF16 ? shape->bf16 : shape->f16)(function, c, blocks, stream);
   sa_cuda_scratch_release(p->device, c.flagged_next);
   return status;

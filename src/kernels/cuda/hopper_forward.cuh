@@ -1,8 +1,8 @@
 // forward attention on Hopper: TMA, wgmma and warp specialisation over the visible tiles of the plan
 //
-// A block per multiprocessor stays for the whole launch. Its work items are rows of tiles, 128 queries of one head,
-// taken from one counter, those with most tiles first among heads whose K and V fit the second-level cache together.
-// A step is KEYS keys of an item.
+// A block per multiprocessor, two at width 64, stays for the whole launch. Its work items are rows of tiles, 128
+// queries of one head, taken from one counter, those with most tiles first among heads whose K and V fit the
+// second-level cache together. A step is KEYS keys of an item.
 //
 //   warpgroup 0     gives its registers away. Warp 0 loads: Q of an item, K, V and bits of its steps, in one stream
 //                   across the items. Warp 1 finds the next item and its runs of tiles meanwhile. The other warps write
@@ -11,9 +11,12 @@
 //                   is in registers; the softmax of S runs under that product. The step that begins an item carries
 //                   the last product of the item before, which leaves through shared memory under the other
 //                   warpgroup's products. The two take turns: one issues its products when the other has its S.
+//                   At width 64, where exponentials take as long as products, it is the four warpgroups of two blocks
+//                   that overlap, and S, softmax and P V of 64 keys follow one another (hopper_forward_parts.cuh).
 //
 //   widths      KEYS  Q slots, stages  registers: O, S, P twice  shared memory
-//   64, 64      128   2, 2             32, 64, 64                117 KiB
+//   64, 64      128   1, 2             32, 32 (P in its place)   102 KiB, of each of two blocks
+//   the same with extras 2, 2          32, 64, 64                117 KiB
 //   96, 96      128   2, 2             48, 64, 64                213 KiB
 //   128, 128    128   2, 2             64, 64, 64                213 KiB
 //   192, 128    64    2, 2             64, 32, 32                197 KiB
@@ -39,19 +42,21 @@
 // A row is dead when it has no maximum at its end and saw no key while it had none: `alive`.
 //
 // Rooms: hopper_forward_call.cuh (a launch, shared memory), _producer (warpgroup 0), _consumer (products and steps),
-// _softmax, _extras, _output and _careful.
+// _parts (the same at width 64), _softmax, _extras, _output and _careful.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_CUH
 #include "kernels/cuda/hopper_forward_careful.cuh"
 #include "kernels/cuda/hopper_forward_consumer.cuh"
 #include "kernels/cuda/hopper_forward_extras.cuh"
 #include "kernels/cuda/hopper_forward_output.cuh"
+#include "kernels/cuda/hopper_forward_parts.cuh"
 #include "kernels/cuda/hopper_forward_producer.cuh"
 #include "kernels/cuda/hopper_forward_softmax.cuh"
 
 template <class SHAPE>
-__global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(const __grid_constant__ forward_call c) {
-  forward_shared<SHAPE> &shared = *dynamic_shared<forward_shared<SHAPE>>();
+__global__ void __launch_bounds__(FORWARD_THREADS, SHAPE::blocks)
+    hopper_forward_kernel(const __grid_constant__ forward_call c) {
+  forward_shared<SHAPE> &shared = hopper_block_memory_as<forward_shared<SHAPE>>();
   if (threadIdx.x == 0) {
     for (int i = 0; i < SHAPE::q_slots; i++) {
       mbarrier_init(shared_address(&shared.q_full[i]), 1);
@@ -78,7 +83,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(cons
   async_proxy_fence();
   __syncthreads();
   if (threadIdx.x < FORWARD_WARPGROUP) {
-    registers_give_back<FORWARD_PRODUCER_REGISTERS>();
+    registers_give_back<SHAPE::producer_registers>();
     if (threadIdx.x < 32) {
       forward_loader<SHAPE>(c, shared).run();
     } else if (threadIdx.x < 64) {
@@ -87,9 +92,13 @@ __global__ void __launch_bounds__(FORWARD_THREADS, 1) hopper_forward_kernel(cons
       forward_fill_dead(c, shared_address(shared.zeros), threadIdx.x / 32 - 2, 2);
     }
   } else {
-    registers_take<FORWARD_CONSUMER_REGISTERS>();
+    registers_take<SHAPE::consumer_registers>();
     forward_consumer<SHAPE> consumer(c, shared);
-    consumer.run();
+    if constexpr (SHAPE::blocks > 1) {
+      consumer.run_parts();
+    } else {
+      consumer.run();
+    }
     named_barrier_meet(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
     if (shared.flagged >= 0) consumer.run_careful();
   }

@@ -15,9 +15,6 @@ enum {
   FORWARD_THREADS = FORWARD_WARPGROUP * (1 + FORWARD_CONSUMERS),
   FORWARD_DONE_THREADS = FORWARD_CONSUMERS * FORWARD_WARPGROUP + 64,  // that agree on the end of the stream
   FORWARD_STAGES = 2,
-  // 128 * 40 + 256 * 232 are the 384 * 168 registers that a block is launched with.
-  FORWARD_PRODUCER_REGISTERS = 40,
-  FORWARD_CONSUMER_REGISTERS = 232,
   // Items on their way through a block at once. The next is found after this one is begun, which needs the buffer of Q
   // of the third before it; the one before that has then been written, so six would do.
   FORWARD_ITEMS = 8,
@@ -79,14 +76,19 @@ struct forward_shape {
   static constexpr int extras = EXTRAS;
   // Whether the bias of a step is brought to shared memory, for which Q gives up a slot.
   static constexpr bool stages_bias = EXTRAS == FORWARD_HALF_BIAS;
+  static constexpr int blocks = WIDTH <= 64 && VALUE_WIDTH <= 64 && !EXTRAS ? 2 : 1;  // of a multiprocessor
+  // 128 * 40 + 256 * 232 are the 384 * 168 registers that a block is launched with, 128 * 32 + 256 * 104 the 384 * 80
+  // of one of two.
+  static constexpr int producer_registers = blocks == 1 ? 40 : 32, consumer_registers = blocks == 1 ? 232 : 104;
   // A step. With 128 keys there are no registers for a bias.
   static constexpr int keys = WIDTH <= 128 && (!(EXTRAS & FORWARD_BIAS) || stages_bias) ? 128 : 64;
   static constexpr int steps = SA_TILE / keys;  // a tile
-  static constexpr int q_slots = WIDTH <= 192 && !(stages_bias && WIDTH > 64) ? 2 : 1;
+  static constexpr int parts = blocks;          // of a step, multiplied one after the other
+  static constexpr int q_slots = WIDTH <= 192 && !(stages_bias && WIDTH > 64) && blocks == 1 ? 2 : 1;
   static constexpr int panels = (WIDTH + SA_PANEL - 1) / SA_PANEL;
   static constexpr int value_panels = (VALUE_WIDTH + SA_PANEL - 1) / SA_PANEL;
   // Registers do not suffice for P twice: P is packed once the product of the step before is done.
-  static constexpr bool packs_late = VALUE_WIDTH > 192;
+  static constexpr bool packs_late = VALUE_WIDTH > 192 || blocks > 1;
   static constexpr int panel_bytes = keys * SA_PANEL * 2, q_panel_bytes = SA_TILE * SA_PANEL * 2;
 };
 

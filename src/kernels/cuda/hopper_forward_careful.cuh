@@ -9,27 +9,29 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::run_careful() {
   while (next_item()) {
     begin_rows();
     do {
-      const int kind = lone_scores(), key = shared.key[k.at];
+      mbarrier_wait(shared_address(&shared.k_full[k.at]), k.parity);
+      const int kind = shared.step[k.at], key = shared.key[k.at];
       uint2 bits = read_bits(kind);
       bool partial = kind & FORWARD_PARTIAL;
-      release_keys(kind);
-      if constexpr (SHAPE::extras) {
-        if (has_bias()) bits = biased_bits(partial, bits), partial = true;
+#pragma unroll 1
+      for (int part = 0; part < SHAPE::parts; part++) {
+        lone_scores(part);
+        if (part == SHAPE::parts - 1) release_keys(kind);
+        if constexpr (SHAPE::extras) {
+          if (has_bias()) bits = biased_bits(partial, bits), partial = true;
+        }
+        uint32_t p[pairs];
+        float a[2];
+        if (softmax<true>(true, partial, part_bits(bits, part), p, a) && done > 0) scale_output(a);
+        pack_late(p);
+        if (part == 0) {
+          mbarrier_wait(shared_address(&shared.v_full[v.at]), v.parity);
+          clean_values();
+        }
+        lone_output(p, part);
       }
-      uint32_t p[pairs];
-      float a[2];
-      if (softmax<true>(true, partial, bits, p, a) && done > 0) scale_output(a);
-      pack_late(p);
-      mbarrier_wait(shared_address(&shared.v_full[v.at]), v.parity);
-      clean_values();
-      pin(o), pin(p);
-      wgmma_fence();
-      issue_output(p, done > 0);
-      wgmma_wait<0>();
-      pin(o), pin(p);
       add_poison(key, partial, bits);
       release_values();
-      done++;
     } while (!last);
     write_item(number, top, sum, alive, false);
     q.next();

@@ -6,7 +6,7 @@
 // A thread of the two warpgroups that multiply. Its rows of the warp's 16 are lane / 4 (index 0) and lane / 4 + 8 (1).
 template <class SHAPE>
 struct forward_consumer {
-  static constexpr int scores = SHAPE::keys / 2, pairs = SHAPE::keys / 4, outs = SHAPE::value_width / 2;
+  static constexpr int scores = SHAPE::keys / SHAPE::parts / 2, pairs = scores / 2, outs = SHAPE::value_width / 2;
   using type = typename SHAPE::type;
 
   const forward_call &c;
@@ -40,8 +40,8 @@ struct forward_consumer {
 
   // Products and steps.
   __device__ void release(uint64_t &barrier);
-  __device__ void issue_scores();
-  __device__ void issue_output(uint32_t (&p)[pairs], int accumulate);
+  __device__ void issue_scores(int part = 0);
+  __device__ void issue_output(uint32_t (&p)[pairs], int accumulate, int part = 0);
   __device__ uint2 read_bits(int step);
   __device__ int query();
   __device__ bool next_item();
@@ -52,8 +52,13 @@ struct forward_consumer {
   __device__ void pass_turn();
   __device__ void step(uint32_t (&p_before)[pairs], uint32_t (&p)[pairs]);
   __device__ void finish(uint32_t (&p)[pairs]);
-  __device__ int lone_scores();
+  __device__ void lone_scores(int part = 0);
+  __device__ void lone_output(uint32_t (&p)[pairs], int part);
   __device__ void run();
+
+  // The same in parts, where two blocks share a multiprocessor (hopper_forward_parts.cuh).
+  static __device__ uint2 part_bits(uint2 bits, int part);
+  __device__ void run_parts();
 
   // Scores to weights (hopper_forward_softmax.cuh).
   __device__ void row_maxima(float (&x)[2]);
@@ -114,13 +119,13 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::release(uint64_t &barri
   if (lane == 0) mbarrier_arrive(shared_address(&barrier));
 }
 
-// S = Q K^T of the step in stage k.
+// S = Q K^T of a part of the step in stage k.
 template <class SHAPE>
-__device__ __forceinline__ void forward_consumer<SHAPE>::issue_scores() {
+__device__ __forceinline__ void forward_consumer<SHAPE>::issue_scores(int part) {
   uint32_t a[1] = {wgmma_operand(shared_address(shared.q[q.at][0]) + group * (SHAPE::q_panel_bytes / 2), 0)};
-  const uint32_t b = wgmma_operand(shared_address(shared.k[k.at][0]), 0);
+  const uint32_t b = wgmma_operand(shared_address(shared.k[k.at][0]) + part * (SHAPE::panel_bytes / SHAPE::parts), 0);
   // With one slot the sums of a and its steps would be kept in registers for good, which do not suffice.
-  if (SHAPE::q_slots == 1) pin(a);
+  if (SHAPE::q_slots == 1 && SHAPE::blocks == 1) pin(a);
   wgmma_first<type, 0, 0>(s, a[0], b);
 #pragma unroll
   for (int x = 1; x < SHAPE::width / 16; x++) {
@@ -130,12 +135,13 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::issue_scores() {
   wgmma_commit();
 }
 
-// O += P V of the step in stage v; O = P V for the first of an item.
+// O += P V of a part of the step in stage v; O = P V for the first of an item.
 template <class SHAPE>
-__device__ __forceinline__ void forward_consumer<SHAPE>::issue_output(uint32_t (&p)[pairs], int accumulate) {
-  const uint32_t b = wgmma_operand(shared_address(shared.v[v.at][0]), SHAPE::panel_bytes);
+__device__ __forceinline__ void forward_consumer<SHAPE>::issue_output(uint32_t (&p)[pairs], int accumulate, int part) {
+  const uint32_t b =
+      wgmma_operand(shared_address(shared.v[v.at][0]) + part * (SHAPE::panel_bytes / SHAPE::parts), SHAPE::panel_bytes);
 #pragma unroll
-  for (int x = 0; x < SHAPE::keys / 16; x++) {
+  for (int x = 0; x < scores / 8; x++) {
     wgmma_rows<type, 1>(o, p + 4 * x, b + x * (2048 >> 4), x == 0 ? accumulate : 1);
   }
   wgmma_commit();
@@ -258,20 +264,29 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::finish(uint32_t (&p)[pa
   write_item(number - 2, top_before, sum_before, alive >> 2, true);  // the end of the stream was counted too
 }
 
-// S = Q K^T with nothing beside it. What kind of step it is.
+// S = Q K^T of a part with nothing beside it.
 template <class SHAPE>
-__device__ __forceinline__ int forward_consumer<SHAPE>::lone_scores() {
-  mbarrier_wait(shared_address(&shared.k_full[k.at]), k.parity);
+__device__ __forceinline__ void forward_consumer<SHAPE>::lone_scores(int part) {
   if constexpr (SHAPE::extras) {
     meet_step();
     draw();
   }
   pin(s);
   wgmma_fence();
-  issue_scores();
+  issue_scores(part);
   wgmma_wait<0>();
   pin(s);
-  return shared.step[k.at];
+}
+
+// O += P V of a part with nothing beside it.
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::lone_output(uint32_t (&p)[pairs], int part) {
+  pin(o), pin(p);
+  wgmma_fence();
+  issue_output(p, done > 0, part);
+  wgmma_wait<0>();
+  pin(o), pin(p);
+  done++;
 }
 
 template <class SHAPE>
@@ -281,7 +296,9 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::run() {
   uint32_t p[pairs], p_second[pairs];  // one is read by P V while the other is written
   uint32_t(&p_other)[pairs] = SHAPE::packs_late ? p : p_second;
   float a[2];
-  const int kind = lone_scores();
+  mbarrier_wait(shared_address(&shared.k_full[k.at]), k.parity);
+  const int kind = shared.step[k.at];
+  lone_scores();
   const uint2 bits = read_bits(kind);
   release_keys(kind);
   done = 1;

@@ -232,6 +232,10 @@ struct forward_loader {
           send_keys(key, run.pattern,
                     (run.pattern >= 0 ? FORWARD_PARTIAL : 0) | (r == runs - 1 && n == steps - 1 ? FORWARD_LAST : 0) |
                         (n % SHAPE::steps ? FORWARD_SECOND_HALF : 0));
+          if (SHAPE::blocks > 1) {
+            send_values(number, key);
+            continue;
+          }
           if (values >= 0) send_values(owner, values);
           send_bias(key);
           owner = number;

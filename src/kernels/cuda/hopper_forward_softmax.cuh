@@ -141,12 +141,13 @@ __device__ __forceinline__ bool forward_consumer<SHAPE>::softmax(bool wary, bool
   release_bias();
   bool rescale = false;
   if (jumps) rescale = raise_maxima<CAREFUL>(a);
-  float t[4] = {0.f, 0.f, 0.f, 0.f};
+  float t[4];
 #pragma unroll
   for (int i = 0; i < scores; i += 2) {
     s[i] = exponential<CAREFUL>(i);
     s[i + 1] = exponential<CAREFUL>(i + 1);
-    t[i & 3] += s[i], t[(i & 3) + 1] += s[i + 1];
+    t[i & 3] = i < 4 ? s[i] : t[i & 3] + s[i];
+    t[(i & 3) + 1] = i < 4 ? s[i + 1] : t[(i & 3) + 1] + s[i + 1];
     if (!SHAPE::packs_late && !SHAPE::extras) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
   }
   if constexpr (SHAPE::extras) {

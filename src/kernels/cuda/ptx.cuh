@@ -9,6 +9,9 @@
 static __device__ __forceinline__ uint32_t shared_address(const void *p) {
   return (uint32_t)__cvta_generic_to_shared(p);
 }
+static __device__ __forceinline__ void *shared_pointer(uint32_t address) {
+  return __cvta_shared_to_generic(address);
+}
 
 // Matrix products of a warp, d += a b. With g = lane / 4 and t = lane % 4 a lane holds
 //

@@ -108,6 +108,9 @@ static inline const unsigned char *matrix_row(uint32_t address) {
 static inline uint32_t shared_address(const void *p) {
   return emulator::shared_address(p);
 }
+static inline void *shared_pointer(uint32_t address) {
+  return emulator::shared_pointer(address, 1);
+}
 
 static inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulator::mma_operands mine = {d, a, b};
