@@ -459,6 +459,10 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
   return true;
 }
 
+static bool NAME(can_leak)(const NAME(block) * block, const sa_stretch *stretch) {
+  return amx_rows_nonfinite(&block->p->v, block, stretch->first, stretch->count, (int)block->p->value_width);
+}
+
 static void NAME(close_values)(const NAME(block) * block, const NAME(forward_products) * room, REAL *o) {
   const int width = (int)block->p->value_width;
   memcpy(room->turned, o, sizeof *o * amx_tiles(width) * AMX_SIDE * NAME(ROW));

@@ -246,6 +246,17 @@ static void NAME(arrive)(const NAME(passage) * passage, const NAME(forward_room)
   for (int64_t d = 0; passage->careful && d < block->count * padded; d++) o[d] += room->leaked[d];
 }
 
+// Whether what came out not finite can have leaked to rows that do not see it. Where a key is NaN that none of a
+// block's masked stretches holds, the rows have what they see: under a causal mask that is all blocks but one, and to
+// do them again cost as much as the rest.
+static bool NAME(has_leaked)(const NAME(block) * block, int64_t tile_first, int64_t tile_end) {
+  sa_walk walk = sa_walk_start(block->p->plan, block->plane, block->query, block->each, tile_first, tile_end, STRETCH);
+  for (sa_stretch stretch; sa_walk_next(&walk, &stretch);) {
+    if (NAME(can_leak)(block, &stretch)) return true;
+  }
+  return false;
+}
+
 // Attention of some blocks of one head over the tiles [tile_first, tile_end). They take turns, `turn` stretches each,
 // so that what one has read of K and V is still in the second cache for the others. `after` (may be NULL): the block
 // that the worker will have next.
@@ -275,6 +286,7 @@ static void NAME(gather)(const NAME(block) * blocks, int count, const NAME(block
     NAME(arrive)(passage, room);
     const int width = (int)blocks[i].p->value_width;
     if (!passage->leaks || !NAME(has_nonfinite)(gathered[i].o, NAME(padded)(width), blocks[i].count, width)) continue;
+    if (!NAME(has_leaked)(&blocks[i], tile_first, tile_end)) continue;
     *passage = NAME(set_out)(&blocks[i], tile_first, tile_end, true, room->query[i], &gathered[i], room);
     while (passage->more) NAME(advance)(passage, NULL, false, &held, NULL, room);
     NAME(arrive)(passage, room);

@@ -272,6 +272,20 @@ static const REAL *NAME(key_rows)(const NAME(block) * block, int64_t first, int 
   return NAME(rows_of)(k, block, first, count, width, block->few, room, stride);
 }
 
+// Whether some element of so many rows of K or V is not finite.
+static bool NAME(wild_rows)(const sa_operand *x, const NAME(block) * keys, int64_t first, int count, int width) {
+  if (x->dtype == DTYPE) {
+    return NAME(has_nonfinite)(sa_at(x, keys->batch, keys->key_head, first, 0), x->stride[2], count, width);
+  }
+  REAL room[SA_FUSED_WIDTH];
+  bool wild = false;
+  for (int r = 0; r < count && !wild; r++) {
+    NAME(read_row)(sa_at(x, keys->batch, keys->key_head, first + r, 0), x->dtype, width, room);
+    wild = NAME(has_nonfinite)(room, 0, 1, width);
+  }
+  return wild;
+}
+
 // S^T of a stretch, as K and Q alone give it. `peak` (NULL when queries are few) is raised to the largest of each
 // query.
 static void NAME(score_product)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key,
@@ -376,6 +390,13 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
   return visible;
 }
 
+// Whether V of a stretch can have leaked: something in it is not finite, and some of its pairs are masked.
+static bool NAME(can_leak)(const NAME(block) * block, const sa_stretch *stretch) {
+  const sa_problem *p = block->p;
+  if (!stretch->pattern && !p->bias.data) return false;
+  return NAME(wild_rows)(&p->v, block, stretch->first, stretch->count, (int)p->value_width);
+}
+
 // After the last stretch: o as rows of queries, which it is here all along, but for the order of a row.
 static void NAME(close_values)(const NAME(block) * block, const NAME(forward_products) * room, REAL *o) {
   const int width = (int)block->p->value_width;
@@ -400,20 +421,8 @@ static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const
                                    .other_rows = NAME(take)(room, keys * (finite > values ? finite : values))};
 }
 
-// Whether some element of so many keys is not finite.
 static bool NAME(wild_keys)(const NAME(block) * keys, int64_t first, int count) {
-  const sa_operand *k = &keys->p->k;
-  const int width = (int)keys->p->width;
-  REAL room[SA_FUSED_WIDTH];
-  if (k->dtype == DTYPE) {
-    return NAME(has_nonfinite)(sa_at(k, keys->batch, keys->key_head, first, 0), k->stride[2], count, width);
-  }
-  bool wild = false;
-  for (int r = 0; r < count && !wild; r++) {
-    NAME(read_row)(sa_at(k, keys->batch, keys->key_head, first + r, 0), k->dtype, width, room);
-    wild = NAME(has_nonfinite)(room, 0, 1, width);
-  }
-  return wild;
+  return NAME(wild_rows)(&keys->p->k, keys, first, count, (int)keys->p->width);
 }
 
 // Whether dO is packed times the scale of the scores, which dQ and dK then need no pass for; what is added to scores
