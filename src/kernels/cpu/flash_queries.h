@@ -128,15 +128,33 @@ static bool NAME(apart)(int64_t stride) {
   return stride % (4 * 64 / (int64_t)sizeof(REAL)) || stride <= TILE_VECTORS * LANES;
 }
 
+// Copies rows of whole vectors. Returns whether something in them is not finite.
+static bool NAME(copy_rows)(const REAL *rows, int64_t stride, int count, int width, REAL *to, int64_t to_row) {
+  const NAME(vector) zero = NAME(set)(0);
+  NAME(vector) sum = zero;
+  for (int r = 0; r < count; r++, rows += stride, to += to_row) {
+    for (int d = 0; d < width; d += LANES) {
+      const NAME(vector) x = NAME(load)(rows + d);
+      sum = NAME(fma)(x, zero, sum);
+      NAME(store)(to + d, x);
+    }
+  }
+  const uint64_t lanes = ((uint64_t)2 << (LANES - 1)) - 1;
+  return NAME(below_or_equal)(sum, zero) != lanes;
+}
+
 // Rows of Q or dO: as they lie, when nothing has to change, else copied to `room`, dead rows and what is not finite 0.
 static NAME(query_rows)
     NAME(rows_of_queries)(const sa_operand *x, const NAME(block) * block, int width, uint64_t dead, REAL *room) {
   const int64_t padded = NAME(padded)(width);
   NAME(query_rows) result = {.operand = x, .width = width, .rows = room, .stride = padded};
   const bool complete = !(dead << (QUERIES - block->count));
-  if (x->data && x->dtype == DTYPE && complete && NAME(columns)(width) == width && NAME(apart)(x->stride[2])) {
+  if (x->data && x->dtype == DTYPE && complete && NAME(columns)(width) == width) {
     const REAL *rows = NAME(row_at)(x, block, 0);
-    if (!NAME(has_nonfinite)(rows, x->stride[2], block->count, width)) {
+    const bool apart = NAME(apart)(x->stride[2]);
+    if (apart ? !NAME(has_nonfinite)(rows, x->stride[2], block->count, width)
+              : !NAME(copy_rows)(rows, x->stride[2], block->count, width, room, padded)) {
+      if (!apart) return result;
       result.rows = rows;
       result.stride = x->stride[2];
       return result;
