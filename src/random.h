@@ -4,6 +4,7 @@
 #define SAFEATTN_RANDOM_H
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "everywhere.h"
 
@@ -85,13 +86,68 @@ SA_EVERYWHERE double sa_uniform_f64(uint32_t high, uint32_t low) {
   return ((high >> 5) * 0x1p26 + (low >> 6)) * 0x1p-53;
 }
 
+// A product and a sum that no compiler makes one of, so that normal numbers have the same bits on every device. Their
+// functions are series of their own for that reason, too: those of two libraries differ by an ulp or two.
+SA_EVERYWHERE double sa_times(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+SA_EVERYWHERE double sa_plus(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+// x term[0] + x^2 term[1] + ...
+SA_EVERYWHERE double sa_series(double x, int terms, const double *term) {
+  double sum = 0;
+  for (int k = terms - 1; k >= 0; k--) sum = sa_times(sa_plus(sum, term[k]), x);
+  return sum;
+}
+
+// -log(n / 2^32), n from 1 to 2^32. With n = 2^e m, m within sqrt 2 of 1: (32 - e) log 2 - 2 atanh((m-1) / (m+1)).
+SA_EVERYWHERE double sa_minus_log(double n) {
+  const double term[] = {1.0 / 3,  1.0 / 5,  1.0 / 7,  1.0 / 9,  1.0 / 11, 1.0 / 13,
+                         1.0 / 15, 1.0 / 17, 1.0 / 19, 1.0 / 21, 1.0 / 23};
+  uint64_t bits;
+  memcpy(&bits, &n, sizeof bits);
+  int e = (int)(bits >> 52) - 1023;
+  double m = n * (1 / (double)((uint64_t)1 << e));
+  if (m > 0x1.6a09e667f3bcdp0) {
+    m *= 0.5;
+    e++;
+  }
+  const double x = 2 * (m - 1) / (m + 1);
+  const double small = sa_plus(x, sa_times(x, sa_series(sa_times(0.25 * x, x), 11, term)));
+  return sa_plus(sa_times(32 - e, 0x1.62e42fefa39efp-1), -small);
+}
+
+// Of angles up to an eighth of a turn.
+SA_EVERYWHERE double sa_sine(double x) {
+  const double term[] = {-1.0 / 6,        1.0 / 120,        -1.0 / 5040,          1.0 / 362880,
+                         -1.0 / 39916800, 1.0 / 6227020800, -1.0 / 1307674368000, 1.0 / 355687428096000};
+  return sa_plus(x, sa_times(x, sa_series(sa_times(x, x), 8, term)));
+}
+
+SA_EVERYWHERE double sa_cosine(double x) {
+  const double term[] = {-1.0 / 2,       1.0 / 24,        -1.0 / 720,         1.0 / 40320,
+                         -1.0 / 3628800, 1.0 / 479001600, -1.0 / 87178291200, 1.0 / 20922789888000};
+  return sa_plus(1, sa_series(sa_times(x, x), 8, term));
+}
+
 // Box and Muller's: two words make two normal numbers. Quarter turns are taken off the angle in integers, which is
-// exact, so that a sine or cosine near 0 keeps all its digits on every device.
+// exact, so that a sine or cosine near 0 keeps all its digits.
 SA_EVERYWHERE void sa_normals(uint32_t a, uint32_t b, double *values) {
-  const double radius = sqrt(-2 * log((a + 1.0) * 0x1p-32));
+  const double radius = sqrt(2 * sa_minus_log(a + 1.0));
   const uint32_t quarters = (b + 0x20000000u) >> 30;
   const double rest = (int32_t)(b - (quarters << 30)) * (0x1.921fb54442d18p0 * 0x1p-30);  // pi/2 is a quarter turn
-  const double sine = radius * sin(rest), cosine = radius * cos(rest);
+  const double sine = sa_times(radius, sa_sine(rest)), cosine = sa_times(radius, sa_cosine(rest));
   const double x = quarters & 1 ? sine : cosine, y = quarters & 1 ? cosine : sine;
   values[0] = quarters == 1 || quarters == 2 ? -x : x;
   values[1] = quarters >= 2 ? -y : y;
