@@ -34,9 +34,11 @@
 // tells when it has become too small (GROW), and then P, the sum and O are divided by a power of two. What a row gets
 // depends on its own visible scores alone, not on the other rows of its warp.
 //
-// An item whose output is not finite is noted and done again by its block when all else is done, carefully: the same
-// products in the same order, but with the elements of V that are not finite replaced by 0 and then added to the rows
-// that see them, and with the maximum raised where the kept one would overflow. So rows that see nothing of the kind
+// An item whose output is not finite is noted. From the first on, its block looks at the maximum of every step, raises
+// it where a sum would overflow under the kept one, and takes that item again in its stream: a jump of the scores is
+// all that most suffer from. What is not finite then is done again when all else is done, carefully: the same products
+// in the same order, but with the elements of V that are not finite replaced by 0 and then added to the rows that see
+// them, and with the maximum raised as above. So rows that see nothing of the kind
 // get the very bits of a clean run, and clean inputs pay for one test of O. A bias of -inf masks by itself as long as
 // the product is finite; what a product that is not leaves behind ends in the careful path, too, where it is selected.
 // A row is dead when it has no maximum at its end and saw no key while it had none: `alive`.
@@ -75,8 +77,9 @@ __global__ void __launch_bounds__(FORWARD_THREADS, SHAPE::blocks)
     mbarrier_init(shared_address(&shared.found), 1);
     mbarrier_init(shared_address(&shared.asked), 1);
     mbarrier_init_fence();
+    shared.wary = FORWARD_NEVER;
     shared.flagged = -1;
-    for (int i = 0; i < FORWARD_ITEMS; i++) shared.flagged_number[i] = 0;
+    for (int i = 0; i < FORWARD_ITEMS; i++) shared.flagged_number[i] = shared.again[i] = 0;
     for (int i = 0; i < 2 * SHAPE::keys / 32; i++) shared.poisoned[0][i] = 0;
   }
   if (threadIdx.x < SHAPE::value_width / 2) shared.zeros[threadIdx.x] = 0;
@@ -100,7 +103,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, SHAPE::blocks)
       consumer.run();
     }
     named_barrier_meet(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
-    if (shared.flagged >= 0) consumer.run_careful();
+    if (shared.wary != FORWARD_NEVER) consumer.run_careful();
   }
 }
 

@@ -18,6 +18,9 @@ enum {
   // Items on their way through a block at once. The next is found after this one is begun, which needs the buffer of Q
   // of the third before it; the one before that has then been written, so six would do.
   FORWARD_ITEMS = 8,
+  FORWARD_NEVER = INT32_MAX,
+  // So many items from the first that is not finite on may have begun before all warps knew.
+  FORWARD_UNAWARE = 4,
   FORWARD_GROUPS = 256,  // of heads, that are put in order
   // A block takes its next item when so many steps of the one at hand are left to load: soon enough to look it up, but
   // not so soon that a block has an item waiting for it that others are free for.
@@ -36,6 +39,8 @@ enum {
 #define FORWARD_GROW 1024.f
 // Above its maximum by less than this (log2), a score overflows neither by itself nor in a sum.
 #define FORWARD_JUMP 100.f
+// A thread's scores of a step, this far above the row's maximum, still have a finite sum.
+#define FORWARD_NEAR 122.f
 
 // What a kernel can do beyond the scale, as the template argument EXTRAS of forward_shape.
 enum {
@@ -59,7 +64,7 @@ typedef struct forward_call {
   // Work item w is of group w / group_items; a group is group_heads neighbouring heads of [batch, head].
   int32_t items, group_items, group_heads, ordered;
   int32_t *counter;       // two, zero before and after every launch
-  int32_t *flagged_next;  // [items]: the list of a block's items to be done again
+  int32_t *flagged_next;  // [items]: the list of a block's items to be done carefully
   uint16_t group_order[FORWARD_GROUPS];
   // Extras. Where all batches have one bias, those of a head are neighbours in place of the heads of a batch: then
   // `batches` is their number, else 0.
@@ -98,6 +103,9 @@ typedef struct forward_item {
   int32_t batch, head, key_head, tile;
   int32_t count;  // of runs
   int32_t tiles;  // of them, those of the first 32 runs at least
+  // The run that the item begins with: where several PARTIAL ones come before a FULL one, as at the ends of a window,
+  // the FULL one, so that every row has a maximum after the first step.
+  int32_t first_run;
   const sa_run *runs;
   void *out;  // its first row
   float *lse;
@@ -126,7 +134,9 @@ struct forward_shared : forward_bias<SHAPE> {
   forward_item item[FORWARD_ITEMS];
   sa_run runs[2][32];                                 // the first of an item
   int32_t step[FORWARD_STAGES], key[FORWARD_STAGES];  // of which kind, and its first key
-  int32_t flagged;                                    // the first of the items to be done again, or -1
+  int32_t wary;                            // the number of the first item that was not finite, or FORWARD_NEVER
+  int32_t again[FORWARD_ITEMS];            // 1 + an item that the stream takes again, or 0
+  int32_t flagged;                         // the first of the items to be done carefully, or -1
   int32_t flagged_number[FORWARD_ITEMS];   // 1 + the number of the newest flagged item among those of this slot
   uint32_t poisoned[2][SHAPE::keys / 32];  // keys of a step whose V was not finite
   alignas(8) uint64_t q_full[SHAPE::q_slots], q_empty[SHAPE::q_slots];

@@ -65,7 +65,8 @@ struct forward_consumer {
   __device__ void begin_rows();
   __device__ void keep(int r, float maximum);
   __device__ float octaves(float x);
-  __device__ float exponent(int i);
+  __device__ float in_units(float score);
+  __device__ float exponent(float score, int r);
   __device__ void sums(float (&t)[2]);
   template <bool CAREFUL>
   __device__ bool raise_maxima(float (&a)[2]);
@@ -232,7 +233,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::step(uint32_t (&p_befor
   const uint2 bits = read_bits(kind);
   // Once an item of the block had to be noted, the maximum of every step is looked at, so that a workload whose
   // scores jump often is not done twice. The bits are the same.
-  const bool wary = shared.flagged >= 0;
+  const bool wary = shared.wary != FORWARD_NEVER;
   wgmma_wait<1>();
   pin(s);
   pass_turn();

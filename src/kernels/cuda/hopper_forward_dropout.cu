@@ -1,4 +1,6 @@
 // the forward kernels of Hopper with dropout
+//
+// At width 128 they may spill: seven registers, which raising maxima and the end of an item leave no room for.
 #include "kernels/cuda/hopper_forward.cuh"
 
 template int hopper_forward_launch<forward_shape<__nv_bfloat16, 64, 64, FORWARD_DROPOUT>>(const char *,

@@ -16,41 +16,48 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::write_item(int of, cons
                                                                     const float (&part)[2], int lives, bool note) {
   const forward_item &item = shared.item[of % FORWARD_ITEMS];
   const int rows = min(c.queries - item.tile * SA_TILE - warp * 16, 16);  // of the warp; none or less beyond the end
+  const int row = lane / 4;                                               // of the warp, and the one 8 below
   const uint32_t dead_bits = item.dead[warp];
+  const float sink = item.sink;
   bool dead[2], bad = false;
-  float factor[2];
+  float factor[2], lse[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    const int row = lane / 4 + 8 * r;
-    dead[r] = dead_bits >> row & 1;
+    dead[r] = dead_bits >> (row + 8 * r) & 1;
     if constexpr (SHAPE::extras) {
       const uint32_t quads = __ballot_sync(~0u, lives >> r & 1);
       if (has_bias()) dead[r] = maximum[r] == forward_minus_infinity() && !(quads >> (lane & 28) & 15);
     }
-    const float sink = item.sink;
     float total = forward_quad_sum(part[r]), base = maximum[r], weight = 1.f;
     if (sink != forward_minus_infinity()) {  // its share of the sum, under the greater of both maxima
       base = fmaxf(base, sink);
       weight = exp2_fast(octaves(maximum[r] - base));
       total = total * weight + exp2_fast(octaves(sink - base));
     }
-    factor[r] = weight / total;
+    factor[r] = weight * reciprocal_fast(total);
     if (SHAPE::extras) factor[r] *= c.scores.kept;
     bad |= !dead[r] && !(total < -forward_minus_infinity());
     // Visible scores that are all -inf have no sum and no softmax.
     const float log_total = SHAPE::extras ? __log2f(total) * c.scores.octave : __log2f(total);
-    const float lse = dead[r] ? sink : total == 0.f ? __int_as_float(0x7fffffff) : base + log_total;
-    if (lane % 4 == 0 && row < rows) {
-      const float natural = SHAPE::extras ? c.scores.natural : 0.69314718f;
-      if (item.lse) item.lse[(warp * 16 + row) * c.lse.stride[2]] = lse * natural;
-      if (item.dead_rows) item.dead_rows[(warp * 16 + row) * c.dead.stride[2]] = dead[r];
-    }
+    lse[r] = dead[r] ? sink : total == 0.f ? __int_as_float(0x7fffffff) : base + log_total;
+    lse[r] *= SHAPE::extras ? c.scores.natural : 0.69314718f;
   }
-  // This thread writes 16 bytes of every fourth row.
-  const int stride = (int)c.out.stride[2];
-  type *out = (type *)item.out + (warp * 16 + (lane >> 3)) * stride + (lane & 7) * 8;
+  if (lane % 4 == 0 && item.lse) {
+    float *const to = item.lse + (warp * 16 + row) * c.lse.stride[2];
+    if (row < rows) to[0] = lse[0];
+    if (row + 8 < rows) to[8 * c.lse.stride[2]] = lse[1];
+  }
+  if (lane % 4 == 0 && item.dead_rows) {
+    uint8_t *const to = item.dead_rows + (warp * 16 + row) * c.dead.stride[2];
+    if (row < rows) to[0] = dead[0];
+    if (row + 8 < rows) to[8 * c.dead.stride[2]] = dead[1];
+  }
+  // This thread writes 16 bytes of every fourth row, of which `left` are there.
+  const int first = lane >> 3, piece = lane & 7, left = rows - first;
+  const int64_t step = 4 * c.out.stride[2];
+  type *out = (type *)item.out + (warp * 4 * step + first * c.out.stride[2]) + piece * 8;
   const uint32_t buffer = shared_address(shared.out[warp]);
-  uint32_t seen = 0;
+  uint32_t seen[2] = {0, 0};
 #pragma unroll
   for (int panel = 0; panel < SHAPE::value_panels; panel++) {
     if (panel) __syncwarp();
@@ -62,30 +69,40 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::write_item(int of, cons
       for (int i = 0; i < 4; i++) {
         const int r = i & 1, e = 4 * (panel * 8 + x + (i >> 1)) + 2 * r;
         w[i] = dead[r] ? 0 : pack_halves<type>(o[e] * factor[r], o[e + 1] * factor[r]);
-        seen = note_nonfinite<type>(seen, w[i]);
+        seen[r] = note_nonfinite<type>(seen[r], w[i]);
       }
-      const int row = lane & 15, piece = x + (lane >> 4);
-      store_matrices(buffer + row * 128 + ((piece ^ (row & 7)) << 4), w);
+      const int to = lane & 15;
+      store_matrices(buffer + to * 128 + (((x + (lane >> 4)) ^ (to & 7)) << 4), w);
     }
     __syncwarp();
+    // All loads before the first store: a store that may be left out would otherwise keep its load behind a branch.
+    int4 x[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int row = i * 4 + (lane >> 3), piece = lane & 7;
-      const uint4 x = *(const uint4 *)(shared.out[warp] + row * 128 + ((piece ^ (row & 7)) << 4));
-      if (row < rows && panel * SA_PANEL + piece * 8 < c.value_width) {
-        *(uint4 *)(out + i * 4 * stride + panel * SA_PANEL) = x;
-      }
+      const int from = i * 4 + first;
+      x[i] = *(const int4 *)(shared.out[warp] + from * 128 + ((piece ^ (from & 7)) << 4));
+    }
+    const int stored = panel * SA_PANEL + piece * 8 < c.value_width ? left : 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      if (i * 4 < stored) *(int4 *)(out + i * step + panel * SA_PANEL) = x[i];
     }
   }
-  bad |= (seen & 0x7fff7fff) != 0;
+  bad |= ((seen[0] | seen[1]) & 0x7fff7fff) != 0;
   if (note && __any_sync(~0u, bad) && lane == 0) note_item(of, item.work);
   __syncwarp();
 }
 
-// Eight warps may find the same item; the first puts it on the list.
+// Eight warps may find the same item; the first notes it. An item that may have begun before the block was wary is
+// taken again in the stream, since a jump is all that most suffer from; others have to be done carefully.
 template <class SHAPE>
 __device__ __forceinline__ void forward_consumer<SHAPE>::note_item(int of, int work) {
   if (atomicMax(&shared.flagged_number[of % FORWARD_ITEMS], of + 1) > of) return;
+  const int first = min(atomicMin(&shared.wary, of), of);
+  if (of < first + FORWARD_UNAWARE) {
+    atomicExch(&shared.again[of % FORWARD_ITEMS], work + 1);
+    return;
+  }
   c.flagged_next[work] = atomicExch(&shared.flagged, work);
 }
 

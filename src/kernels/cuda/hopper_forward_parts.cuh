@@ -19,7 +19,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::run_parts() {
   while (next_item()) {
     begin_rows();
     // As in step(), but looked at once an item.
-    const bool wary = shared.flagged >= 0;
+    const bool wary = shared.wary != FORWARD_NEVER;
     do {
       mbarrier_wait(shared_address(&shared.k_full[k.at]), k.parity);
       const int kind = shared.step[k.at];

@@ -9,7 +9,8 @@ struct forward_finder {
   const forward_call &c;
   forward_shared<SHAPE> &shared;
   const int lane = threadIdx.x % 32;
-  int number = 0;  // of items found
+  int number = 0;   // of items found
+  int waiting = 0;  // the lane's of the items to be taken again, as in `again`
 
   __device__ __forceinline__ forward_finder(const forward_call &call, forward_shared<SHAPE> &memory)
       : c(call), shared(memory) {}
@@ -40,6 +41,7 @@ struct forward_finder {
     const sa_run run = lane < count ? runs[lane] : sa_run{};
     const int tiles = __reduce_add_sync(~0u, run.count);
     if (lane < count) shared.runs[number % 2][lane] = run;
+    const int partial = __ffs(__ballot_sync(~0u, lane < count && run.pattern < 0)) - 1;  // before the first FULL
     if (lane < SA_TILE / 16) item.dead[lane] = dead_rows(batch, head, tile * SA_TILE + lane * 16);
     if (lane == 0) {
       item.work = work;
@@ -49,6 +51,7 @@ struct forward_finder {
       item.tile = tile;
       item.count = count;
       item.tiles = tiles;
+      item.first_run = partial > 1 ? partial : 0;
       item.runs = runs;
       item.out = (uint16_t *)c.out.data + forward_offset(c.out, batch, head, tile);
       item.lse = c.lse.data ? (float *)c.lse.data + forward_offset(c.lse, batch, head, tile) : NULL;
@@ -72,14 +75,35 @@ struct forward_finder {
     number++;
   }
 
+  // An item that the stream takes again, or -1.
+  __device__ __forceinline__ int take_again() {
+    if (lane < FORWARD_ITEMS && !waiting) waiting = atomicExch(&shared.again[lane], 0);
+    const uint32_t found = __ballot_sync(~0u, waiting);
+    if (!found) return -1;
+    const int from = __ffs(found) - 1, work = __shfl_sync(~0u, waiting, from) - 1;
+    if (lane == from) waiting = 0;
+    return work;
+  }
+
+  __device__ __forceinline__ int take() {
+    int work = take_again();
+    if (work >= 0) return work;
+    if (lane == 0) work = atomicAdd(c.counter, 1) + (int)gridDim.x;
+    return __shfl_sync(~0u, work, 0);
+  }
+
+  // An item to be done carefully, or -1.
+  __device__ __forceinline__ int take_careful() {
+    const int again = take_again(), work = again >= 0 ? again : shared.flagged;
+    __syncwarp();
+    if (again < 0 && work >= 0 && lane == 0) shared.flagged = c.flagged_next[work];
+    __syncwarp();
+    return work;
+  }
+
   // Items that see no key are the last of their group, or nearly so: they are passed over one by one.
   __device__ __forceinline__ void run() {
-    for (int work = blockIdx.x; work < c.items;) {
-      publish(work);
-      int fetched = 0;
-      if (lane == 0) fetched = atomicAdd(c.counter, 1) + (int)gridDim.x;
-      work = __shfl_sync(~0u, fetched, 0);
-    }
+    for (int work = blockIdx.x; work < c.items; work = take()) publish(work);
     publish_end();
     // The last block out leaves the counters as it found them.
     if (lane == 0) {
@@ -87,8 +111,8 @@ struct forward_finder {
       if (atomicAdd(c.counter + 1, 1) == (int)gridDim.x - 1) c.counter[0] = c.counter[1] = 0;
     }
     named_barrier_meet(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
-    if (shared.flagged < 0) return;
-    for (int work = shared.flagged; work >= 0; work = c.flagged_next[work]) publish(work);
+    if (shared.wary == FORWARD_NEVER) return;
+    for (int work = take_careful(); work >= 0; work = take_careful()) publish(work);
     publish_end();
   }
 };
@@ -223,14 +247,14 @@ struct forward_loader {
     for (; begin_item(); number++) {
       send_query();
       const int runs = item().count;
-      for (int r = 0; r < runs; r++) {
+      for (int x = 0, r = item().first_run; x < runs; x++, r = r + 1 == runs ? 0 : r + 1) {
         const sa_run run = r < 32 ? shared.runs[number % 2][r] : item().runs[r];
         const int steps = run.count * SHAPE::steps;
         for (int n = 0; n < steps; n++) {
           const int key = run.first * SA_TILE + n * SHAPE::keys;
           count_step();
           send_keys(key, run.pattern,
-                    (run.pattern >= 0 ? FORWARD_PARTIAL : 0) | (r == runs - 1 && n == steps - 1 ? FORWARD_LAST : 0) |
+                    (run.pattern >= 0 ? FORWARD_PARTIAL : 0) | (x == runs - 1 && n == steps - 1 ? FORWARD_LAST : 0) |
                         (n % SHAPE::steps ? FORWARD_SECOND_HALF : 0));
           if (SHAPE::blocks > 1) {
             send_values(number, key);
@@ -253,7 +277,7 @@ struct forward_loader {
       again = false;
       if (!careful) {
         named_barrier_meet(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
-        again = careful = shared.flagged >= 0;
+        again = careful = shared.wary != FORWARD_NEVER;
       }
     }
   }

@@ -3,7 +3,7 @@
 #define SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_SOFTMAX_CUH
 #include "kernels/cuda/hopper_forward_consumer.cuh"
 
-// The greatest score of each row, in the units of the maximum.
+// The greatest score of each row.
 template <class SHAPE>
 __device__ __forceinline__ void forward_consumer<SHAPE>::row_maxima(float (&x)[2]) {
   float t[4];
@@ -11,8 +11,14 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::row_maxima(float (&x)[2
   for (int i = 0; i < 4; i++) t[i] = fmaxf(s[i], s[i + 4]);
 #pragma unroll
   for (int i = 8; i < scores; i++) t[i % 4] = fmaxf(t[i % 4], s[i]);
-  x[0] = forward_quad_max(fmaxf(t[0], t[1])) * (SHAPE::extras ? 1.f : c.scale_log2);
-  x[1] = forward_quad_max(fmaxf(t[2], t[3])) * (SHAPE::extras ? 1.f : c.scale_log2);
+  x[0] = forward_quad_max(fmaxf(t[0], t[1]));
+  x[1] = forward_quad_max(fmaxf(t[2], t[3]));
+}
+
+// A score in the units of the maximum.
+template <class SHAPE>
+__device__ __forceinline__ float forward_consumer<SHAPE>::in_units(float score) {
+  return SHAPE::extras ? score : score * c.scale_log2;
 }
 
 // No row of an item has a maximum yet. What the item before had is kept for its end.
@@ -41,11 +47,11 @@ __device__ __forceinline__ float forward_consumer<SHAPE>::octaves(float x) {
   return x;
 }
 
-// What the exponential of a score is taken of.
+// What the exponential of a score of row r is taken of.
 template <class SHAPE>
-__device__ __forceinline__ float forward_consumer<SHAPE>::exponent(int i) {
-  if constexpr (SHAPE::extras) return octaves(s[i] + shift[i >> 1 & 1]);
-  return fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]);
+__device__ __forceinline__ float forward_consumer<SHAPE>::exponent(float score, int r) {
+  if constexpr (SHAPE::extras) return octaves(score + shift[r]);
+  return fmaf(score, c.scale_log2, shift[r]);
 }
 
 // The exponentials of a thread's scores, summed as softmax() does.
@@ -54,27 +60,41 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::sums(float (&t)[2]) {
   float part[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int i = 0; i < scores; i += 2) {
-    part[i & 3] += exp2_fast(exponent(i));
-    part[(i & 3) + 1] += exp2_fast(exponent(i + 1));
+    part[i & 3] += exp2_fast(exponent(s[i], i >> 1 & 1));
+    part[(i & 3) + 1] += exp2_fast(exponent(s[i + 1], i >> 1 & 1));
   }
   t[0] = part[0] + part[1];
   t[1] = part[2] + part[3];
 }
 
 // Raises the maximum of rows whose sum of this step overflows under the kept one. All others keep it, so that they
-// get the same bits. Whether O must be scaled, by a.
+// get the same bits. What overflows is told by the greatest score, but close to the limit by the sums themselves.
+// Whether O must be scaled, by a.
 template <class SHAPE>
 template <bool CAREFUL>
 __device__ __forceinline__ bool forward_consumer<SHAPE>::raise_maxima(float (&a)[2]) {
-  float x[2], t[2];
+  float x[2];
   row_maxima(x);
-  sums(t);
-  bool any = false;
+  bool over[2], unsure = false, any = false;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    const uint32_t quads = __ballot_sync(~0u, t[r] == -forward_minus_infinity());
+    const float e = exponent(x[r], r);
+    over[r] = e >= 128.f;
+    unsure |= !over[r] && e > FORWARD_NEAR;
+    x[r] = in_units(x[r]);
+  }
+  if (__any_sync(~0u, unsure)) {
+    float t[2];
+    sums(t);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      over[r] = __ballot_sync(~0u, t[r] == -forward_minus_infinity()) >> (lane & 28) & 15;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
     a[r] = 1.f;
-    if (quads >> (lane & 28) & 15) {
+    if (over[r]) {
       a[r] = exp2_fast(octaves(top[r] - x[r]));
       if (CAREFUL && x[r] > top[r]) low[r] = 0.f;
       keep(r, x[r]);
@@ -94,7 +114,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::settle_huge() {
   float most[2] = {forward_minus_infinity(), forward_minus_infinity()};
 #pragma unroll
   for (int i = 0; i < scores; i++) {
-    most[i >> 1 & 1] = fmaxf(most[i >> 1 & 1], fmaf(s[i], c.scale_log2, shift[i >> 1 & 1]));
+    most[i >> 1 & 1] = fmaxf(most[i >> 1 & 1], exponent(s[i], i >> 1 & 1));
   }
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -107,7 +127,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::settle_huge() {
 template <class SHAPE>
 template <bool CAREFUL>
 __device__ __forceinline__ float forward_consumer<SHAPE>::exponential(int i) {
-  const float x = exponent(i);
+  const float x = exponent(s[i], i >> 1 & 1);
   return exp2_fast(CAREFUL && !SHAPE::extras ? x - low[i >> 1 & 1] : x);
 }
 
@@ -131,6 +151,7 @@ __device__ __forceinline__ bool forward_consumer<SHAPE>::softmax(bool wary, bool
     if (wary || __any_sync(~0u, meets)) {  // a row without a maximum has nothing in sum and O yet
       float x[2];
       row_maxima(x);
+      x[0] = in_units(x[0]), x[1] = in_units(x[1]);
       if (top[0] == forward_minus_infinity()) keep(0, x[0]);
       if (top[1] == forward_minus_infinity()) keep(1, x[1]);
       if constexpr (SHAPE::extras) note_alive(partial, bits);
