@@ -31,7 +31,6 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::run_parts() {
         uint32_t p[pairs];
         float a[2];
         if (softmax<false>(wary, kind & FORWARD_PARTIAL, part_bits(bits, part), p, a)) scale_output(a);
-        pack_late(p);
         if (part == 0) mbarrier_wait(shared_address(&shared.v_full[v.at]), v.parity);
         lone_output(p, part);
       }

@@ -136,6 +136,8 @@ template <class SHAPE>
 template <bool CAREFUL>
 __device__ __forceinline__ bool forward_consumer<SHAPE>::softmax(bool wary, bool partial, uint2 bits,
                                                                  uint32_t (&p)[pairs], float (&a)[2]) {
+  // Of parts, the product before is done; the careful pass has no registers for P beside S.
+  constexpr bool packs_here = !SHAPE::packs_late || (SHAPE::blocks > 1 && !CAREFUL);
   if constexpr (SHAPE::extras) extend_scores();
   if (partial) {  // selected, never added: whatever a masked score is, it vanishes
 #pragma unroll
@@ -169,11 +171,11 @@ __device__ __forceinline__ bool forward_consumer<SHAPE>::softmax(bool wary, bool
     s[i + 1] = exponential<CAREFUL>(i + 1);
     t[i & 3] = i < 4 ? s[i] : t[i & 3] + s[i];
     t[(i & 3) + 1] = i < 4 ? s[i + 1] : t[(i & 3) + 1] + s[i + 1];
-    if (!SHAPE::packs_late && !SHAPE::extras) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
+    if (packs_here && !SHAPE::extras) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
   }
   if constexpr (SHAPE::extras) {
     drop();
-    if (!SHAPE::packs_late) pack(p);
+    if (packs_here) pack(p);
   }
   t[0] += t[1], t[2] += t[3];
   // Rare. The branch has a second use: ptxas cannot move the wait for P V above it, and so not above the
@@ -201,7 +203,7 @@ __device__ __forceinline__ bool forward_consumer<SHAPE>::softmax(bool wary, bool
 #pragma unroll
     for (int i = 0; i < scores; i += 2) {
       s[i] *= f[i >> 1 & 1], s[i + 1] *= f[i >> 1 & 1];
-      if (!SHAPE::packs_late) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
+      if (packs_here) p[i / 2] = pack_halves<type>(s[i], s[i + 1]);
     }
     rescale = true;
   }
