@@ -28,30 +28,33 @@ static const decoding_entry *entry_of(const sa_problem *p) {
 }
 
 enum {
-  DECODING_KEYS = 8 * SA_TILE,  // at least
-  DECODING_EVEN_SHARE = 768     // units of a block up to which it matters where items end
+  DECODING_FEW_ROWS = 16,        // of an item: a group
+  DECODING_KEYS = 8 * SA_TILE,   // at least
+  DECODING_SHORT = 2 * SA_TILE,  // the same of few rows of several heads
+  DECODING_EVEN_SHARE = 768      // units of a block up to which it matters where items end
 };
 
 // Up to 16 rows the portable kernels are faster where blocks have many ends of items: 256 x 1024 keys of 32:8 heads
-// take them 253 us, these 265. Of lists that differ from batch to batch each is looked up in memory, in the stream of
-// keys: 64 x 2048 keys with padding 91 and 127, but 16 x 8192 98 and 84. More rows would take them the keys once
-// per 16.
+// take them 256 us, these 272, but 128 x 1024 146 and 143. Of lists that differ from batch to batch each is looked up
+// in memory, in the stream of keys: 64 x 2048 keys with padding 92 and 129, but 16 x 8192 98 and 85. More rows would
+// take them the keys once per 16.
 static bool ends_are_few(const sa_problem *p) {
-  if (p->queries * (p->heads / p->key_heads) > 16) return true;
   const bool alike = p->plan->batch * p->plan->heads == 1, narrow = p->width <= 128 && p->value_width <= 128;
   const int64_t items = p->batch * (p->plan->heads == 1 ? p->key_heads : p->heads);
-  return items <= sa_cuda_properties_of(p->device)->processors * (alike && narrow ? 4 : 1);
+  return items <= sa_cuda_properties_of(p->device)->processors * (alike && narrow ? 8 : 1);
 }
 
 bool sa_cuda_hopper_decoding_covers(const sa_problem *p) {
   if (p->dtype != SA_BF16 && p->dtype != SA_F16) return false;
   if (sa_cuda_properties_of(p->device)->major != 9) return false;
   if (!p->batch || !p->heads || !p->queries || !p->width || !p->value_width) return false;
-  if (p->queries * (p->heads / p->key_heads) > DECODING_ROWS || p->keys < DECODING_KEYS) return false;
+  const int64_t group = p->heads / p->key_heads, rows = p->queries * group;
+  const bool few = rows <= DECODING_FEW_ROWS;
+  if (rows > DECODING_ROWS || p->keys < (few && group > 1 ? DECODING_SHORT : DECODING_KEYS)) return false;
   if (!entry_of(p) || p->width % 8 || p->value_width % 8 || !plain_forward(*p)) return false;
   // Units are counted in 32 bits.
   if (p->keys > INT32_MAX - SA_TILE || p->batch * p->heads > INT32_MAX / ((p->keys + SA_TILE) / 16)) return false;
-  return ends_are_few(p) && hopper_inputs_fit(p);
+  return (!few || ends_are_few(p)) && hopper_inputs_fit(p);
 }
 
 // Fewer blocks where these have whole items, or items whole blocks, each: a block that has an item's end and the next

@@ -92,8 +92,10 @@ bool sa_cuda_hopper_forward_covers(const sa_problem *p) {
   if (p->out.data && !writes_pieces(&p->out)) return false;
   // Few queries that hopper_decoding.cu does not take: the portable kernels read K and V once for all heads that share
   // them. On an H100, 16 x 8192 keys of 32:8 heads took these kernels 391 us, four times what one batch of 131072 keys,
-  // the same bytes, took those; on an H200, 1 x 1024 keys 20 us, and those 15.5.
-  if (p->queries * (p->heads / p->key_heads) <= 16 && p->keys >= 8 * SA_TILE) return false;
+  // the same bytes, took those; on an H200, 1 x 1024 keys 20 us, and those 15.5, 64 x 128 57 and 14. Where no heads
+  // share keys, 16 x 512 keys of 16 heads with 16 queries and a bias 36 and 68.
+  const int64_t group = p->heads / p->key_heads;
+  if (p->queries * group <= 16 && p->keys >= (group > 1 && !hopper_has_extras(p) ? 1 : 8) * SA_TILE) return false;
   // Few rows of tiles with many keys each leave most of the device idle: the portable kernels split the keys.
   const int64_t items = p->batch * p->heads * row_tiles(p);
   return items * 2 >= sa_cuda_properties_of(p->device)->processors || p->keys <= 8 * SA_TILE;
