@@ -58,7 +58,7 @@ bool sa_cuda_hopper_decoding_covers(const sa_problem *p) {
 }
 
 // Fewer blocks where these have whole items, or items whole blocks, each: a block that has an item's end and the next
-// one's beginning is late. 8192 keys of 8 heads take 128 blocks 12.6 us and 132 blocks 15.2, 131072 keys 127 and 126,
+// one's beginning is late. 8192 keys of 8 heads take 128 blocks 12.6 us and 132 blocks 15.3, 131072 keys 127 and 126,
 // 16 queries of them 171 and 175.
 static int64_t even_blocks(int64_t items, int64_t blocks) {
   for (int64_t fewer = blocks; fewer >= blocks - blocks / 8; fewer--)

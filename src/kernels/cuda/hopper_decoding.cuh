@@ -1,23 +1,23 @@
 // attention of few queries over many keys on Hopper: bound by memory, so one ring of copies that never runs dry
 //
 // A block per multiprocessor has an equal share of all keys and values of all heads, wherever heads begin and end in
-// it (unless a few blocks less can have whole heads, or heads whole blocks). One warp copies its share by TMA to a
-// ring of 128 KiB, in steps of 16 KiB, in one stream across the heads. Eight others multiply by mma.sync, a step each
-// in turn, every one with a softmax of its own: the queries of all heads that share a key head are the 16 rows of a
-// product. Up to 64 rows are groups of 16, which as many warps multiply with the same step. At a head's end each hands
-// its sums over in shared memory and goes on. More warps add them, and where other blocks have parts of a head leave
-// theirs in memory and count it: the one that comes last adds all.
+// it (unless a few blocks less can have whole heads, or heads whole blocks). Two warps copy its share by TMA to a ring
+// of 128 KiB, in steps of 16 KiB, in one stream across the heads: one K, one V. Eight others multiply by mma.sync, a
+// step each in turn, every one with a softmax of its own: the queries of all heads that share a key head are the 16
+// rows of a product. Up to 64 rows are groups of 16, which as many warps multiply with the same step. At a head's end
+// each hands its sums over in shared memory and goes on. More warps add them, and where other blocks have parts of a
+// head leave theirs in memory and count it: the one that comes last adds all.
 //
 // What is masked cannot leak: a step that a mask cuts is looked through for what is not finite in V. If there is, these
 // elements are 0 in the same products, and are then given to the rows that see them.
 //
-//   widths up to  keys a step  registers: O, Q                     warps that end heads  shared memory
-//   64            64           32, 16                              7                     163 KiB
-//   128           32           64, 32                              7                     195 KiB
-//   256           16           128, none: Q is in shared memory    3                     226 KiB
+//   widths up to  keys a step  registers: O, Q                     warps that load, that end heads  shared memory
+//   64            64           32, 16                              2, 6                             163 KiB
+//   128           32           64, 32                              2, 6                             195 KiB
+//   256           16           128, none: Q is in shared memory    1, 3                             226 KiB
 //
-// One query of 32:8 heads at width 128 on an H200, calls in a row and in a CUDA graph: 8192 keys in 12.6 and 11.9 us,
-// 131072 in 127 and 125, 4.3 TB/s; 4 x 131072 in 471 and 469, 4.6. Reading alone takes 6, 120 and 471.
+// One query of 32:8 heads at width 128 on an H200, calls in a row and in a CUDA graph: 8192 keys in 11.9 and 11.1 us,
+// 131072 in 126 and 125, 4.3 TB/s; 4 x 131072 in 469 and 468, 4.6. Reading alone takes 6, 120 and 471.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #include "kernels/cuda/hopper_decoding_loads.cuh"
@@ -305,15 +305,20 @@ template <class C>
 __global__ void __launch_bounds__(C::ALL_THREADS, 1) hopper_decoding_kernel(const __grid_constant__ decoding_job d) {
   decoding_shared<C> &shared = *dynamic_shared<decoding_shared<C>>();
   const decoding_place place = decoding_find_place<C>(d, decoding_first_unit(d, blockIdx.x));
-  if (threadIdx.x / 32 == DECODING_WARPS) {
+  // By warps that have nothing else to do before the first copy.
+  if (threadIdx.x == 0) {
+    hopper_block_mbarriers(shared_address(shared.full), C::SLOTS, C::LOADING_WARPS);
+    hopper_block_mbarriers(shared_address(shared.empty), C::SLOTS, d.groups);
+    mbarrier_init(shared_address(&shared.summed), DECODING_WARPS);
+    mbarrier_init(shared_address(&shared.taken), d.rows < C::ENDING_WARPS ? d.rows : C::ENDING_WARPS);
+    mbarrier_init_fence();
+  } else if (threadIdx.x == DECODING_THREADS) {
+    tma_prefetch(&d.k);
+    tma_prefetch(&d.v);
+  } else if (threadIdx.x >= C::ALL_THREADS - 32) {
     const int last_item = decoding_find_place<C>(d, decoding_first_unit(d, blockIdx.x + 1) - 1).item;
     if (threadIdx.x % 32 == 0) {
-      tma_prefetch(&d.k);
-      tma_prefetch(&d.v);
-      hopper_block_slots(shared_address(shared.full), shared_address(shared.empty), C::SLOTS, d.groups);
-      mbarrier_init(shared_address(&shared.summed), DECODING_WARPS);
-      mbarrier_init(shared_address(&shared.taken), d.rows < C::ENDING_WARPS ? d.rows : C::ENDING_WARPS);
-      mbarrier_init_fence();
+      shared.split[place.item % DECODING_ITEMS] = decoding_split_of(d, place.first, place.end);
       shared.last_item = last_item;
     }
   }
@@ -326,7 +331,7 @@ __global__ void __launch_bounds__(C::ALL_THREADS, 1) hopper_decoding_kernel(cons
     decoding_consume<C>(d, shared, place.item);
   } else {
     registers_give_back<C::ENDING_REGISTERS>();
-    if (threadIdx.x < DECODING_THREADS + 32) {
+    if (threadIdx.x < DECODING_THREADS + 32 * C::LOADING_WARPS) {
       decoding_load<C>(d, shared, place);
     } else {
       dependency_wait();

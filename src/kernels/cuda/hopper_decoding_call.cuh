@@ -8,7 +8,7 @@
 enum {
   DECODING_WARPS = 8,  // that multiply
   DECODING_THREADS = 32 * DECODING_WARPS,
-  DECODING_ENDING_WARPS = 7,  // at most
+  DECODING_ENDING_WARPS = 6,  // at most
   DECODING_ROWS = 64,         // of an item at most
   DECODING_RUNS = 4,          // of tiles that travel with the launch
   DECODING_RING = 128 << 10,  // 48 KiB would do for memory; the rest is for warps that are late
@@ -76,10 +76,12 @@ struct decoding_shape : forward_shape<Products, WIDTH, WIDTH, 1, 1, 4096 / WIDTH
   static constexpr int PANELS = WIDTH / SA_PANEL, PANEL_BYTES = KEYS * SA_PANEL * 2;
   // Wider than 128, Q does not fit the registers beside O.
   static constexpr bool STAGES_QUERIES = WIDTH > 128;
-  // One warp loads, the others beside those that multiply end items. The latter have the fewer registers the more they
-  // are: 256 * 192 + 256 * 64 are 512 * 128, 256 * 208 + 128 * 88 are 384 * 168.
+  // Beside those that multiply: a warp takes 0.4 us to begin a step's copies, where memory takes 0.5, so that K and V
+  // have one each; the others end items. All these have the fewer registers the more they are: 256 * 176 + 256 * 80 are
+  // 512 * 128, 256 * 216 + 128 * 72 are 384 * 168.
+  static constexpr int LOADING_WARPS = WIDTH > 128 ? 1 : 2;
   static constexpr int ENDING_WARPS = WIDTH > 128 ? 3 : +DECODING_ENDING_WARPS;
-  static constexpr int ALL_THREADS = DECODING_THREADS + 32 * (1 + ENDING_WARPS);
+  static constexpr int ALL_THREADS = DECODING_THREADS + 32 * (LOADING_WARPS + ENDING_WARPS);
   static constexpr int MULTIPLYING_REGISTERS = WIDTH > 128 ? 216 : 176;
   static constexpr int ENDING_REGISTERS = WIDTH > 128 ? 72 : 80;
   static constexpr int STEP_BYTES = 2 * PANELS * PANEL_BYTES;

@@ -1,4 +1,4 @@
-// the warp that loads keys and values for a few queries: one stream of steps across its block's items
+// the warps that load keys and values for a few queries: one stream of steps across their block's items
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_LOADS_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_LOADS_CUH
 #include "kernels/cuda/hopper_decoding_call.cuh"
@@ -33,7 +33,7 @@ static __device__ __forceinline__ int decoding_plane_units(const decoding_job &d
 template <class C>
 static __device__ __forceinline__ decoding_place decoding_find_place(const decoding_job &d, int unit) {
   decoding_place place;
-  const int cycle = unit / d.cycle, rest = unit - cycle * d.cycle;
+  const int cycle = d.planes > 1 ? unit / d.cycle : 0, rest = unit - cycle * d.cycle;
   int before = 0;
   place.plane = 0;
   if (d.planes > 1) {
@@ -82,15 +82,24 @@ static __device__ __forceinline__ tile_walk decoding_walk(const decoding_job &d,
   return walk_start(runs, tile, all ? count : 0);
 }
 
+// The copies of K's or V's half of a step.
+template <class C>
+static __device__ __forceinline__ void decoding_copy(const CUtensorMap *map, uint32_t to, int key, int head, int batch,
+                                                     uint32_t full) {
+#pragma unroll
+  for (int panel = 0; panel < C::PANELS; panel++, to += C::PANEL_BYTES)
+    tma_load(to, map, panel * SA_PANEL, key, head, batch, full);
+}
+
+// By each of the warps that load: the first has K, and says what a step is; the last has V.
 template <class C>
 static __device__ __forceinline__ void decoding_load(const decoding_job &d, decoding_shared<C> &shared,
                                                      decoding_place place) {
-  const int last = decoding_first_unit(d, blockIdx.x + 1);
+  const int last = decoding_first_unit(d, blockIdx.x + 1), warp = threadIdx.x / 32 - DECODING_WARPS;
+  const bool keys = warp == 0, values = warp == C::LOADING_WARPS - 1, leads = (threadIdx.x & 31) == 0;
   int unit = decoding_first_unit(d, blockIdx.x);
   tile_walk walk = decoding_walk<C>(d, place, unit);
   hopper_ring<C::SLOTS> ring;
-  const bool leads = (threadIdx.x & 31) == 0;
-  if (leads) shared.split[place.item % DECODING_ITEMS] = decoding_split_of(d, place.first, place.end);
   dependency_wait();
   for (;;) {
     const int end = place.end < last ? place.end : last;
@@ -101,20 +110,16 @@ static __device__ __forceinline__ void decoding_load(const decoding_job &d, deco
       for (; unit < end; unit++) {
         const int key = walk.tile * SA_TILE + piece * C::KEYS;
         const bool nothing = !walk.left || key >= d.forward.p.keys;
-        const uint32_t full = shared_address(&shared.full[ring.at]);
+        const uint32_t full = shared_address(&shared.full[ring.at]), to = shared_address(shared.ring[ring.at]);
         mbarrier_wait(shared_address(&shared.empty[ring.at]), ring.parity ^ 1);
-        shared.step[ring.at] = {key, nothing ? DECODING_NOTHING : walk.pattern, place.item, piece};
+        if (keys) shared.step[ring.at] = {key, nothing ? DECODING_NOTHING : walk.pattern, place.item, piece};
         if (nothing) {
           mbarrier_arrive(full);
         } else {
-          mbarrier_arrive_expect(full, C::STEP_BYTES);
-          uint32_t to = shared_address(shared.ring[ring.at]);
-#pragma unroll
-          for (int panel = 0; panel < C::PANELS; panel++, to += C::PANEL_BYTES)
-            tma_load(to, &d.k, panel * SA_PANEL, key, key_head * d.k_head_step, batch * d.k_batch_step, full);
-#pragma unroll
-          for (int panel = 0; panel < C::PANELS; panel++, to += C::PANEL_BYTES)
-            tma_load(to, &d.v, panel * SA_PANEL, key, key_head * d.v_head_step, batch * d.v_batch_step, full);
+          mbarrier_arrive_expect(full, C::STEP_BYTES / C::LOADING_WARPS);
+          if (keys) decoding_copy<C>(&d.k, to, key, key_head * d.k_head_step, batch * d.k_batch_step, full);
+          if (values)
+            decoding_copy<C>(&d.v, to + C::STEP_BYTES / 2, key, key_head * d.v_head_step, batch * d.v_batch_step, full);
         }
         ring.next();
         if (++piece == C::PIECES) {
@@ -127,7 +132,7 @@ static __device__ __forceinline__ void decoding_load(const decoding_job &d, deco
     unit = end;
     if (unit == last) break;
     decoding_next_place<C>(d, place);
-    if (leads) shared.split[place.item % DECODING_ITEMS] = decoding_split_of(d, place.first, place.end);
+    if (keys && leads) shared.split[place.item % DECODING_ITEMS] = decoding_split_of(d, place.first, place.end);
     walk = decoding_walk<C>(d, place, unit);
   }
 }

@@ -171,7 +171,7 @@ static __device__ __forceinline__ bool decoding_count(int32_t *counter, int part
 // the warps that multiply, and of an item that other blocks have too the sums of all when theirs are the last to come.
 template <class C>
 static __device__ __forceinline__ void decoding_end_items(const decoding_job &d, decoding_shared<C> &shared, int item) {
-  const int warp = threadIdx.x / 32 - DECODING_WARPS - 1;
+  const int warp = threadIdx.x / 32 - DECODING_WARPS - C::LOADING_WARPS;
   uint32_t parity = 0;
   if (warp >= d.rows) return;
   for (; item <= shared.last_item; item++) {
