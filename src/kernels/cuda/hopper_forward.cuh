@@ -38,10 +38,10 @@
 // it where a sum would overflow under the kept one, and takes that item again in its stream: a jump of the scores is
 // all that most suffer from. What is not finite then is done again when all else is done, carefully: the same products
 // in the same order, but with the elements of V that are not finite replaced by 0 and then added to the rows that see
-// them, and with the maximum raised as above. So rows that see nothing of the kind
-// get the very bits of a clean run, and clean inputs pay for one test of O. A bias of -inf masks by itself as long as
-// the product is finite; what a product that is not leaves behind ends in the careful path, too, where it is selected.
-// A row is dead when it has no maximum at its end and saw no key while it had none: `alive`.
+// them, and with the maximum raised as above. So rows that see nothing of the kind get the very bits of a clean run,
+// and clean inputs pay for one test of O. A bias of -inf masks by itself as long as the product is finite; what a
+// product that is not leaves behind ends in the careful path, too, where it is selected. A row is dead when it has no
+// maximum at its end and saw no key while it had none: `alive`.
 //
 // Rooms: hopper_forward_call.cuh (a launch, shared memory), _producer (warpgroup 0), _consumer (products and steps),
 // _parts (the same at width 64), _softmax, _extras, _output and _careful.
