@@ -113,6 +113,7 @@ struct hopper_backward_repairs : hopper_backward_thread<SHAPE, CAREFUL> {
       hopper_add_nonfinite(dq, source + j * stride, c.width - column, weight(g, j, query), weight(g, j, query + 8),
                            visible(slot, j, query), visible(slot, j, query + 8));
     }
+    __syncwarp();  // before a lane gives the slot back
   }
 };
 
