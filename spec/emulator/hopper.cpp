@@ -191,7 +191,6 @@ struct matrix_store {
   unsigned char *row;
 };
 
-template <bool TRANSPOSED>
 static void store_lanes(void *const operand[WARP], uint32_t mask) {
   if (mask != ~0u) fail("stmatrix without all lanes of the warp (%#x)", mask);
   for (int lane = 0; lane < WARP; lane++) {
@@ -200,21 +199,16 @@ static void store_lanes(void *const operand[WARP], uint32_t mask) {
     for (int m = 0; m < 4; m++) {
       for (int c = 0; c < 2; c++) {
         const uint16_t half = (uint16_t)(r[m] >> 16 * c);
-        const int row = TRANSPOSED ? 2 * t + c : g, column = TRANSPOSED ? g : 2 * t + c;
-        memcpy(((matrix_store *)operand[8 * m + row])->row + 2 * column, &half, 2);
+        memcpy(((matrix_store *)operand[8 * m + g])->row + 2 * (2 * t + c), &half, 2);
       }
     }
   }
 }
 
-void store_matrices(uint32_t to, const uint32_t *r, bool transposed) {
+void store_matrices(uint32_t to, const uint32_t *r) {
   if (to % 16) fail("stmatrix at %#x, which is not a multiple of 16", to);
   matrix_store mine = {r, shared_pointer(to, 16)};
-  if (transposed) {
-    gather("store_matrices_transposed", ~0u, &mine, store_lanes<true>);
-  } else {
-    gather("store_matrices", ~0u, &mine, store_lanes<false>);
-  }
+  gather("store_matrices", ~0u, &mine, store_lanes);
 }
 
 // wgmma: products are done when all four warps wait for them (or commit them, when early), in order.

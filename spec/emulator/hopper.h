@@ -20,7 +20,7 @@ void bulk_store(void *to, uint32_t from, int bytes);
 void bulk_add(float *to, uint32_t from, int bytes);
 void bulk_wait(int pending);
 
-void store_matrices(uint32_t to, const uint32_t *r, bool transposed);
+void store_matrices(uint32_t to, const uint32_t *r);
 
 void wgmma(const product &p);
 void wgmma_commit();

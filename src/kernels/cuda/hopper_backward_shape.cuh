@@ -8,8 +8,7 @@ enum {
   // 128 * 24 + 256 * 240 are the 384 * 168 registers that a block is launched with.
   HOPPER_BACKWARD_PRODUCER_REGISTERS = 24,
   HOPPER_BACKWARD_CONSUMER_REGISTERS = 240,
-  HOPPER_BACKWARD_CHUNK = 64,  // rows and columns of the sums of dQ that are added at once
-  HOPPER_BACKWARD_TURNS = 4,   // tiles whose turn is known ahead
+  HOPPER_BACKWARD_TURNS = 4,  // tiles whose turn is known ahead
   // Named barriers; those per warpgroup are two.
   HOPPER_BACKWARD_BOTH = 1,
   HOPPER_BACKWARD_DQ_FULL = 2,

@@ -80,12 +80,6 @@ static __device__ __forceinline__ void copy_async_wait() {
 
 // Words that blocks wait for. What came before a release is seen by who acquires what it stored.
 
-static __device__ __forceinline__ int load_relaxed(const int *p) {
-  int value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
-  return value;
-}
-
 static __device__ __forceinline__ int load_acquire(const int *p) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");

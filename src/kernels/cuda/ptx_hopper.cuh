@@ -251,13 +251,6 @@ static __device__ __forceinline__ void store_matrices(uint32_t to, const uint32_
                : "memory");
 }
 
-// The same with each matrix transposed on its way.
-static __device__ __forceinline__ void store_matrices_transposed(uint32_t to, const uint32_t *r) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(r[0]), "r"(r[1]),
-               "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
 // After this, the next kernel of the stream may start where it was launched as a programmatic dependent.
 static __device__ __forceinline__ void dependents_launch() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -157,11 +157,7 @@ static inline void copy_async_wait() {
   emulator::current()->copies.finish(PENDING, emulator::do_copy);
 }
 
-// Who reads with these may wait for another thread.
-static inline int load_relaxed(const int *p) {
-  emulator::pause();
-  return __atomic_load_n(p, __ATOMIC_RELAXED);
-}
+// Who reads with this may wait for another thread.
 static inline int load_acquire(const int *p) {
   emulator::pause();
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);

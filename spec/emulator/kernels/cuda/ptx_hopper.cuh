@@ -149,10 +149,7 @@ static inline uint32_t note_nonfinite(uint32_t seen, uint32_t pair) {
 }
 
 static inline void store_matrices(uint32_t to, const uint32_t *r) {
-  emulator::store_matrices(to, r, false);
-}
-static inline void store_matrices_transposed(uint32_t to, const uint32_t *r) {
-  emulator::store_matrices(to, r, true);
+  emulator::store_matrices(to, r);
 }
 
 static inline void dependents_launch() {}
