@@ -156,7 +156,7 @@ int sa_mask_padding(sa_mask **out, const int64_t *key_lengths, const int64_t *qu
 int sa_mask_documents(sa_mask **out, const sa_tensor *query_ids, const sa_tensor *key_ids);
 int sa_mask_prefix(sa_mask **out, const int64_t *counts, int64_t count);  // j < counts[b]
 int sa_mask_global(sa_mask **out, int64_t count);                         // i < count or j < count
-// keep: bool [..,ceil(L/size),ceil(S/size)], broadcast over B and H.
+// keep: bool [..,ceil(L/size),ceil(S/size)], or 1 for any of its dims.
 int sa_mask_blocks(sa_mask **out, const sa_tensor *keep, int64_t size);
 int sa_mask_dense(sa_mask **out, const sa_tensor *visible);  // bool, broadcast to [B,H,L,S]; packed to bits at once
 int sa_mask_additive(sa_mask **out, const sa_tensor *bias, double at_most);  // masked where bias <= at_most
