@@ -525,7 +525,8 @@ local function tolerance(c, engine, name, dtype, magnitude)
   local spread = c.values == "spread" or c.values == "heavy" or c.alibi
   local norm, rounding
   if exact then
-    norm, rounding = 1e-12, 2 ^ -49 -- what sums of 256 products in f64 are off by, errors being of either sign
+    -- dout * v and dout * out are sums of so many products, each off by 2^-53 of them, with either sign.
+    norm, rounding = 1e-12, math.max(2 ^ -50, 2 ^ -53 * math.sqrt(c.value_width))
   elseif name == "out" or name == "weights" or name == "lse" then
     norm, rounding = spread and 2e-5 or 3e-6, 0
   else
