@@ -1,6 +1,4 @@
 // the forward kernels of Hopper with ALiBi
-//
-// They may spill: two or three registers, which the careful pass and the end of an item leave no room for.
 #include "kernels/cuda/hopper_forward.cuh"
 
 template int hopper_forward_launch<forward_shape<__nv_bfloat16, 64, 64, FORWARD_ALIBI>>(const char *,

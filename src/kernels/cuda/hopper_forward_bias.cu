@@ -1,6 +1,4 @@
 // the forward kernels of Hopper with a bias
-//
-// With one of halves they may spill: six registers, which the careful pass leaves no room for.
 #include "kernels/cuda/hopper_forward.cuh"
 
 template int hopper_forward_launch<forward_shape<__nv_bfloat16, 64, 64, FORWARD_HALF_BIAS>>(const char *,
