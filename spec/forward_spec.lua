@@ -61,6 +61,42 @@ describe("sa.forward", function()
     end
   end)
 
+  it("takes every finite scale: the reference serves what is beyond the fused kernels, which refuse it", function()
+    for dtype, power in pairs {f32 = 100, bf16 = 100, f64 = 510} do
+      local q, k, v = inputs()
+      q, k, v = q:to(dtype), k:to(dtype), v:to(dtype)
+      local dout = sa.randn({2, 4, 9, 6}, {seed = 4}):to(dtype)
+      local plain = sa.forward(q, k, v, {scale = 1, backend = "reference"})
+      local want = plain:backward(dout)
+      for _, sign in ipairs {1, -1} do
+        -- q and k times or over a power of two, and the scale makes up for it: all are exact.
+        local by = 2 ^ (sign * power / (sign == 1 and 2 or 1))
+        local far_q, far_k, scale = q * by, k * by, by ^ -2
+        local run = sa.forward(far_q, far_k, v, {scale = scale})
+        local got = run:backward(dout)
+        assert.equal(sign == -1 and "reference" or "fused", run.backend)
+        if run.backend == "reference" then
+          assert.tensor.bitwise(run.out, plain.out)
+          assert.tensor.bitwise(run.lse, plain.lse)
+          assert.tensor.bitwise(got.dq * by, want.dq)
+          assert.tensor.bitwise(got.dk * by, want.dk)
+          assert.tensor.bitwise(got.dv, want.dv)
+        end
+        assert.tensor.near(run.out, plain.out, {atol = dtype == "bf16" and 2e-2 or 1e-5})
+      end
+      local level = sa.forward(q * 0, k, v, {backend = "reference"})
+      for _, scale in ipairs {1e-300, 1e39, -3e38, 1.7e308} do
+        local run = sa.forward(q * 0, k, v, {scale = scale})
+        assert.tensor.near(run.out, level.out, {atol = dtype == "bf16" and 2e-2 or 1e-5})
+        assert.equal(0, run:backward(dout).dk:stats().nan)
+      end
+      local ok, message = pcall(sa.forward, q, k, v, {scale = 1.5e305, backend = "fused"})
+      assert.is_false(ok)
+      assert.matches("safeattn.forward: backend: got fused, whose kernels take scales of " .. dtype
+        .. " .* for 1%.5e%+305; wanted auto or reference$", message)
+    end
+  end)
+
   it("records nothing", function()
     local q, k, v = inputs()
     q.requires_grad = true

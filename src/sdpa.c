@@ -297,10 +297,29 @@ static void row_shape(const call *c, int64_t last, int64_t *shape) {
   memcpy(shape, full + 4 - c->rank, sizeof *shape * c->rank);
 }
 
+// Fused kernels multiply q, or products of q and k, by the scale in the precision of the scores. One near the ends of
+// its range would make inf or 0 of what has a value: the reference has the range, too.
+static double greatest_scale(int dtype) {
+  return dtype == SA_F64 ? 0x1p1000 : 0x1p100;
+}
+
+static bool usable_scale(const sa_problem *p) {
+  const double size = fabs(p->scale), greatest = greatest_scale(p->dtype);
+  return size == 0 || (size >= 1 / greatest && size <= greatest);
+}
+
 static int choose_kernels(call *c, bool backward, const sa_attention_kernels **kernels) {
   const sa_backend *backend = sa_backend_of(c->function, c->a->q->device);
   if (!backend) return SA_NO_DEVICE;
-  const sa_attention_kernels *fused = c->a->backend == SA_REFERENCE ? NULL : backend->fused(&c->p, backward);
+  const bool may_fuse = c->a->backend != SA_REFERENCE && usable_scale(&c->p);
+  const sa_attention_kernels *fused = may_fuse ? backend->fused(&c->p, backward) : NULL;
+  if (!usable_scale(&c->p) && c->a->backend == SA_FUSED) {
+    const double greatest = greatest_scale(c->p.dtype);
+    return sa_fail(SA_UNSUPPORTED, c->function,
+                   "backend: got fused, whose kernels take scales of %s that are 0 or from %.3g to %.3g in size, for "
+                   "%.6g; wanted auto or reference",
+                   sa_dtype_name(c->p.dtype), 1 / greatest, greatest, c->p.scale);
+  }
   if (!fused && c->a->backend == SA_FUSED) {
     return sa_fail(SA_UNSUPPORTED, c->function,
                    "backend: got fused, whose kernels take widths of q and v up to 256, for %lld and %lld; wanted auto "
