@@ -97,6 +97,26 @@ describe("sa.forward", function()
     end
   end)
 
+  it("gives a live row an LSE that is a number, also where f32 has none so low or so high", function()
+    local on = {device = helper.device}
+    local q, k, v = sa.zeros({1, 4}, on), sa.zeros({2, 4}, on), sa.tensor({{1}, {2}}, on)
+    local second = sa.tensor({{0, 1}}, on):to "bool"
+    for _, sign in ipairs {-1, 1} do
+      local bias, alibi = sa.full({1, 2}, sign * 3e38, on), sa.full({1}, -sign * 2e38, on)
+      local run = sa.forward(q, k, v, {mask = second, bias = bias, alibi = alibi, backend = "reference"})
+      local greatest = (2 - 2 ^ -23) * 2 ^ 127
+      assert.equal(2, run.out:item())
+      assert.equal(sign * greatest, run.lse:item())
+      local g = run:backward(sa.ones({1, 1}, on), sa.full({1}, 3, on))
+      assert.same({{0, 3}}, g.dbias:totable())
+      -- Merged with a part that saw nothing, it is all there is; with another part, all or nothing.
+      local nothing = sa.forward(q, k, v, {mask = m.none()})
+      assert.equal(2, sa.merge({run.out, nothing.out}, {run.lse, nothing.lse}):item())
+      local plain = sa.forward(q, k, v, {mask = -m.dense(second)})
+      assert.equal(sign == 1 and 2 or 1, sa.merge({run.out, plain.out}, {run.lse, plain.lse}):item())
+    end
+  end)
+
   it("records nothing", function()
     local q, k, v = inputs()
     q.requires_grad = true

@@ -1,4 +1,5 @@
 // attention and its gradients by the definition: plain loops in f64, the oracle of every other kernel
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 
@@ -212,9 +213,14 @@ static void write_keys(const sa_problem *p, int64_t batch, int64_t key_head, con
   }
 }
 
+// In f32 the LSE of scores beyond its range stays a finite number: only a dead row's is -inf.
+static double storable_lse(const sa_problem *p, double lse) {
+  return p->lse.dtype == SA_F32 && isfinite(lse) ? fmax(-FLT_MAX, fmin(lse, FLT_MAX)) : lse;
+}
+
 static void forward_row(const sa_problem *p, const row *r, const scratch *s) {
   write_row(&p->out, offset_of(&p->out, r->batch, r->head, r->query), s->out, p->value_width);
-  if (p->lse.data) write_at(&p->lse, offset_of(&p->lse, r->batch, r->head, r->query), r->lse);
+  if (p->lse.data) write_at(&p->lse, offset_of(&p->lse, r->batch, r->head, r->query), storable_lse(p, r->lse));
   if (p->dead.data) ((bool *)p->dead.data)[offset_of(&p->dead, r->batch, r->head, r->query)] = r->count == 0;
   if (p->weights.data) {
     const int64_t offset = offset_of(&p->weights, r->batch, r->head, r->query), step = p->weights.stride[3];

@@ -1,6 +1,7 @@
 // attention and its gradients by the definition: plain loops in f64, the oracle of every other kernel on the device
 //
 // It may spill: it is written to be right, not to be fast.
+#include <float.h>
 #include <limits.h>
 
 #include "kernels/cuda/attention.cuh"
@@ -196,6 +197,11 @@ static __device__ void write_row_weights(const reference_job &job, const row_pla
                   visible(job, at, key) ? weight_of(job, at, row, key, &slope) : 0);
 }
 
+// In f32 the LSE of scores beyond its range stays a finite number: only a dead row's is -inf.
+static __device__ double storable_lse(const sa_problem &p, double lse) {
+  return p.lse.dtype == SA_F32 && isfinite(lse) ? fmax(-(double)FLT_MAX, fmin(lse, (double)FLT_MAX)) : lse;
+}
+
 static __global__ void __launch_bounds__(THREADS) forward_rows_kernel(const __grid_constant__ reference_job job) {
   const sa_problem &p = job.p;
   const int64_t rows = p.batch * p.heads * p.queries;
@@ -213,7 +219,7 @@ static __global__ void __launch_bounds__(THREADS) forward_rows_kernel(const __gr
     const double dead_lse = p.sinks.data ? sink_of(p, at.head) : -INFINITY;
     if (p.lse.data)
       write_operand(p.lse, offset_of(p.lse, at.batch, at.head, at.query),
-                    row.count ? row.max + log(row.sum) : dead_lse);
+                    row.count ? storable_lse(p, row.max + log(row.sum)) : dead_lse);
     if (p.dead.data) ((bool *)p.dead.data)[offset_of(p.dead, at.batch, at.head, at.query)] = row.count == 0;
   }
 }
