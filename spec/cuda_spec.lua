@@ -48,6 +48,13 @@ print(sa.ones({3}):sum():item())
       .. "3\n$", output)
   end)
 
+  it("sa.info says all of it, however long", function()
+    local path = "/nowhere" .. ("/of a long name"):rep(40) .. "/cuda.so"
+    local output = child.must_run("print(require 'safeattn'.info().cuda)", {environment = {SAFEATTN_CUDA_LIB = path}})
+    assert.matches("^none: the CUDA part cannot be loaded: " .. path .. ": cannot open shared object file[^\n]*\n$",
+      output)
+  end)
+
   it("what is wrong in any case raises", function()
     local output = child.must_run([[
 local sa = require "safeattn"

@@ -60,6 +60,29 @@ for line in io.lines "/proc/self/maps" do if line:find "named.so" then print "it
     end
   end)
 
+  it("finds the CUDA part beside it in whatever folder the program is by then", function()
+    local beside = folder .. "/beside"
+    shell(("mkdir %s && cp %s %s/named.so"):format(beside, library(), beside))
+    local function why(name)
+      return child.must_run([[
+local sa = require "safeattn"
+local ffi = require "ffi"
+ffi.cdef "int chdir(const char *);"
+assert(ffi.C.chdir "/" == 0)
+print(select(2, sa.devices()))
+]], {environment = {SAFEATTN_LIB = name, SAFEATTN_CUDA_LIB = false}, path = modules_alone(), before = "cd " .. beside})
+    end
+    for _, name in ipairs {"./named.so", "../beside/named.so", beside .. "/named.so"} do
+      local place = name:find "^/" and name or beside .. "/" .. name
+      assert.matches("there is no cuda.so beside " .. place .. "\n", why(name), 1, true)
+    end
+    shell("touch " .. beside .. "/cuda.so")
+    for _, name in ipairs {"./named.so", "../beside/named.so"} do
+      local place = beside .. "/" .. name:gsub("named", "cuda")
+      assert.matches("the CUDA part cannot be loaded: " .. place .. ": file too short", why(name), 1, true)
+    end
+  end)
+
   it("refuses a library of another ABI, and one that has none", function()
     local function with(source)
       local file = assert(io.open(folder .. "/other.c", "w"))

@@ -145,7 +145,7 @@ typedef const sa_backend *(*sa_cuda_opener)(const sa_host *host, char *message, 
 extern const sa_backend sa_cpu_backend;
 
 // What sa_info() says of CUDA.
-void sa_describe_cuda(char *text, int64_t size);
+const char *sa_describe_cuda(void);
 
 // NULL, and an error that names `function` and says what is missing, when the device is not there.
 const sa_backend *sa_backend_of(const char *function, int device);

@@ -139,7 +139,7 @@ void sa_info(sa_host_info *out) {
     snprintf(out->isas + used, sizeof out->isas - used, "%s%s", used ? " " : "", tiers[tier].name);
   }
   snprintf(out->blas, sizeof out->blas, "%s", sa_blas_name());
-  sa_describe_cuda(out->cuda, sizeof out->cuda);
+  out->cuda = sa_describe_cuda();
 }
 
 // How much the calling thread's threads do in a second, of an amount that items make up.

@@ -1,5 +1,6 @@
 // which devices there are: the CPU always, GPUs when the CUDA library can be opened
 #include <dlfcn.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,10 +13,11 @@
 
 /*  The CUDA library  */
 
-enum { PATH_BYTES = 1024 };
+enum { PATH_BYTES = PATH_MAX, WHY_BYTES = 2 * PATH_MAX };
 
-static const sa_backend *cuda;    // NULL: there are no CUDA devices,
-static char missing[PATH_BYTES];  // and this is why
+static const sa_backend *cuda;  // NULL: there are no CUDA devices,
+static char none[sizeof "none: " + WHY_BYTES] = "none: ";
+static char *const missing = none + 6;  // and this is why
 
 static const sa_host host = {
     .layout = SA_LAYOUT,
@@ -27,34 +29,45 @@ static const sa_host host = {
     .attach_plan_copy = sa_plan_attach_copy,
 };
 
+// This library's own file. A name that is not from the root counts from the folder that the program is in when it loads
+// the library: it may be in another one when it asks for a device.
+static char self[2 * PATH_BYTES];
+
+__attribute__((constructor)) static void find_self(void) {
+  Dl_info info;
+  const char *name = dladdr((const void *)sa_device_count, &info) && info.dli_fname ? info.dli_fname : "";
+  char folder[PATH_BYTES];
+  if (*name == '/')
+    snprintf(self, sizeof self, "%s", name);
+  else
+    snprintf(self, sizeof self, "%s/%s", getcwd(folder, sizeof folder) ? folder : ".", name);
+}
+
 // Beside this library (in the tree, and for Lua), or in a folder there (installed for C).
 static bool find_library(char *path, size_t size) {
   const char *named = getenv("SAFEATTN_CUDA_LIB");
   if (named && *named) return snprintf(path, size, "%s", named) > 0;
-  Dl_info self;
-  if (!dladdr((const void *)sa_device_count, &self) || !self.dli_fname) return false;
-  const char *slash = strrchr(self.dli_fname, '/');
-  const int folder = slash ? (int)(slash - self.dli_fname) + 1 : 0;
+  const int folder = (int)(strrchr(self, '/') + 1 - self);
   const char *const places[] = {"cuda.so", "safeattn/cuda.so"};
   for (int i = 0; i < 2; i++) {
-    snprintf(path, size, "%s%.*s%s", folder ? "" : "./", folder, self.dli_fname, places[i]);
+    snprintf(path, size, "%.*s%s", folder, self, places[i]);
     if (!access(path, F_OK)) return true;
   }
-  snprintf(missing, sizeof missing, "this build has no CUDA part: there is no cuda.so beside %s", self.dli_fname);
+  snprintf(missing, WHY_BYTES, "this build has no CUDA part: there is no cuda.so beside %s", self);
   return false;
 }
 
 static void open_library(void) {
-  char path[PATH_BYTES];
+  char path[sizeof self + sizeof "safeattn/cuda.so"];
   if (!find_library(path, sizeof path)) return;
   void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (!library) {
-    snprintf(missing, sizeof missing, "the CUDA part cannot be loaded: %s", dlerror());
+    snprintf(missing, WHY_BYTES, "the CUDA part cannot be loaded: %s", dlerror());
     return;
   }
   const sa_cuda_opener open = (sa_cuda_opener)dlsym(library, "sa_cuda_open");
-  if (open) cuda = open(&host, missing, sizeof missing);
-  if (!open) snprintf(missing, sizeof missing, "%.400s is no CUDA part of safeattn: it has no sa_cuda_open", path);
+  if (open) cuda = open(&host, missing, WHY_BYTES);
+  if (!open) snprintf(missing, WHY_BYTES, "%s is no CUDA part of safeattn: it has no sa_cuda_open", path);
 }
 
 static const sa_backend *cuda_backend(void) {
@@ -70,12 +83,9 @@ int sa_device_count(int kind) {
   return kind == SA_CUDA && cuda_backend() ? cuda_backend()->count : 0;
 }
 
-void sa_describe_cuda(char *text, int64_t size) {
+const char *sa_describe_cuda(void) {
   const sa_backend *backend = cuda_backend();
-  if (backend)
-    snprintf(text, (size_t)size, "%s", backend->text);
-  else
-    snprintf(text, (size_t)size, "none: %s", missing);
+  return backend ? backend->text : none;
 }
 
 const sa_backend *sa_backend_of(const char *function, int device) {

@@ -35,7 +35,7 @@ typedef enum sa_status {
 } sa_status;
 
 enum {
-  SA_ABI = 1,       // rises with every change of this header that old callers would notice
+  SA_ABI = 2,       // rises with every change of this header that old callers would notice
   SA_MAX_DIMS = 8,  // a tensor has at most so many dims
   SA_TILE = 128     // masks are compiled to tiles of SA_TILE x SA_TILE pairs
 };
@@ -331,12 +331,12 @@ int sa_adamw(sa_tensor *parameter, const sa_tensor *gradient, sa_tensor *moment1
  */
 
 typedef struct sa_host_info {
-  int32_t threads;  // that a call may use
-  int32_t cores;    // in the affinity mask
-  char isa[16];     // "avx512"
-  char isas[64];    // all that this machine can run: "generic avx2 avx512 amx"
-  char blas[96];    // "not loaded", or what it calls itself
-  char cuda[160];   // what the CUDA part says: devices, or why there are none
+  int32_t threads;   // that a call may use
+  int32_t cores;     // in the affinity mask
+  char isa[16];      // "avx512"
+  char isas[64];     // all that this machine can run: "generic avx2 avx512 amx"
+  char blas[96];     // "not loaded", or what it calls itself
+  const char *cuda;  // what the CUDA part says: devices, or why there are none; it lasts
 } sa_host_info;
 void sa_info(sa_host_info *out);
 int sa_threads(int threads);       // > 0 sets how many the calling thread's calls may use; returns the number in force
