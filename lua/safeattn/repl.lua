@@ -174,17 +174,18 @@ local function unfinished(problem)
   return problem:find("near '<eof>'", 1, true) ~= nil
 end
 
--- The function of a text: an expression, whose values are given, or statements. nil and why; true when more lines may
--- still make sense of it.
+-- The function of a text, and whether it is an expression, whose values come behind a `true`: a call that is all that
+-- is returned would take the place of the prompt's line on the stack, and errors could not name it. nil and why; true
+-- when more lines may still make sense of it.
 local function chunk_of(text)
-  local expression, expression_problem = loadstring("return " .. text, "=prompt")
-  if expression then return interpreted(expression) end
+  local expression, expression_problem = loadstring("return true, " .. text, "=prompt")
+  if expression then return interpreted(expression), true end
   local chunk, problem = loadstring(text, "=prompt")
-  if chunk then return interpreted(chunk) end
+  if chunk then return interpreted(chunk), false end
   return nil, problem, unfinished(problem) or unfinished(expression_problem)
 end
 
--- Reads lines until they make a chunk. nil at the end of the input; a chunk, or false when there is nothing to run.
+-- Reads lines until they make a chunk. nil at the end of the input; as chunk_of, or false when there is nothing to run.
 local function next_chunk(read)
   local text
   while true do
@@ -202,13 +203,19 @@ local function next_chunk(read)
       return false
     end
     text = text and text .. "\n" .. line or line
-    local chunk, problem, more = chunk_of((text:gsub("^%s*=", "", 1)))
-    if chunk then return chunk end
+    local chunk, detail, more = chunk_of((text:gsub("^%s*=", "", 1)))
+    if chunk then return chunk, detail end
     if not more then
-      io.stderr:write(problem, "\n")
+      io.stderr:write(detail, "\n")
       return false
     end
   end
+end
+
+-- What the call of a chunk gave, without the `true` before an expression's values.
+local function values(of_expression, succeeded, ...)
+  if of_expression and succeeded then return true, select(2, ...) end
+  return succeeded, ...
 end
 
 local function interact()
@@ -217,9 +224,9 @@ local function interact()
   local read, finish = line_reader()
   if on_terminal() then print(sa._VERSION .. ", " .. jit.version .. "; ? for help") end
   while true do
-    local chunk = next_chunk(read)
+    local chunk, is_expression = next_chunk(read)
     if chunk == nil then break end
-    if chunk then print_results(repl.call(chunk)) end
+    if chunk then print_results(values(is_expression, repl.call(chunk))) end
   end
   finish()
   lib.sa_catch_interrupts(false)
