@@ -139,19 +139,36 @@ helper.describe_cuda("attention on a CUDA device", function()
     end
   end)
 
+  -- Columns of keys that get shorter are begun with the longest on Hopper, every second one first, and go past a row of
+  -- all heads of a group before the next; of few columns each of some of the heads.
+  local many = cases.fewer == 1
+  it("of heads that are grouped and causal", function()
+    for _, shape in ipairs {{many and 8 or 1, 4, many and 4 or 1, 1000}, {1, 8, 1, 500}} do
+      local batch, group, key_heads, length = unpack(shape)
+      cases.check({dtype = "f16", width = 128, batch = batch, heads = group * key_heads, key_heads = key_heads,
+        queries = length, keys = length, causal = "top-left", seed = 7}, engines)
+    end
+  end)
+
   -- The long columns are begun with the longest on Hopper, each with its last rows.
-  local shrinking = sa.zeros({32, 2}, {dtype = "bool"})
-  for row = 1, 32 do
-    shrinking:set(row, 1, true)
-    shrinking:set(row, 2, row <= 8)
+  local function shrinking(rows)
+    local seen = sa.zeros({rows, 2}, {dtype = "bool"})
+    for row = 1, rows do
+      seen:set(row, 1, true)
+      seen:set(row, 2, row <= rows / 4)
+    end
+    return sa.mask.blocks(seen, 128)
   end
   for name, c in pairs {
     ["of heads that are grouped and long"] = {heads = 4, width = 64, queries = 1050, keys = 200,
       mask = sa.mask.padding({150}, {1000})},
     ["of so many queries that columns of keys are shared out"] = {heads = 1, width = 128, queries = 2100, keys = 250,
       mask = sa.mask.padding({200}, {2050})},
+    ["of heads that are grouped and see columns of keys that get shorter"] = {heads = many and 256 or 8,
+      key_heads = many and 128 or 4, width = 128, queries = 2040, keys = 250,
+      mask = shrinking(16) * sa.mask.padding({200}, {1990})},
     ["of long columns of keys that get shorter"] = {heads = 1, width = 128, queries = 4090, keys = 250,
-      mask = sa.mask.blocks(shrinking, 128) * sa.mask.padding({200}, {4040})},
+      mask = shrinking(32) * sa.mask.padding({200}, {4040})},
   } do
     it(name .. ", with NaN behind the mask, gives the bits of a clean run", function()
       local function attend(dirt, backend)
@@ -160,7 +177,8 @@ helper.describe_cuda("attention on a CUDA device", function()
           t:narrow(3, length - 49, 50):fill(dirt)
           return t
         end
-        local q, k, v = operand(c.heads, c.queries, 1), operand(1, c.keys, 2), operand(1, c.keys, 3)
+        local q, k = operand(c.heads, c.queries, 1), operand(c.key_heads or 1, c.keys, 2)
+        local v = operand(c.key_heads or 1, c.keys, 3)
         local run = sa.forward(q, k, v, {mask = c.mask, backend = backend})
         local gradients = run:backward(operand(c.heads, c.queries, 4))
         return {dq = gradients.dq, dk = gradients.dk, dv = gradients.dv}
@@ -238,7 +256,8 @@ helper.describe_cuda("attention on a CUDA device", function()
         {64, 4, 4, 500, {causal = true}}, {128, 4, 2, 700, {mask = sa.mask.random(0.5, 1)}},
         {128, 6, 6, 600, {mask = sa.mask.padding({430}, {500})}}, {96, 4, 1, 300, {window = {100, 0}}},
         {128, 2, 2, 900, {softcap = 20, causal = "bottom-right"}}, {192, 2, 2, 400, {causal = true}},
-        {256, 2, 2, 300, {}},
+        {256, 2, 2, 300, {}}, {128, 2, 2, 4100, {causal = true}}, {128, 16, 8, 4100, {causal = true}},
+        {128, 8, 1, 1000, {causal = true}}, {128, 8, 2, 2100, {}},
       } do
         local width, heads, key_heads, length, options = unpack(c)
         local function half(of, seed)

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/columns.cuh"
 #include "kernels/cuda/hopper_backward.cuh"
 #include "kernels/cuda/hopper_backward_extras.cuh"
 #include "kernels/cuda/hopper_backward_wide.cuh"
@@ -25,11 +26,16 @@ enum { MIXED_COLUMNS = 128, MIXED_HEADS_SHORT = 8 };
 
 // Where columns are taken from the longest on they all begin with the last rows, and each waits for those before it: of
 // more heads there are fewer of each. Columns of 5 tiles in the mean took 7 % longer so than the other way round, of 9
-// as long, of 17 to 65 2 to 4 % less; at width 64 a long run of calls took 3 % longer.
-enum { MIXED_BYTES_DESCENDING = 64 << 20, MIXED_HEADS_DESCENDING = 8, DESCENDED_TILES = 16 };
+// to 65 3 to 5 % less; at width 64 as long. Of more heads than these, or of as many as leave each fewer than eight
+// columns at a time, the sums of dQ leave the cache.
+enum { MIXED_BYTES_DESCENDING = 64 << 20, MIXED_HEADS_DESCENDING = 8, MIXED_HEADS_MOST = 16, DESCENDED_TILES = 8 };
 
-// As few queries as a column must have to be shared out, by heads, or by its tiles in THIRDS jobs.
-enum { SHARED_QUERIES = 8 * SA_TILE, THIRDS_QUERIES = 16 * SA_TILE, THIRDS = 3 };
+// As few queries as a column must have to be shared out by heads; as few tiles to be shared out by those; in how many
+// jobs at most; how many tiles' time such a job takes besides.
+enum { SHARED_QUERIES = 8 * SA_TILE, SHARED_TILES = 16, MOST_PARTS = 16, PART_TILES = 3 };
+
+// Of so many columns for each multiprocessor all may be shared out by heads.
+enum { SHARED_ROUNDS = 4 };
 
 // Widths that hopper_backward.cuh is made for: to which those of a problem are padded with zeros, which TMA adds. 0 for
 // wider ones.
@@ -173,38 +179,46 @@ static int launch_rows(const hopper_backward_call &c, cudaStream_t stream) {
   return status;
 }
 
-static int64_t lists_in_use(const int64_t *start, int64_t count) {
-  int64_t used = 0;
-  for (int64_t n = 0; n < count; n++) used += start[n + 1] > start[n];
-  return used;
-}
-
-// Whether most columns of tiles see the same rows.
-static bool columns_alike(const sa_plan *plan) {
-  int64_t tiles = 0;
-  for (int64_t plane = 0; plane < plan->batch * plan->heads; plane++) {
-    tiles += lists_in_use(plan->row_start + plane * plan->row_tiles, plan->row_tiles) *
-             lists_in_use(plan->col_start + plane * plan->col_tiles, plan->col_tiles);
-  }
-  return (plan->partial + plan->full) * 4 > tiles * 3;
-}
-
-// Whether columns of tiles get shorter from the first to the last, as causal ones do.
-static bool columns_shrink(const sa_plan *plan) {
-  const int64_t columns = plan->col_tiles;
-  int64_t visible[2] = {0, 0};
-  for (int64_t n = 0; n < plan->batch * plan->heads * columns; n++) {
-    visible[n % columns * 2 / columns] += plan->col_visible[n];
-  }
-  return visible[0] >= 2 * visible[1];
-}
-
-// Whether columns are taken from the longest on.
+// Whether columns are taken from the longest on. Those of groups then go past heads abreast, which must see the same,
+// and a slope's gradient is summed up one head after the other.
 static bool longest_first(const sa_problem *p) {
   const sa_plan *plan = p->plan;
-  return p->deterministic && bucket(p) == 128 && p->heads == p->key_heads && columns_shrink(plan) &&
-         !columns_alike(plan) &&
-         plan->partial + plan->full >= DESCENDED_TILES * plan->batch * plan->heads * plan->col_tiles;
+  const int64_t group = p->heads / p->key_heads;
+  return p->deterministic && (group == 1 ? bucket(p) == 128 : bucket(p) && plan->heads == 1 && !p->dalibi.data) &&
+         sa_columns_shrink(plan, group, DESCENDED_TILES);
+}
+
+// Whether the longest column, as one of `parts` jobs, is at most what a multiprocessor has to do.
+static bool parts_are_short(const sa_problem *p, int64_t jobs, int64_t parts) {
+  const sa_plan *plan = p->plan;
+  const int64_t columns = plan->batch * plan->heads * plan->col_tiles;
+  double longest = 0, all = 0;
+  for (int64_t n = 0; n < columns; n++) {
+    const double visible = (double)plan->col_visible[n];
+    if (visible > longest) longest = visible;
+    all += visible;
+  }
+  return all / columns * jobs * parts >= longest * sa_cuda_properties_of(p->device)->processors;
+}
+
+// In how many jobs columns of `tiles` tiles are done in the least time, by all multiprocessors: in so many rounds, and
+// half a job more, as they do not all end at the same time.
+static int32_t parts_that_fit(int64_t columns, int64_t tiles, int64_t processors) {
+  int32_t best = 1;
+  int64_t least = INT64_MAX;
+  for (int32_t parts = 1; parts <= MOST_PARTS && parts <= tiles; parts++) {
+    const int64_t each = (tiles + parts - 1) / parts, besides = parts > 1 ? PART_TILES : 0;
+    const int64_t rounds = (columns * parts + processors - 1) / processors;
+    const int64_t time = 2 * rounds * (each + besides) + each;  // of half tiles
+    if (time >= least) continue;
+    least = time;
+    best = parts;
+  }
+  return best;
+}
+
+static int64_t at_least(int64_t x, int64_t least) {
+  return x < least ? least : x;
 }
 
 static int32_t mixed_heads(const sa_problem *p, bool descending) {
@@ -218,33 +232,48 @@ static int32_t mixed_heads(const sa_problem *p, bool descending) {
     return (int32_t)(rounds < 2 ? count : (count + rounds - 1) / rounds);
   }
   const int64_t bytes = p->queries * (2 * p->width + 2 * p->value_width + 4 * bucket(p));
-  const bool alike = columns_alike(p->plan);
-  const int64_t most = descending ? MIXED_BYTES_DESCENDING : alike ? MIXED_BYTES_ALIKE : MIXED_BYTES;
-  const int64_t heads = most / bytes, least = descending ? MIXED_HEADS_DESCENDING : 1;
-  if (alike && bucket(p) == 128 && p->heads == p->key_heads) {
-    const int64_t together = MIXED_COLUMNS / key_columns(p);
-    const int64_t enough = together > MIXED_HEADS_SHORT ? together : MIXED_HEADS_SHORT;
-    if (heads > enough) return (int32_t)enough;
+  const int64_t together = MIXED_COLUMNS / key_columns(p);
+  if (descending) {
+    const int64_t heads = MIXED_BYTES_DESCENDING / bytes, enough = at_least(2 * together, MIXED_HEADS_MOST);
+    return (int32_t)at_least(heads < enough ? heads : enough, MIXED_HEADS_DESCENDING);
   }
-  return (int32_t)(heads < least ? least : heads);
+  const bool alike = sa_columns_alike(p->plan);
+  const int64_t heads = (alike ? MIXED_BYTES_ALIKE : MIXED_BYTES) / bytes;
+  const int64_t enough = at_least(together, MIXED_HEADS_SHORT);
+  const bool few = alike && bucket(p) == 128 && p->heads == p->key_heads && heads > enough;
+  return (int32_t)at_least(few ? enough : heads, 1);
 }
 
-// Jobs of whole groups of heads are long, and in the order of turns the longest come last: of the columns that are
-// taken last, one a multiprocessor, each head is a job. Where heads are short, a job's beginning costs as much as that
-// gains. Columns of single heads that are alike are done in rounds of all multiprocessors: those of the last round take
-// a third or two thirds of one as three jobs each. As two they would mostly take a whole one: 68 columns have 136
-// halves, and 132 multiprocessors.
+// Which columns are shared out, in how many jobs.
 static void share_out(const sa_problem *p, hopper_backward_call *c) {
-  const int processors = sa_cuda_properties_of(p->device)->processors, rest = c->jobs % processors;
+  const int processors = sa_cuda_properties_of(p->device)->processors;
   c->whole = c->jobs;
-  c->parts = c->group;
+  c->parts = c->abreast = 1;
+  c->alternate = c->descending;
   if (!c->deterministic || !bucket(p) || p->plan->heads > 1) return;
-  if (c->group > 1) {
-    if (p->queries >= SHARED_QUERIES) c->whole = c->jobs > processors ? c->jobs - processors : 0;
-  } else if (p->plan->batch == 1 && p->queries >= THIRDS_QUERIES && columns_alike(p->plan) && !p->dalibi.data &&
-             rest * THIRDS <= processors * (THIRDS - 1)) {
-    c->whole = c->jobs - rest;
-    c->parts = THIRDS;
+  const int64_t tiles = c->group * (int64_t)(c->padded / SA_TILE);
+  if (c->descending) {
+    // A group of heads abreast; of long groups and few columns some of its heads, as many every time. Without groups
+    // each column ends only a tile sooner than the one that was begun a step before it, and the next ones would begin
+    // too close to each other, and wait again: every second one is left for later.
+    if (c->jobs <= SHARED_ROUNDS * processors) {
+      while (c->parts < c->group && (c->group % c->parts > 0 || !parts_are_short(p, c->jobs, c->parts))) c->parts++;
+    }
+    c->abreast = c->group / c->parts;
+    if (c->parts > 1) c->whole = 0;
+    c->alternate = c->abreast == 1;
+  } else if (p->plan->batch == 1 && tiles >= SHARED_TILES && !p->dalibi.data &&
+             p->plan->partial + p->plan->full == sa_tiles_of_alike(p->plan)) {
+    // Columns that are the same are done in rounds of all multiprocessors, and those of the last round in parts that
+    // fit it. As halves they would mostly take a whole one: 68 columns have 136, and 132 multiprocessors.
+    c->parts = parts_that_fit(c->jobs % processors, tiles, processors);
+    if (c->parts > 1) c->whole -= c->jobs % processors;
+  } else if (c->group > 1 && p->queries >= SHARED_QUERIES) {
+    // Jobs of whole groups of heads are long, and in the order of turns the longest come last: of the columns that are
+    // taken last, one a multiprocessor, each head is a job. Where heads are short, a job's beginning costs as much as
+    // that gains.
+    c->parts = c->group;
+    c->whole -= c->jobs > processors ? processors : c->jobs;
   }
 }
 

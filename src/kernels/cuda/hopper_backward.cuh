@@ -2,11 +2,11 @@
 //
 // hopper_backward_rows makes the row statistics, hopper_backward_tiles all gradients: a block per multiprocessor stays
 // for the whole launch and takes jobs from one counter. A job is a column of tiles, 128 keys of a key head, with all
-// queries that see them, of one head of the group after the other, so that dK and dV stay in registers. The last
-// columns of long groups are shared out, a job a head, and so are those that would be alone in a last round, in three
-// jobs: each adds its dV and dK, in memory, to those of the jobs before, in their order, and the last one's leave. A
-// step is a tile of 64 queries (128 at width 64). Sums of dQ that are made in any order become halves in a launch after
-// it.
+// queries that see them, so that dK and dV stay in registers: of one head of the group after the other, or, where
+// columns get shorter, past a row of tiles of all heads before the next. The last columns of long groups are shared
+// out, a job a head, and so are those that would be alone in a last round, by their tiles: each adds its dV and dK, in
+// memory, to those of the jobs before, in their order, and the last one's leave. A step is a tile of 64 queries (128 at
+// width 64). Sums of dQ that are made in any order become halves in a launch after it.
 //
 //   warpgroup 0     gives its registers away. Warp 0 loads in one stream across the jobs: K, V of a job, Q, dO, row
 //                   statistics and bits of its steps; it writes the zeros of keys that no query sees. Warps 1 and 2 add

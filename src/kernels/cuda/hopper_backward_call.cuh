@@ -32,10 +32,13 @@ typedef struct hopper_backward_call {
   // order add to different sums. When `sorted`, neighbours are so by head_order.
   int32_t jobs, mixed, sorted;
   // Whether, in order, columns are taken from the first on, their rows from the last on; else the other way round.
-  // Where columns get shorter, the longest are then begun first, and the blocks end at the same time.
-  int32_t descending;
+  // Where columns get shorter, the longest are then begun first, and the blocks end at the same time. `alternate`:
+  // those of even numbers come before the others.
+  int32_t descending, alternate;
+  // Heads of a group that a job goes past, a row of tiles of each, before it comes to the next row.
+  int32_t abreast;
   // Columns from number `whole` on, the last ones taken, are shared out in `parts` jobs, each of as many of their
-  // tiles, so that the blocks end at the same time.
+  // tiles, so that the blocks end at the same time: first the first part of each, then the second, and so on.
   int32_t whole, parts;
   uint16_t head_order[HOPPER_BACKWARD_HEADS];
   float *dq;         // sums: chunks of [batch, head, padded / 64, width / 64], each [8][128][4] as wgmma leaves them

@@ -49,7 +49,7 @@ typedef struct hopper_backward_walk {
 // A job as the producer finds it, and as shared memory has it: two times 16 bytes.
 typedef struct hopper_backward_job {
   int column, steps, batch, key_head;  // steps: 0 when no query sees these keys, -1 when there is no job
-  int first, tiles;  // of the tiles that the heads of the group have in this column, one head after the other
+  int first, tiles;  // of what the group has in this column, `abreast` heads after the other, in `abreast` tiles
   int part, shared;  // of a shared column, which of its jobs, and its number; else -1
 } hopper_backward_job;
 
@@ -78,7 +78,7 @@ struct hopper_backward_jobs {
   __device__ __forceinline__ int tiles_of(const hopper_backward_job &job) const {
     int tiles = 0;
 #pragma unroll 1
-    for (int head = job.key_head * c.group; head < (job.key_head + 1) * c.group; head++) {
+    for (int head = job.key_head * c.group; head < (job.key_head + 1) * c.group; head += c.abreast) {
       const int64_t *start = runs_of(job.batch, head, job.column);
       const sa_run *run = c.plan.col_runs + start[0] + lane;
 #pragma unroll 1
@@ -104,6 +104,12 @@ struct hopper_backward_jobs {
     return __any_sync(~0u, bad);
   }
 
+  // Which column comes `rank`th where the longest are begun first.
+  __device__ __forceinline__ int descended(int rank) const {
+    const int even = (c.plan.col_tiles + 1) / 2;
+    return !c.alternate ? rank : rank < even ? 2 * rank : 2 * (rank - even) + 1;
+  }
+
   __device__ __forceinline__ hopper_backward_job next_job() {
 #pragma unroll 1
     for (;;) {
@@ -111,11 +117,14 @@ struct hopper_backward_jobs {
       if (lane == 0) id = atomicAdd(c.next_job + CAREFUL, 1);
       id = __shfl_sync(~0u, id, 0);
       hopper_backward_job job = {};
-      job.shared = id < c.whole ? -1 : (id - c.whole) / c.parts;
-      job.part = id < c.whole ? 0 : (id - c.whole) % c.parts;
-      if (job.shared >= 0) id = c.whole + job.shared;
-      job.steps = -1;
-      if (id >= c.jobs) return job;
+      job.shared = job.steps = -1;
+      if (id >= c.whole) {
+        const int shared = c.jobs - c.whole;
+        if (id - c.whole >= shared * c.parts) return job;
+        job.part = (id - c.whole) / shared;
+        job.shared = (id - c.whole) % shared;
+        id = c.whole + job.shared;
+      }
       const int columns = c.plan.col_tiles, span = c.mixed * columns, first = id / span * c.mixed;
       const int heads = min(c.mixed, c.batch * c.key_heads - first), in_span = id % span;
       const int place = first + in_span % heads, rank = in_span / heads;
@@ -123,7 +132,7 @@ struct hopper_backward_jobs {
       job.batch = flat / c.key_heads;
       job.key_head = flat % c.key_heads;
       job.column = CAREFUL || c.deterministic
-                       ? (c.descending ? rank : columns - 1 - rank)
+                       ? (c.descending ? descended(rank) : columns - 1 - rank)
                        : c.plan.col_order[plane(job.batch, job.key_head * c.group) * columns + rank];
       if (CAREFUL && !flagged(job)) continue;
       const int64_t tiles = tiles_of(job);
@@ -134,7 +143,7 @@ struct hopper_backward_jobs {
       const int parts = job.shared < 0 ? 1 : c.parts;
       job.first = (int)(tiles * job.part / parts);
       job.tiles = (int)(tiles * (job.part + 1) / parts) - job.first;
-      job.steps = job.tiles * SHAPE::steps;
+      job.steps = job.tiles * c.abreast * SHAPE::steps;
       return job;
     }
   }
@@ -156,7 +165,7 @@ struct hopper_backward_jobs {
     int skipped = shared_load(base + SHAPE::job + 32 * (n & 1) + 16);
     int left = shared_load(base + SHAPE::job + 32 * (n & 1) + 20);
 #pragma unroll 1
-    for (int head = job_key_head(n) * c.group; left > 0; head++) {
+    for (int head = job_key_head(n) * c.group; left > 0; head += c.abreast) {
       hopper_backward_walk walk;
       const int64_t *start = runs_of(job_batch(n), head, job_column(n));
       walk.open(c.plan.col_runs + start[0], (int)(start[1] - start[0]), c.descending);
@@ -167,7 +176,10 @@ struct hopper_backward_jobs {
         walk.row += over * walk.step;
         left -= walk.rows;
 #pragma unroll 1
-        for (; walk.rows > 0; walk.rows--, walk.row += walk.step) visit(head, walk.row, walk.pattern);
+        for (; walk.rows > 0; walk.rows--, walk.row += walk.step) {
+#pragma unroll 1
+          for (int next = 0; next < c.abreast; next++) visit(head + next, walk.row, walk.pattern);
+        }
       }
     }
   }

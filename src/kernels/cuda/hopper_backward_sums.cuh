@@ -1,12 +1,22 @@
 // backward attention on Hopper for widths up to 128: the sums of dQ in memory, and the warps that add to them
 //
-// Key tiles add to the rows of a tile of queries one after the other, those with most keys before them first (last,
-// where rows are descended), so that the sums have the same bits every time. Each chunk of 64 x 64 sums has a counter
-// of who is done. The first stores, so that nobody has to fill with zeros. The last adds the sums to its own dQ in
-// registers and writes halves, so that nobody has to read the sums again when they have left the cache. Jobs are taken
-// in the order in which they have their turns, and a job waits only for jobs taken before it: the oldest unfinished job
-// never waits, so all come to an end. The counters are zeroed by the first launch of the same call. The order of a
-// chunk's accesses, one line for each link:
+// Key tiles add to the rows of a tile of queries one after the other, in the order in which their columns are taken, so
+// that the sums have the same bits every time: from the last to the first, or, where rows are descended, from the first
+// to the last, or all even ones and then all odd ones. Each chunk of 64 x 64 sums has a counter of who is done. The
+// first stores, so that nobody has to fill with zeros. The last adds the sums to its own dQ in registers and writes
+// halves, so that nobody has to read the sums again when they have left the cache.
+//
+// A job waits only for jobs taken before it: the oldest unfinished one never waits, so all come to an end, however few
+// blocks run at a time. Of a chunk that is so because whole columns are taken in the order of its turns, and before
+// those that are shared out. Of these the first parts of all are taken, then the second ones; but the same part of each
+// adds to the chunk, as parts are heads, or all columns see the same rows (hopper_backward.cu): again in that order.
+// And dV and dK of a part wait for the part before it. Nor does it matter in which order a job goes through its tiles;
+// but jobs that begin together are to come to each row one after the other, each soon after the one before it. So rows
+// ascend where columns descend, and the other way round; and heads abreast are gone past row by row, as of a head after
+// the other a short column would be at the second when the longer one before it is still at the first.
+//
+// The counters are zeroed by the first launch of the same call. The order of a chunk's accesses, one line for each
+// link:
 //
 //   bulk add (async proxy) -> bulk_wait: complete, and seen by the thread that issued it
 //   -> async_proxy_fence_global: in order before that thread's ordinary accesses that follow (publish)
@@ -38,6 +48,15 @@ struct hopper_backward_sums : hopper_backward_jobs<SHAPE, CAREFUL> {
   __device__ __forceinline__ hopper_backward_sums(const hopper_backward_call &call, uint32_t start)
       : base_type(call, start) {}
 
+  // Columns of [first, end) that are taken before `column`.
+  __device__ __forceinline__ int earlier(int first, int end, int column) const {
+    if (!c.descending) return max(0, end - max(first, column + 1));
+    const int middle = max(first, min(end, column));  // [first, middle) is to the left of it
+    if (!c.alternate) return middle - first;
+    const int even = (end + 1) / 2 - (first + 1) / 2;
+    return column % 2 ? even + middle / 2 - first / 2 : (middle + 1) / 2 - (first + 1) / 2;
+  }
+
   // The key tiles that add to a row of tiles before `column` does, and all.
   __device__ __forceinline__ int2 count_turns(int batch, int head, int row, int column) const {
     const int64_t *start = c.plan.row_start + plane(batch, head) * c.plan.row_tiles + row;
@@ -45,8 +64,7 @@ struct hopper_backward_sums : hopper_backward_jobs<SHAPE, CAREFUL> {
     int before = 0, all = 0;
 #pragma unroll 1
     for (int left = (int)(start[1] - start[0]) - lane; left > 0; left -= 32, keys += 32) {
-      before += c.descending ? max(0, min(keys->first + keys->count, column) - keys->first)
-                             : max(0, keys->first + keys->count - max(keys->first, column + 1));
+      before += earlier(keys->first, keys->first + keys->count, column);
       all += keys->count;
     }
     return make_int2(hopper_warp_sum(before), hopper_warp_sum(all));
