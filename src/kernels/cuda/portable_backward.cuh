@@ -16,6 +16,7 @@
 #include <limits.h>
 
 #include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/columns.cuh"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/portable_backward_bases.cuh"
 #include "kernels/cuda/portable_backward_bias.cuh"
@@ -23,6 +24,10 @@
 #include "kernels/cuda/portable_backward_once.cuh"
 
 static const char backward_name[] = "sa_backward";
+
+// Columns of keys that get shorter and have so many tiles in the mean, past all heads of a group, are taken from the
+// longest on.
+enum { ONCE_DESCENDED_TILES = 4 };
 
 // What a launch knows.
 typedef struct backward_job {
@@ -143,8 +148,11 @@ static int launch_once(const backward_job &job, const backward_rows<float> &rows
   const sa_problem &p = job.p;
   backward_sums sums = {};
   sums.jobs = p.batch * p.key_heads * job.plan.col_tiles * C::PARTS;
-  // Each head has some eight columns at work then: more wait for each other where they begin.
-  sums.mixed = sa_cuda_properties_of(p.device)->processors / 8;
+  const int64_t group = p.heads / p.key_heads;
+  sums.descending = (group == 1 || p.plan->heads == 1) && sa_columns_shrink(p.plan, group, ONCE_DESCENDED_TILES);
+  sums.abreast = sums.descending ? (int)group : 1;
+  // Each head has some eight columns at work then, or multiprocessors: more wait for each other where they begin.
+  sums.mixed = sa_cuda_properties_of(p.device)->processors * (sums.descending ? C::RESIDENT : 1) / 8;
   if (sums.mixed < 1) sums.mixed = 1;
   // Without a width a product is an empty sum, whatever 1/sqrt(0) makes of the scale.
   sums.scale_log2 = p.width ? (float)(p.scale * 1.4426950408889634) : 0;

@@ -7,6 +7,9 @@
 // warps, 168 registers, three blocks a multiprocessor, 59 KiB each. What spills is read once a step, outside the loops
 // of products.
 //
+// Columns that get shorter go past a row of all heads of a group before the next: of a head after the other a short
+// column would be at the second while the longer one before it, for which it waits, is still at the first.
+//
 // bf16 at D128 and N8192 on an H200: 266 TFLOP/s with calls one behind the other, 270 after a pause. Latencies between
 // products are the limit, and turns (without them 3 % more). docs/hopper.md has what was tried.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
@@ -236,11 +239,12 @@ struct once_job {
     return tiles()[step / 2].row * SA_TILE + step % 2 * QUERIES;
   }
   __device__ __forceinline__ bool flagged(int step) const { return tiles()[step / 2].notes >> (2 + step % 2) & 1; }
+  __device__ __forceinline__ int beside(int step) const { return tiles()[step / 2].notes >> 4; }
   __device__ __forceinline__ int chunk_of(int head, int step) const {
     return (int)((batch * p.heads + head) * (rows.padded / QUERIES)) + first_of(step) / QUERIES;
   }
 
-  // Jobs in the order of turns: columns descend; those of some key heads take turns, too.
+  // Jobs in the order of turns; those of some key heads take turns, too.
   __device__ __forceinline__ int take() {
     if (threadIdx.x == 0) tiles()[0].row = atomicAdd(sums.next_job + CAREFUL, 1);
     __syncthreads();
@@ -249,7 +253,7 @@ struct once_job {
     const int here = min((int)sums.mixed, all - first_head), head = first_head + rest % here;
     batch = head / (int)p.key_heads;
     key_head = head % (int)p.key_heads;
-    key_column = columns - 1 - rest / here;
+    key_column = sums.descending ? rest / here : columns - 1 - rest / here;
     return job;
   }
 
@@ -288,35 +292,37 @@ struct once_job {
       copy_async(tile_address<ROW>(to, n * STEP, 0), place, chunk * 16 >= source.bytes);
   }
 
-  // Q and what is known of its rows.
+  // Q and what is known of its rows; `head` is the first of those abreast.
   __device__ __forceinline__ void load_queries(int head, int step, int stage) const {
     const int thread = hidden((int)threadIdx.x), first = first_of(step);
     tile_source source = query_source(0);
-    source.data = rows_of_head().queries;
+    source.data = rows_of_head().queries + beside(step) * p.q.stride[1] * (int)sizeof(Element);
     load_rows(shared + C::QUERY_STAGES + stage * C::QUERY_TILE, source, first, thread);
     constexpr int CHUNKS = QUERIES * 4 / 16;
     if (thread >= 3 * CHUNKS) return;
     const float *from = thread < CHUNKS ? rows.base : thread < 2 * CHUNKS ? rows.factor : rows.delta;
     copy_async(shared_address(shared + C::NUMBER_STAGES + stage * C::NUMBERS + thread * 16),
-               from + (batch * p.heads + head) * rows.padded + first + thread % CHUNKS * 4);
+               from + (batch * p.heads + head + beside(step)) * rows.padded + first + thread % CHUNKS * 4);
   }
 
   __device__ __forceinline__ void load_douts(int step, int stage) const {
     tile_source source = dout_source(0);
-    source.data = rows_of_head().douts;
+    source.data = rows_of_head().douts + beside(step) * p.dout.stride[1] * (int)sizeof(Element);
     load_rows(shared + C::DOUTS + stage * C::QUERY_TILE, source, first_of(step), hidden((int)threadIdx.x));
   }
 
-  // The next tiles of a head's column into shared memory, from number `place` on, and where its rows begin; how many.
+  // The next tiles of a column into shared memory, from number `place` on, and where rows begin of the first of the
+  // heads abreast; how many.
   __device__ __forceinline__ int find_tiles(int head, int place, int all) const {
     const int known = min(all - place, (int)C::TILES_KNOWN), thread = threadIdx.x;
     __syncthreads();
     if (thread == 0) rows_of_head() = head_rows{query_source(head).data, dout_source(head).data};
     if (thread < known) {
-      column_tile tile =
-          find_tile<C::PARTS>(plan, sa_device_plane(plan, batch, head), key_column / C::PARTS, part(), place + thread);
-      const int64_t chunk = ((batch * p.heads + head) * rows.padded + tile.row * SA_TILE) / QUERIES;
-      tile.notes = (rows.coarse[chunk] != 0) | (rows.coarse[chunk + 1] != 0) << 1;
+      const int number = sums.descending ? all - 1 - place - thread : place + thread, beside = number % sums.abreast;
+      column_tile tile = find_tile<C::PARTS>(plan, sa_device_plane(plan, batch, head), key_column / C::PARTS, part(),
+                                             number / sums.abreast, sums.descending);
+      const int64_t chunk = ((batch * p.heads + head + beside) * rows.padded + tile.row * SA_TILE) / QUERIES;
+      tile.notes = (rows.coarse[chunk] != 0) | (rows.coarse[chunk + 1] != 0) << 1 | beside << 4;
       if (CAREFUL && p.dq.data) tile.notes |= sums.bad_query[chunk] << 2 | sums.bad_query[chunk + 1] << 3;
       tiles()[thread] = tile;
     }
@@ -495,9 +501,10 @@ struct once_job {
                    dout_tile = C::DOUTS - C::QUERY_STAGES + (C::DOUT_STAGES == 2 ? query_tile : 0);
     weigh(step, stage, query_tile, dout_tile);
     __syncthreads();
-    if (CAREFUL) clean(head, step, query_tile, dout_tile);
+    if (CAREFUL) clean(head + beside(step), step, query_tile, dout_tile);
     // Half of the warps add to dQ first, the others between the halves of their dK, so that some multiply while others
     // wait for their turn. It is given on last: a release waits for what was added before to arrive.
+    head += beside(step);
     const query_turn mine = turn_of(head, step);
     const uint32_t right = query_columns + (of_keys ? query_tile : dout_tile);
 #pragma unroll 1
@@ -527,10 +534,10 @@ struct once_job {
     const int group = (int)(p.heads / p.key_heads);
     bool masked = false;
 #pragma unroll 1
-    for (int head = key_head * group; head < (key_head + 1) * group; head++) {
+    for (int head = key_head * group; head < (key_head + 1) * group; head += sums.abreast) {
       const int64_t *const start =
           plan.col_start + sa_device_plane(plan, batch, head) * plan.col_tiles + key_column / C::PARTS;
-      const int all = count_tiles(plan.col_runs + start[0], start[1] - start[0]);
+      const int all = count_tiles(plan.col_runs + start[0], start[1] - start[0]) * sums.abreast;
       masked |= all && plan.col_runs[start[0]].pattern != SA_FULL;
 #pragma unroll 1
       for (int place = 0; place < all; place += C::TILES_KNOWN) {

@@ -1,13 +1,14 @@
 // the sums of dQ in memory, to which columns of keys add in turns
 //
-// Every column of keys that sees a row of tiles adds to the sums of its queries, those with most keys before them
-// first, so that the sums have the same bits every time. Each warp's part of a chunk of 64 queries has a counter of who
-// is done. The first stores, so that nobody has to fill with zeros; the last writes dQ, and the counter is 0 again.
-// Blocks take their jobs from a counter as they start, in the order in which columns have their turns: a job waits only
-// for jobs taken before it, by blocks that run or have ended, so the oldest unfinished job never waits and all come to
-// an end, however many blocks a device has room for. The order of a chunk's accesses: stores and atomic adds of a warp
-// -> __syncwarp -> store_release by lane 0 -> load_acquire that reads it, by each lane of the next one -> its adds, or
-// loads.
+// Every column of keys that sees a row of tiles adds to the sums of its queries, those with most keys before them first
+// (last, where rows are descended), so that the sums have the same bits every time. Each warp's part of a chunk of 64
+// queries has a counter of who is done. The first stores, so that nobody has to fill with zeros; the last writes dQ,
+// and the counter is 0 again. Blocks take their jobs from a counter as they start, in the order in which columns have
+// their turns: a job waits only for jobs taken before it, by blocks that run or have ended, so the oldest unfinished
+// job never waits and all come to an end, however many blocks a device has room for.
+//
+// The order of a chunk's accesses: stores and atomic adds of a warp -> __syncwarp -> store_release by lane 0 ->
+// load_acquire that reads it, by each lane of the next one -> its adds, or loads.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_SUMS_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_SUMS_CUH
 #include "kernels/cuda/portable_backward_products.cuh"
@@ -23,20 +24,26 @@ typedef struct backward_sums {
   int *next_job;   // of the launch, and of the careful one
   float scale_log2;
   int64_t jobs, mixed;  // key heads whose jobs are mixed, so that fewer wait for each other
+  // Whether columns are taken from the first on, their rows from the last on; else the other way round. Where columns
+  // get shorter, the longest are then begun first, and the blocks end at the same time.
+  bool descending;
+  int abreast;  // heads of a group that a job goes past, a row of tiles of each, before it comes to the next row
 } backward_sums;
 
 // A tile of a column of keys, as it is kept in shared memory.
 typedef struct column_tile {
   int row, pattern;
-  int turn;   // twice how many columns add to its row before this one, and 1 if none does after it
-  int notes;  // of its two chunks: bits 0 and 1, whether some base is coarse; bits 2 and 3, whether dQ is flagged
+  int turn;  // twice how many columns add to its row before this one, and 1 if none does after it
+  // Of its two chunks: bits 0 and 1, whether some base is coarse; bits 2 and 3, whether dQ is flagged. From bit 4 on
+  // which of the heads abreast it is of.
+  int notes;
 } column_tile;
 
-// Tile number `place` of a column, of part `part` of PARTS that tiles are cut into. Rows ascend, so that a column comes
-// to each soon after those before it.
+// Tile number `place` of a column, of part `part` of PARTS that tiles are cut into. Columns come to a row soon after
+// those before them, as rows ascend where columns descend, or are `descending` themselves.
 template <int PARTS>
 static __device__ __forceinline__ column_tile find_tile(const sa_device_plan &plan, int64_t plane, int column, int part,
-                                                        int place) {
+                                                        int place, bool descending) {
   const int64_t *start = plan.col_start + plane * plan.col_tiles + column;
   const sa_run *run, *partial = plan.col_runs + start[0], *const end = plan.col_runs + start[1], *full = partial;
   while (full < end && full->pattern != SA_FULL) full++;
@@ -54,7 +61,8 @@ static __device__ __forceinline__ column_tile find_tile(const sa_device_plan &pl
     before += max(0, run->first + run->count - max(run->first, column + 1));
     all += run->count;
   }
-  const int turn = before * PARTS + PARTS - 1 - part;
+  const int last_first = before * PARTS + PARTS - 1 - part;
+  const int turn = descending ? all * PARTS - 1 - last_first : last_first;
   tile.turn = 2 * turn + (turn + 1 == all * PARTS);
   return tile;
 }
