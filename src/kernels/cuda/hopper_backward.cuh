@@ -25,9 +25,9 @@
 //   128    64              64, 64, 32, 32, 16           221 KiB
 //
 // Shared memory: K, V, three slots of Q and two of dO (Q of a step is still read by its dK when the one after the next
-// must load), two of dS, one of dQ, a box of zeros. dS is made from the very halves of P that dV was made from, which
-// costs a fifth more rounding in dQ and dK (2.9e-3 instead of 2.35e-3 of their norm) and saves the registers of P in
-// f32.
+// must load), two of dS, one of dQ, a box of zeros. At width 128 P stays in the registers of S until dS is made of it;
+// at width 64, and with extras, there are none for it, and dS is made from the very halves of P that dV was made from,
+// which costs a fifth more rounding in dQ and dK (2.9e-3 instead of 2.35e-3 of their norm).
 //
 // Extras (bias, softcap, ALiBi, dropout) are compiled into kernels of their own, one each and one for all, of width 128
 // alone. P then goes two ways, as dropout is part of dV's and the softcap's derivative of dS's; the bias of a step is
@@ -233,8 +233,11 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const int x = 8 * j + i;
-        const uint32_t pair = SHAPE::splits ? weights[x / 2] : p[x / 2];
-        const float probability = x & 1 ? hopper_high<type>(pair) : hopper_low<type>(pair);
+        float probability = s[x];
+        if constexpr (SHAPE::rounds_weights) {
+          const uint32_t pair = SHAPE::splits ? weights[x / 2] : p[x / 2];
+          probability = x & 1 ? hopper_high<type>(pair) : hopper_low<type>(pair);
+        }
         if constexpr (SHAPE::splits) dp[x] = kept[x / 32] >> x % 32 & 1 ? dp[x] * c.scores.kept : 0.f;
         dp[x] = probability * (dp[x] - (i < 4 ? (i & 1 ? delta.y : delta.x) : (i & 1 ? delta.w : delta.z)));
       }

@@ -29,6 +29,8 @@ struct hopper_backward_shape {
   static constexpr bool biased = EXTRAS & HOPPER_BACKWARD_BIAS;
   static constexpr bool splits =
       EXTRAS & (HOPPER_BACKWARD_SOFTCAP | HOPPER_BACKWARD_DROPOUT);  // P of dV from that of dS
+  // Whether dS is made of the halves of P that dV takes; else of P in f32, where S was.
+  static constexpr bool rounds_weights = WIDTH == 64 || EXTRAS;
   // Whether the loading warp writes the zeros of keys that no query sees. Where the warps that multiply do, ptxas takes
   // their steps for divergent and moves descriptors to uniform registers before each product, 73 of a step's 815
   // instructions: 1 to 7 % of a call. With a bias or a softcap alone there are no registers for better (C7512).
