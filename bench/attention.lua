@@ -8,11 +8,17 @@
 -- another, is that of one turn and of the other's turns before and after it, and what is shown is the median of all
 -- rounds, for a bar with the quartiles. Flops are those of the dense product, 4 B H L S D forward and 10 B H L S D
 -- backward, whatever a mask leaves out.
+--
+-- Of a bar's rounds, those beside which another guest was on the core (bench/sharing.lua looks, and knows nothing of
+-- what is timed) are set aside and replaced, up to three times as many in all, and the line says how many. When hardly
+-- any are left, all are shown, and how many were shared.
 local sa = require "safeattn"
 local core = require "safeattn.core"
 local calls = require "bench.calls"
 local clock = require "bench.clock"
+local placing = require "bench.placing"
 local json = require "bench.json"
+local sharing = require "bench.sharing"
 local ffi, lib = core.ffi, core.lib
 
 local known_sections = {"bars", "shapes", "masks", "extras", "dtypes", "tiers", "calls", "plans"}
@@ -37,6 +43,9 @@ local slice_seconds, enough_rounds, enough_seconds = quick and 0 or 5e-3, quick 
 local function slice(fn, seconds) return clock.slice(fn, quick and 0 or seconds or slice_seconds) end
 
 local function turns(...) return clock.turns({...}, enough_rounds, enough_seconds) end
+
+-- The same for bars: rounds beside which the core was shared are set aside.
+local function undisturbed_turns(...) return clock.turns({...}, enough_rounds, enough_seconds, sharing.here) end
 
 -- The median in seconds of one thing that takes no turns with another.
 local function measure(fn) return clock.spread(turns(slice(fn))[1]).median end
@@ -274,17 +283,20 @@ end
 local function bar(name, values, limit, least, unit)
   local spread = clock.spread(values)
   local reached = least and spread.median >= limit or not least and spread.median <= limit
+  local aside = values.aside
+  local note = aside.count > 0 and (", %2d aside"):format(aside.count)
+    or aside.shared > 0 and (", %2d shared"):format(aside.shared) or ""
   record("bars", name, {value = spread.median, low = spread.low, high = spread.high, rounds = spread.rounds,
-    bar = limit, reached = reached})
+    aside = aside.count, shared = aside.shared, bar = limit, reached = reached})
   local scale = unit == "%" and 100 or 1
-  print(("%-70s %7.2f %-2s (%6.2f to %6.2f, %3d rounds) %s %5.2f  %s"):format(name, spread.median * scale, unit or "x",
-    spread.low * scale, spread.high * scale, spread.rounds, least and ">=" or "<=", limit * scale,
-    reached and "reached" or "missed"))
+  local range = ("(%6.2f to %6.2f, %3d rounds%s)"):format(spread.low * scale, spread.high * scale, spread.rounds, note)
+  print(("%-70s %7.2f %-2s %-43s %s %5.2f  %s"):format(name, spread.median * scale, unit or "x", range,
+    least and ">=" or "<=", limit * scale, reached and "reached" or "missed"))
 end
 
 -- How near fn comes to so many flops of a core's peak.
 local function peak_bar(name, fn, flops, dtype, limit)
-  local times = turns(at_peak(flops, dtype), slice(fn))
+  local times = undisturbed_turns(at_peak(flops, dtype), slice(fn))
   bar(name .. ", of the peak", clock.compare(times[2], times[1], under), limit, true, "%")
 end
 
@@ -300,7 +312,7 @@ end
 local function ratio_bars(name, limit, case, base, share)
   local mine, other = both_ways(case), both_ways(base or {length = case.length})
   for _, way in ipairs {"forward", "backward"} do
-    local times = turns(slice(other[way]), slice(mine[way]))
+    local times = undisturbed_turns(slice(other[way]), slice(mine[way]))
     bar(name .. ", " .. way, clock.compare(times[2], times[1], function(seconds, dense)
       return seconds / dense / (share or 1)
     end), limit)
@@ -313,12 +325,21 @@ local function mask_bars(name, mask, size)
     {length = size, options = {mask = mask}}, nil, visible_tiles(mask, size))
 end
 
--- What a second thread gives, and what it gives the peak: two cores may be halves of one, or one of them another's too.
+-- What a second thread gives, over one on either core, since one of them may be another guest's too; and what it gives
+-- the peak, since two cores may be halves of one. Of more than two, which ones the threads take is not known.
 local function thread_bars(width)
   local one, two = both_ways {width = width}, both_ways {width = width, threads = 2}
+  local pair = #placing.list() == 2 and placing.list()
+  local function on_either(fn) -- the time of the mean of both speeds
+    if not pair then return fn end
+    local first, second = placing.on(pair[1], fn), placing.on(pair[2], fn)
+    return function() return 2 / (1 / first() + 1 / second()) end
+  end
   for _, way in ipairs {"forward", "backward"} do
-    local times = turns(at_peak(1, "f32"), at_peak(1, "f32", 2), slice(two[way]), slice(one[way]))
-    bar(("2 threads over 1, D%d %s (the peak: %.2f)"):format(width, way,
+    two[way]() -- starts the pool's thread while that may be on either core, too
+    local times = clock.turns({on_either(at_peak(1, "f32")), at_peak(1, "f32", 2), slice(two[way]),
+      on_either(slice(one[way]))}, enough_rounds, enough_seconds, pair and sharing.anywhere or sharing.here)
+    bar(("2 threads over 1%s, D%d %s (the peak: %.2f)"):format(pair and " on either core" or "", width, way,
       clock.median(times[1]) / clock.median(times[2])), clock.compare(times[4], times[3], over), 1.9, true)
   end
   sa.threads(1)
@@ -331,7 +352,7 @@ local function decoding_bars(dtype)
   local k, v = random({1, 8, keys, 128}, 2), random({1, 8, keys, 128}, 3)
   local bytes = 2 * 8 * keys * 128 * (dtype == "f32" and 4 or 2)
   sa.threads(cores)
-  local times = turns(function() return bytes / tonumber(lib.sa_measure_read()) end,
+  local times = undisturbed_turns(function() return bytes / tonumber(lib.sa_measure_read()) end,
     slice(calls.forward(q, k, v), 0.1))
   sa.threads(1)
   bar(("decoding, %s, 1 x %d, 32:8 heads, D128, %d threads: of %.1f GB/s"):format(dtype, keys, cores,
@@ -354,9 +375,9 @@ local function call_bars()
   local count = quick and 500 or 5000
   local forward, microseconds = often(count, function() sa.forward(q, k, v) end)
   local both = often(count, function() sa.forward(q, k, v):backward(q) end)
-  local times = turns(forward, both)
-  bar("a call on [1,1,4,8], forward", clock.each(times[1], microseconds), 3, false, "us")
-  bar("a call on [1,1,4,8], forward + backward", clock.each(times[2], microseconds), 6, false, "us")
+  local times = undisturbed_turns(forward, both)
+  bar("a call on [1,1,4,8], forward", clock.compare(times[1], nil, microseconds), 3, false, "us")
+  bar("a call on [1,1,4,8], forward + backward", clock.compare(times[2], nil, microseconds), 6, false, "us")
 end
 
 -- The least that the pool shares out. What two threads take for two heads, and one does not for one, is the pool's, and
@@ -369,7 +390,7 @@ local function pool_bar()
     return often(count, function() call()() end)
   end
   local two, microseconds = heads_on_threads(2)
-  local times = turns(heads_on_threads(1), two)
+  local times = undisturbed_turns(heads_on_threads(1), two)
   sa.threads(1)
   bar("the pool, warm: 2 heads of 64 tokens on 2 threads less 1 on 1", clock.compare(times[2], times[1],
     function(seconds, one) return microseconds(seconds - one) end), 5, false, "us")

@@ -48,33 +48,46 @@ function clock.slice(fn, seconds)
 end
 
 --- Lets functions that return seconds take turns, so that what the machine does besides meets all alike: rounds of one
--- turn each, until there are so many and the last function's turns have taken so long, after a round that does not
--- count. Returns the list of each; those before the last have one turn more, after the last round.
-function clock.turns(functions, rounds, seconds)
-  local times, last = {}, #functions
+-- turn each, until there are so many and they have taken so long, after a round that does not count. Returns the list
+-- of each; those before the last have one turn more, after the last round.
+--
+-- `disturbed` (may be nil) says whether the core was shared just now, and is asked between the rounds. One that lies
+-- beside such a moment is set aside, and another takes its place, until all are three times as many and as long; when
+-- less than a third of what was wanted is left, none is set aside. The lists' `aside` says how many were and, `shared`,
+-- how many could have been.
+function clock.turns(functions, rounds, seconds, disturbed)
+  local times, last, aside = {}, #functions, {shared = 0, count = 0}
   for n, fn in ipairs(functions) do
     fn()
-    times[n] = {}
+    times[n] = {aside = aside}
   end
-  local start = clock.now()
+  local start, before = clock.now(), disturbed and disturbed()
   repeat
     for n, fn in ipairs(functions) do table.insert(times[n], fn()) end
-  until #times[last] >= rounds and clock.now() - start >= seconds
+    local after, round, spent = disturbed and disturbed(), #times[last], clock.now() - start
+    if before or after then aside[round], aside.shared = true, aside.shared + 1 end
+    before = after
+    local kept = round - aside.shared
+    local enough = kept >= rounds or round >= 3 * rounds and spent >= 3 * seconds
+  until enough and spent >= seconds
+  aside.count = aside.shared
+  if 3 * (#times[last] - aside.shared) < rounds then
+    for round = 1, #times[last] do aside[round] = nil end
+    aside.count = 0
+  end
   for n = 1, last - 1 do table.insert(times[n], functions[n]()) end
   return times
 end
 
---- In each round, what `how` makes of the time of what came last and the mean of what another took before and after it.
+--- In each round that was not set aside, what `how` makes of the time of what came last and, when there is another, of
+-- the mean of what that took before and after it.
 function clock.compare(times, other, how)
-  local results = {}
-  for round, seconds in ipairs(times) do results[round] = how(seconds, (other[round] + other[round + 1]) / 2) end
-  return results
-end
-
---- What `how` makes of each time.
-function clock.each(times, how)
-  local results = {}
-  for round, seconds in ipairs(times) do results[round] = how(seconds) end
+  local results = {aside = times.aside}
+  for round, seconds in ipairs(times) do
+    if not times.aside[round] then
+      results[#results + 1] = how(seconds, other and (other[round] + other[round + 1]) / 2)
+    end
+  end
   return results
 end
 
