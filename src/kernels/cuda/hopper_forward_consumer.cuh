@@ -309,17 +309,16 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::run() {
 #pragma unroll
   for (int i = 0; i < outs; i++) o[i] = 0.f;
   for (;;) {
-    if (!advance()) {
-      finish(p);
-      break;
-    }
+    if (!advance()) break;
     step(p, p_other);
     if (!advance()) {
-      finish(p_other);
+#pragma unroll
+      for (int i = 0; i < pairs; i++) p[i] = p_other[i];
       break;
     }
     step(p_other, p);
   }
+  finish(p);
 }
 
 #endif
