@@ -3,10 +3,11 @@
 --   luajit bench/plots.lua [quick]
 --
 -- f32, B1 H8 D64, one thread; each point is the median of wall times, or of ratios to those of no mask, with which they
--- take turns.
+-- take turns. Rounds beside which another guest was on the core (bench/sharing.lua) are set aside and replaced.
 local sa = require "safeattn"
 local calls = require "bench.calls"
 local clock = require "bench.clock"
+local sharing = require "bench.sharing"
 
 local quick = arg[1] == "quick"
 sa.threads(1)
@@ -14,22 +15,30 @@ sa.threads(1)
 local function turns(...)
   local slices = {...}
   for n, fn in ipairs(slices) do slices[n] = clock.slice(fn, quick and 0 or 5e-3) end
-  return clock.turns(slices, quick and 3 or 7, quick and 0 or 0.5)
+  return clock.turns(slices, quick and 3 or 7, quick and 0 or 0.5, sharing.here)
+end
+
+local function median_of(times, ...)
+  return clock.median(clock.compare(times, ...))
 end
 
 -- Milliseconds of forward and backward.
 local function milliseconds(length, options)
   local q, k, v, dout = calls.inputs {length = length}
-  local forward, backward = turns(calls.forward(q, k, v, options)), turns(calls.backward(q, k, v, dout, options))
+  local function typical(times)
+    return median_of(times[1], nil, function(seconds) return seconds * 1e3 end)
+  end
+  local forward = typical(turns(calls.forward(q, k, v, options)))
+  local backward = typical(turns(calls.backward(q, k, v, dout, options)))
   collectgarbage()
-  return clock.median(forward[1]) * 1e3, clock.median(backward[1]) * 1e3
+  return forward, backward
 end
 
 -- What forward and backward take over the same without a mask.
 local function over_dense(length, options)
   local q, k, v, dout = calls.inputs {length = length}
   local function ratio(times)
-    return clock.median(clock.compare(times[2], times[1], function(masked, dense) return masked / dense end))
+    return median_of(times[2], times[1], function(masked, dense) return masked / dense end)
   end
   local forward = ratio(turns(calls.forward(q, k, v, {}), calls.forward(q, k, v, options)))
   local backward = ratio(turns(calls.backward(q, k, v, dout, {}), calls.backward(q, k, v, dout, options)))
