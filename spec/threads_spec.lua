@@ -85,4 +85,20 @@ describe("the pool of threads", function()
       for name, gradient in pairs(run:backward(x)) do assert(sa.equal(gradients[name], gradient), name) end
     end
   end)
+
+  it("shares out chunks of keys of several lengths", function()
+    local q, dout = sa.randn({1, 8, 200, 8}, {seed = 1}), sa.randn({1, 8, 200, 8}, {seed = 2})
+    local k, v = sa.randn({1, 8, 1990, 8}, {seed = 3}), sa.randn({1, 8, 1990, 8}, {seed = 4})
+    for _, mask in ipairs {sa.mask.window(64, 900) * sa.mask.causal "bottom-right", sa.mask.random(0.1, 5)} do
+      local expected = sa.forward(q, k, v, {mask = mask, backend = "reference"}):backward(dout)
+      sa.threads(1)
+      local alone = sa.forward(q, k, v, {mask = mask}):backward(dout)
+      for name, gradient in pairs(alone) do assert.tensor.near(gradient, expected[name], {atol = 1e-5, rtol = 1e-5}) end
+      for threads = 2, 5 do
+        sa.threads(threads)
+        local gradients = sa.forward(q, k, v, {mask = mask}):backward(dout)
+        for name, gradient in pairs(gradients) do assert(sa.equal(alone[name], gradient), name) end
+      end
+    end
+  end)
 end)

@@ -20,7 +20,8 @@
 typedef struct NAME(backward_job) {
   const sa_problem *p;
   int64_t blocks;                     // of queries
-  int64_t chunks, chunk;              // of keys: how many, and keys in one
+  int64_t chunks, chunk;              // of keys: how many, and keys in one, at most
+  int64_t whole;                      // chunks before the last, which are as long as that; the others are halves
   int stretch;                        // keys that a block looks at together, at most
   int64_t batch_groups, head_groups;  // items per chunk: planes that share a dBias are one item's, in order
   int workers;
@@ -90,6 +91,32 @@ static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backwar
   };
 }
 
+// The first key of a chunk, or, behind the last one, where it would be: a whole number of tiles. What the whole chunks
+// leave is halved, and what is left of that again, as long as there are chunks.
+static int64_t NAME(chunk_start)(const NAME(backward_job) * job, int64_t index) {
+  const int64_t whole = index < job->whole ? index : job->whole, start = whole * job->chunk;
+  int64_t left = (job->p->keys - start + SA_TILE - 1) / SA_TILE, tiles = 0;
+  for (int64_t at = whole; at < index; at++) {
+    const int64_t taken = at + 1 < job->chunks ? (left + 1) / 2 : left;
+    tiles += taken;
+    left -= taken;
+  }
+  return start + tiles * SA_TILE;
+}
+
+// How many keys a chunk has.
+static int64_t NAME(chunk_length)(const NAME(backward_job) * job, int64_t index) {
+  const int64_t end = NAME(chunk_start)(job, index + 1);
+  return (end < job->p->keys ? end : job->p->keys) - NAME(chunk_start)(job, index);
+}
+
+static int64_t NAME(chunk_of_tile)(const NAME(backward_job) * job, int64_t tile) {
+  int64_t index = tile * SA_TILE / job->chunk;
+  if (index > job->whole) index = job->whole;
+  while (NAME(chunk_start)(job, index + 1) <= tile * SA_TILE) index++;
+  return index;
+}
+
 static const int32_t *NAME(turns_of)(const NAME(backward_job) * job, const NAME(block) * block) {
   const int64_t row = block->plane * job->p->plan->row_tiles + block->query / SA_TILE;
   return job->turn_of + row * (job->chunks + 1);
@@ -148,9 +175,9 @@ static void NAME(add_dquery)(const NAME(backward_job) * job, const NAME(block) *
 }
 
 static sa_walk NAME(walk_chunk)(const NAME(backward_job) * job, const NAME(block) * block, const NAME(chunk) * chunk) {
-  const int64_t tiles = job->chunk / SA_TILE;
-  return sa_walk_start(job->p->plan, block->plane, block->query, block->count, chunk->index * tiles,
-                       (chunk->index + 1) * tiles, job->stretch);
+  return sa_walk_start(job->p->plan, block->plane, block->query, block->count,
+                       NAME(chunk_start)(job, chunk->index) / SA_TILE,
+                       NAME(chunk_start)(job, chunk->index + 1) / SA_TILE, job->stretch);
 }
 
 // The keys that the block `after` will be the first to look at, and the rows of their gradients.
@@ -208,14 +235,15 @@ static sa_forecast NAME(foresee_chunk)(const NAME(backward_job) * job, const NAM
   const sa_problem *p = job->p;
   sa_forecast forecast = {0};
   if (!next || job->chunk > 2 * SA_TILE) return forecast;
-  NAME(foresee_keys)(&forecast, next, next_index * job->chunk, job->chunk);
+  NAME(foresee_keys)
+  (&forecast, next, NAME(chunk_start)(job, next_index), NAME(chunk_length)(job, next_index));
   for (int i = 0; i < 2; i++) {
     const sa_operand *x = i ? &p->dv : &p->dk;
     const int64_t width = i ? p->value_width : p->width;
     const bool in_place = x->dtype == DTYPE;
     const NAME(block) *of = in_place ? next : keys;
-    const int64_t first = (in_place ? next_index : index) * job->chunk;
-    const int64_t count = p->keys - first < job->chunk ? p->keys - first : job->chunk;
+    const int64_t wanted = in_place ? next_index : index;
+    const int64_t first = NAME(chunk_start)(job, wanted), count = NAME(chunk_length)(job, wanted);
     if (x->data) NAME(foresee)(&forecast, x, sa_at(x, of->batch, of->key_head, first, 0), width, count);
   }
   return forecast;
@@ -317,8 +345,8 @@ static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, 
                                  const NAME(block) * next, int64_t next_chunk, const NAME(backward_room) * room) {
   const sa_problem *p = job->p;
   const int width = (int)p->width, value_width = (int)p->value_width;
-  const int64_t group = p->heads / p->key_heads, first = index * job->chunk;
-  const int count = (int)(p->keys - first < job->chunk ? p->keys - first : job->chunk);
+  const int64_t group = p->heads / p->key_heads, first = NAME(chunk_start)(job, index);
+  const int count = (int)NAME(chunk_length)(job, index);
   const NAME(block) keys = {.p = p, .batch = batch, .key_head = key_head};
   NAME(chunk)
   chunk = {.index = index,
@@ -388,13 +416,14 @@ static void NAME(backward_item)(void *argument, int64_t item, int worker) {
 // Which chunks each row of tiles looks at, as turns: UNSEEN, or how many before it do; last, how many in all.
 static void NAME(count_turns)(const NAME(backward_job) * job) {
   const sa_plan *plan = job->p->plan;
-  const int64_t tiles = job->chunk / SA_TILE, rows = plan->batch * plan->heads * plan->row_tiles;
+  const int64_t rows = plan->batch * plan->heads * plan->row_tiles;
   for (int64_t row = 0; row < rows; row++) {
     int32_t *turn_of = job->turn_of + row * (job->chunks + 1);
     for (int64_t chunk = 0; chunk < job->chunks; chunk++) turn_of[chunk] = NAME(UNSEEN);
     for (int64_t run = plan->row_start[row]; run < plan->row_start[row + 1]; run++) {
-      const int64_t last = plan->row_runs[run].first + plan->row_runs[run].count - 1;
-      for (int64_t chunk = plan->row_runs[run].first / tiles; chunk <= last / tiles; chunk++) turn_of[chunk] = 0;
+      const int64_t first = plan->row_runs[run].first, last = first + plan->row_runs[run].count - 1;
+      const int64_t end = NAME(chunk_of_tile)(job, last) + 1;
+      for (int64_t chunk = NAME(chunk_of_tile)(job, first); chunk < end; chunk++) turn_of[chunk] = 0;
     }
     int32_t turn = 0;
     for (int64_t chunk = 0; chunk < job->chunks; chunk++) {
@@ -465,6 +494,17 @@ static int64_t NAME(choose_chunk)(const sa_problem *p, int64_t items) {
   return chunk;
 }
 
+// How many chunks there are. The last are shorter, down to 256 keys, where there are few for the threads: these then
+// end at about the same time, though one of the cores be slower.
+static void NAME(count_chunks)(NAME(backward_job) * job, int64_t items) {
+  enum { MANY = 64 };
+  job->chunks = (job->p->keys + job->chunk - 1) / job->chunk;
+  job->whole = job->chunks ? job->chunks - 1 : 0;
+  if (items * job->chunks >= MANY) return;
+  int64_t left = (job->p->keys - job->whole * job->chunk + SA_TILE - 1) / SA_TILE;
+  for (; left > 2; left /= 2) job->chunks++;
+}
+
 // What a worker needs. It is to be no more than 1 MiB, and gradients that are gathered in it are most of it: then
 // chunks are shorter.
 static int64_t NAME(measure_room)(NAME(backward_job) * job) {
@@ -517,7 +557,7 @@ static int NAME(backward)(const sa_problem *p) {
   job.stretch = NAME(padded)(p->width) + NAME(padded)(p->value_width) > WIDE ? SEGMENT : STRETCH;
   job.chunk = NAME(choose_chunk)(p, groups);
   job.room_bytes = NAME(measure_room)(&job);
-  job.chunks = (p->keys + job.chunk - 1) / job.chunk;
+  NAME(count_chunks)(&job, groups);
   const double flops = 2 * sa_visible_pairs(p) * (3.0 * p->width + 2.0 * p->value_width);
   const int workers = job.workers = sa_workers(flops);
   const int64_t *shape = p->bias_shape;
