@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
   for (int n = 0; n < ROUNDS; n++) {
     x[n] = y[n] = make_uint4(0, 0, 0, 0);
     if (dead >> n * AT_ONCE & 1 || lane * 8 >= c.value_width) continue;
-    x[n] = *(const uint4 *)(out + n * AT_ONCE * c.out.stride[2]);
+    x[n] = __ldcs((const uint4 *)(out + n * AT_ONCE * c.out.stride[2]));  // nobody else needs it in the cache
     y[n] = *(const uint4 *)(dout + n * AT_ONCE * c.dout_values.stride[2]);
   }
   // What is below is asked for while those are on their way. Every fourth lane ends with the sum of one of the rows.

@@ -4,7 +4,7 @@
 // that the sums have the same bits every time: from the last to the first, or, where rows are descended, from the first
 // to the last, or all even ones and then all odd ones. Each chunk of 64 x 64 sums has a counter of who is done. The
 // first stores, so that nobody has to fill with zeros. The last adds the sums to its own dQ in registers and writes
-// halves, so that nobody has to read the sums again when they have left the cache.
+// halves, so that nobody has to read the sums again when they have left the cache, and they need not go to memory.
 //
 // A job waits only for jobs taken before it: the oldest unfinished one never waits, so all come to an end, however few
 // blocks run at a time. Of a chunk that is so because whole columns are taken in the order of its turns, and before
@@ -125,6 +125,12 @@ struct hopper_backward_sums : hopper_backward_jobs<SHAPE, CAREFUL> {
     named_barrier_arrive(HOPPER_BACKWARD_DQ_EMPTY + w, 160);
   }
 
+  // Sums that have been read for the last time: nobody needs them in memory.
+  __device__ __forceinline__ void discard_sums(int chunk) {
+#pragma unroll 1
+    for (int n = lane * 32; n < 4096; n += 32 * 32) cache_discard(c.dq + (int64_t)chunk * 4096 + n);
+  }
+
   // A chunk of dQ, in halves, out of shared memory to its place.
   __device__ __forceinline__ void store_dq(int chunk, int batch, uint32_t from) {
     const int rest = chunk / SHAPE::panels, flat = rest / (c.padded / 64);
@@ -180,6 +186,7 @@ struct hopper_backward_sums : hopper_backward_jobs<SHAPE, CAREFUL> {
         }
         __syncwarp();
         named_barrier_sync(HOPPER_BACKWARD_DQ_FULL + w, 160);
+        if (last && turn > 0) discard_sums(chunk);
         if (lane == 0 && wanted) {
           if (last) {
             store_dq(chunk, job_batch(n), from);

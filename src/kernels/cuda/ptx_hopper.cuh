@@ -142,6 +142,11 @@ static __device__ __forceinline__ uint64_t cache_policy_last_out() {
   return policy;
 }
 
+// The line of 128 bytes at `line` will not be read before it is written: the second-level cache may forget it.
+static __device__ __forceinline__ void cache_discard(void *line) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
+}
+
 // Calls for a map that TMA will read soon.
 static __device__ __forceinline__ void tma_prefetch(const CUtensorMap *map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
