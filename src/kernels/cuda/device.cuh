@@ -24,9 +24,10 @@ const sa_cuda_properties *sa_cuda_properties_of(int device);
 void *sa_cuda_scratch(const char *function, int device, int64_t bytes);
 void sa_cuda_scratch_release(int device, void *memory);
 
-// SA_CUDA_ZEROS zeros of the current stream, for its launches to count with: each leaves them 0.
+// Zeros of the current stream, for its launches to count with or to leave parts of sums in: each leaves them 0. Up to
+// SA_CUDA_ZEROS, or more, of which a launch asks for as many as any would.
 enum { SA_CUDA_ZEROS = 1024 };
-int sa_cuda_zeros(const char *function, int device, int32_t **zeros);
+int sa_cuda_zeros(const char *function, int device, int64_t count, uint32_t **zeros);
 
 // A grid of blocks of 256 threads for loops that step by the whole grid: 32 blocks a multiprocessor are enough.
 static inline int sa_cuda_blocks(int device, int64_t threads) {

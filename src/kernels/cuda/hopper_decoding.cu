@@ -109,8 +109,7 @@ int sa_cuda_hopper_decoding(const sa_problem *p) {
   d.forward.out_aligned = rows_aligned(p->out, 2);
   d.factor = (float)(p->scale * 1.4426950408889634);
   const int64_t processors = sa_cuda_properties_of(p->device)->processors;
-  const int64_t blocks =
-      share_items(p, plan, SA_TILE / entry->keys, processors < DECODING_PARTS ? processors : +DECODING_PARTS, &d);
+  const int64_t blocks = share_items(p, plan, SA_TILE / entry->keys, processors, &d);
   // 256 bytes at a time take 8 % longer than 128, with which memory is read as fast as it can be.
   const CUtensorMapL2promotion fetched = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   status = hopper_map(forward_name, p, &d.k, &p->k, p->key_heads, p->keys, p->width, entry->keys, &d.k_batch_step,
@@ -118,15 +117,9 @@ int sa_cuda_hopper_decoding(const sa_problem *p) {
   if (!status)
     status = hopper_map(forward_name, p, &d.v, &p->v, p->key_heads, p->keys, p->value_width, entry->keys,
                         &d.v_batch_step, &d.v_head_step, fetched);
-  if (!status) status = sa_cuda_zeros(forward_name, p->device, &d.counters);
+  if (!status)
+    status =
+        sa_cuda_zeros(forward_name, p->device, processors * DECODING_ROWS * DECODING_ROW_WORDS, (uint32_t **)&d.parts);
   if (status) return status;
-  const int64_t rows = 2 * blocks * d.groups * 16;
-  char *memory = (char *)sa_cuda_scratch(
-      forward_name, p->device, rows * (entry->width * (int64_t)sizeof(float) + (int64_t)sizeof(decoding_row)));
-  if (!memory) return SA_NO_MEMORY;
-  d.part_out = (float *)memory;
-  d.part_row = (decoding_row *)(memory + rows * entry->width * (int64_t)sizeof(float));
-  status = (p->dtype == SA_BF16 ? entry->bf16 : entry->f16)(forward_name, d, (int)blocks, stream);
-  sa_cuda_scratch_release(p->device, memory);
-  return status;
+  return (p->dtype == SA_BF16 ? entry->bf16 : entry->f16)(forward_name, d, (int)blocks, stream);
 }

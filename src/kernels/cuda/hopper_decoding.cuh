@@ -5,8 +5,9 @@
 // of 128 KiB, in steps of 16 KiB, in one stream across the heads: one K, one V. Eight others multiply by mma.sync, a
 // step each in turn, every one with a softmax of its own: the queries of all heads that share a key head are the 16
 // rows of a product. Up to 64 rows are groups of 16, which as many warps multiply with the same step. At a head's end
-// each hands its sums over in shared memory and goes on. More warps add them, and where other blocks have parts of a
-// head leave theirs in memory and count it: the one that comes last adds all.
+// each hands its sums over in shared memory and goes on. More warps add them. Of a head that several blocks have, the
+// one that begins it adds what the others leave in memory, word by word as it comes: nobody counts, and no fence is
+// needed.
 //
 // What is masked cannot leak: a step that a mask cuts is looked through for what is not finite in V. If there is, these
 // elements are 0 in the same products, and are then given to the rows that see them.
@@ -16,8 +17,8 @@
 //   128           32           64, 32                              2, 6                             195 KiB
 //   256           16           128, none: Q is in shared memory    1, 3                             226 KiB
 //
-// One query of 32:8 heads at width 128 on an H200, calls in a row and in a CUDA graph: 8192 keys in 11.9 and 11.1 us,
-// 131072 in 126 and 125, 4.3 TB/s; 4 x 131072 in 469 and 468, 4.6. Reading alone takes 6, 120 and 471.
+// One query of 32:8 heads at width 128 on an H200, calls in a row and in a CUDA graph: 8192 keys in 12.7 and 11.5 us,
+// 131072 in 127 and 124, 4.3 TB/s; 4 x 131072 in 470 and 467, 4.6. Reading alone takes 6, 120 and 471.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #include "kernels/cuda/hopper_decoding_loads.cuh"
@@ -267,7 +268,7 @@ template <class C>
 static __device__ __forceinline__ void decoding_consume(const decoding_job &d, decoding_shared<C> &shared, int item) {
   const int warp = threadIdx.x / 32, group = warp % d.groups;
   const decoding_bits bits = decoding_bits_of(d, group);
-  const int steps = decoding_first_unit(d, blockIdx.x + 1) - decoding_first_unit(d, blockIdx.x);
+  const int steps = decoding_first_unit(d, decoding_stretch() + 1) - decoding_first_unit(d, decoding_stretch());
   uint32_t handed = 0;
   // At once: behind the keys that are called for meanwhile they would take longer.
   bool entered = true;
@@ -304,7 +305,7 @@ static __device__ __forceinline__ void decoding_consume(const decoding_job &d, d
 template <class C>
 __global__ void __launch_bounds__(C::ALL_THREADS, 1) hopper_decoding_kernel(const __grid_constant__ decoding_job d) {
   decoding_shared<C> &shared = *dynamic_shared<decoding_shared<C>>();
-  const decoding_place place = decoding_find_place<C>(d, decoding_first_unit(d, blockIdx.x));
+  const decoding_place place = decoding_find_place<C>(d, decoding_first_unit(d, decoding_stretch()));
   // By warps that have nothing else to do before the first copy.
   if (threadIdx.x == 0) {
     hopper_block_mbarriers(shared_address(shared.full), C::SLOTS, C::LOADING_WARPS);
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(C::ALL_THREADS, 1) hopper_decoding_kernel(cons
     tma_prefetch(&d.k);
     tma_prefetch(&d.v);
   } else if (threadIdx.x >= C::ALL_THREADS - 32) {
-    const int last_item = decoding_find_place<C>(d, decoding_first_unit(d, blockIdx.x + 1) - 1).item;
+    const int last_item = decoding_find_place<C>(d, decoding_first_unit(d, decoding_stretch() + 1) - 1).item;
     if (threadIdx.x % 32 == 0) {
       shared.split[place.item % DECODING_ITEMS] = decoding_split_of(d, place.first, place.end);
       shared.last_item = last_item;

@@ -8,14 +8,12 @@
 enum {
   DECODING_WARPS = 8,  // that multiply
   DECODING_THREADS = 32 * DECODING_WARPS,
-  DECODING_ENDING_WARPS = 6,  // at most
-  DECODING_ROWS = 64,         // of an item at most
-  DECODING_RUNS = 4,          // of tiles that travel with the launch
-  DECODING_RING = 128 << 10,  // 48 KiB would do for memory; the rest is for warps that are late
-  DECODING_ITEMS = 16,        // items on their way through a block: more than steps in its ring
-  // Of an item at most, one a block: every warp that ends items counts parts for itself.
-  DECODING_PARTS = SA_CUDA_ZEROS / DECODING_ENDING_WARPS,
-  DECODING_NOTHING = -2  // in place of the pattern of a step: there is nothing to load
+  DECODING_ROWS = 64,                  // of an item at most
+  DECODING_RUNS = 4,                   // of tiles that travel with the launch
+  DECODING_RING = 128 << 10,           // 48 KiB would do for memory; the rest is for warps that are late
+  DECODING_ITEMS = 16,                 // items on their way through a block: more than steps in its ring
+  DECODING_ROW_WORDS = 2 * (128 + 4),  // of a row on its way from block to block, at most
+  DECODING_NOTHING = -2                // in place of the pattern of a step: there is nothing to load
 };
 
 // An item is the queries of all heads that share a key head (packed), or of one head where masks differ from head to
@@ -36,10 +34,8 @@ typedef struct decoding_job {
   int32_t cycle;          // units of all planes with their repeats
   int32_t share, longer;  // units of a block, and how many blocks, the first, have one more
   float factor;           // of products, to be exponents of 2
-  // What is left of items that several blocks have, [slot][row of `groups` * 16][column].
-  float *part_out;
-  struct decoding_row *part_row;
-  int32_t *counters;  // of an item's finished parts, [its first block][ending warp]
+  // What stretches leave of the item that an earlier one begins; zeros before and after a launch.
+  uint4 *parts;
 } decoding_job;
 
 // What a row has gathered beside its columns.
@@ -48,25 +44,31 @@ typedef struct decoding_row {
   uint32_t alive;   // whether it saw a key
 } decoding_row;
 
-static __device__ __forceinline__ int decoding_first_unit(const decoding_job &d, int block) {
-  return block * d.share + (block < d.longer ? block : d.longer);
+// The stretch of this block. A block waits for those of later stretches, which must have begun: they are of lower
+// numbers.
+static __device__ __forceinline__ int decoding_stretch() {
+  return (int)(gridDim.x - 1 - blockIdx.x);
 }
 
-// The block whose stretch holds a unit.
-static __device__ __forceinline__ int decoding_block_of(const decoding_job &d, int unit) {
+static __device__ __forceinline__ int decoding_first_unit(const decoding_job &d, int stretch) {
+  return stretch * d.share + (stretch < d.longer ? stretch : d.longer);
+}
+
+// The stretch that holds a unit.
+static __device__ __forceinline__ int decoding_stretch_of(const decoding_job &d, int unit) {
   const int of_longer = d.longer * (d.share + 1);
   return unit < of_longer ? unit / (d.share + 1) : d.longer + (unit - of_longer) / d.share;
 }
 
-// The blocks that have parts of an item: the first of them, and how many.
+// The stretches that have parts of an item: the first of them, and how many.
 typedef struct decoding_split {
   int first, parts;
 } decoding_split;
 
 static __device__ __forceinline__ decoding_split decoding_split_of(const decoding_job &d, int first_unit,
                                                                    int end_unit) {
-  const int first = decoding_block_of(d, first_unit);
-  return {first, decoding_block_of(d, end_unit - 1) - first + 1};
+  const int first = decoding_stretch_of(d, first_unit);
+  return {first, decoding_stretch_of(d, end_unit - 1) - first + 1};
 }
 
 // The widths are padded to WIDTH. A step's keys, and its values behind them, are panels of 64 columns.
@@ -80,7 +82,7 @@ struct decoding_shape : forward_shape<Products, WIDTH, WIDTH, 1, 1, 4096 / WIDTH
   // have one each; the others end items. All these have the fewer registers the more they are: 256 * 176 + 256 * 80 are
   // 512 * 128, 256 * 216 + 128 * 72 are 384 * 168.
   static constexpr int LOADING_WARPS = WIDTH > 128 ? 1 : 2;
-  static constexpr int ENDING_WARPS = WIDTH > 128 ? 3 : +DECODING_ENDING_WARPS;
+  static constexpr int ENDING_WARPS = WIDTH > 128 ? 3 : 6;
   static constexpr int ALL_THREADS = DECODING_THREADS + 32 * (LOADING_WARPS + ENDING_WARPS);
   static constexpr int MULTIPLYING_REGISTERS = WIDTH > 128 ? 216 : 176;
   static constexpr int ENDING_REGISTERS = WIDTH > 128 ? 72 : 80;

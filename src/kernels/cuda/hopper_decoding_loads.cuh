@@ -21,7 +21,14 @@ static __device__ __forceinline__ int decoding_find(const int64_t *numbers, int 
 typedef struct decoding_place {
   int item, first, end;
   int plane, repeat;
+  int batch, key_head;
 } decoding_place;
+
+static __device__ __forceinline__ void decoding_place_head(const decoding_job &d, decoding_place &place) {
+  place.batch = place.item / d.heads;
+  const int head = place.item - place.batch * d.heads;
+  place.key_head = d.heads == d.forward.p.key_heads ? head : head / (int)d.forward.group;
+}
 
 template <class C>
 static __device__ __forceinline__ int decoding_plane_units(const decoding_job &d, int plane) {
@@ -46,6 +53,7 @@ static __device__ __forceinline__ decoding_place decoding_find_place(const decod
   place.item = (cycle * d.planes + place.plane) * d.repeats + place.repeat;
   place.first = cycle * d.cycle + before + place.repeat * each;
   place.end = place.first + each;
+  decoding_place_head(d, place);
   return place;
 }
 
@@ -58,6 +66,7 @@ static __device__ __forceinline__ void decoding_next_place(const decoding_job &d
   place.item++;
   place.first = place.end;
   place.end += decoding_plane_units<C>(d, place.plane);
+  decoding_place_head(d, place);
 }
 
 // The walk through an item's tiles from the one that has a unit on; none where a plane has none.
@@ -95,17 +104,16 @@ static __device__ __forceinline__ void decoding_copy(const CUtensorMap *map, uin
 template <class C>
 static __device__ __forceinline__ void decoding_load(const decoding_job &d, decoding_shared<C> &shared,
                                                      decoding_place place) {
-  const int last = decoding_first_unit(d, blockIdx.x + 1), warp = threadIdx.x / 32 - DECODING_WARPS;
+  const int last = decoding_first_unit(d, decoding_stretch() + 1), warp = threadIdx.x / 32 - DECODING_WARPS;
   const bool keys = warp == 0, values = warp == C::LOADING_WARPS - 1, leads = (threadIdx.x & 31) == 0;
-  int unit = decoding_first_unit(d, blockIdx.x);
+  int unit = decoding_first_unit(d, decoding_stretch());
   tile_walk walk = decoding_walk<C>(d, place, unit);
   hopper_ring<C::SLOTS> ring;
   dependency_wait();
   for (;;) {
     const int end = place.end < last ? place.end : last;
     if (leads) {
-      const int batch = place.item / d.heads, head = place.item % d.heads;
-      const int key_head = d.heads == d.forward.p.key_heads ? head : head / (int)d.forward.group;
+      const int batch = place.batch, key_head = place.key_head;
       int piece = (unit - place.first) % C::PIECES;
       for (; unit < end; unit++) {
         const int key = walk.tile * SA_TILE + piece * C::KEYS;

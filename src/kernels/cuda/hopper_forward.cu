@@ -174,7 +174,7 @@ int sa_cuda_hopper_forward(const sa_problem *p) {
   c.items = (int32_t)(p->batch * p->heads * row_tiles(p));
   group_heads(p, &c);
   status = tensor_maps(function, p, shape, &c);
-  if (!status) status = sa_cuda_zeros(function, p->device, &c.counter);
+  if (!status) status = sa_cuda_zeros(function, p->device, 2, (uint32_t **)&c.counter);
   if (status) return status;
   c.flagged_next = (int32_t *)sa_cuda_scratch(function, p->device, (int64_t)c.items * sizeof(int32_t));
   if (!c.flagged_next) return SA_NO_MEMORY;

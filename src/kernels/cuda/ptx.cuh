@@ -94,11 +94,27 @@ static __device__ __forceinline__ void store_release(int *p, int value) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
 
-// Adds to a word and gives what it was: a release and an acquire.
-static __device__ __forceinline__ int add_ordered(int *p, int value) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
-  return before;
+// The same pointer, of which the compiler knows nothing more: addresses that are made of it are made where they are
+// used, instead of being kept in registers through a loop.
+static __device__ __forceinline__ uint4 *opaque(uint4 *p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
+// Four words, each of which arrives for itself; aligned to 16 bytes.
+
+static __device__ __forceinline__ uint4 load_relaxed_4(const uint4 *p) {
+  uint4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p)
+               : "memory");
+  return x;
+}
+
+static __device__ __forceinline__ void store_relaxed_4(uint4 *p, uint4 x) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
 }
 
 // 2^x to 2 ulp; results below the smallest normal number are 0.

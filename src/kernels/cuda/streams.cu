@@ -52,7 +52,7 @@ enum { STREAMS = 32 };
 typedef struct stream_list {
   cudaStream_t stream[STREAMS];  // [0] is the default stream
   bool own[STREAMS];             // made here
-  int32_t *zeros[STREAMS];       // NULL: not asked for yet
+  uint32_t *zeros[STREAMS][2];   // few, many; NULL: not asked for yet
   int count;
 } stream_list;
 
@@ -104,21 +104,22 @@ int sa_cuda_use(const char *function, int device, cudaStream_t *stream) {
   return sa_cuda_check(function, cudaSetDevice(device - SA_CUDA));
 }
 
-int sa_cuda_zeros(const char *function, int device, int32_t **zeros) {
+int sa_cuda_zeros(const char *function, int device, int64_t count, uint32_t **zeros) {
   const cudaStream_t *streams, stream = current[device - SA_CUDA];
   sa_cuda_streams_lock(device, &streams);
   stream_list *list = &lists[device - SA_CUDA];
-  int32_t **own = &list->zeros[find(list, stream)];
+  const bool many = count > SA_CUDA_ZEROS;
+  uint32_t **own = &list->zeros[find(list, stream)][many];
   int status = SA_OK;
   if (!*own) {
-    const size_t bytes = SA_CUDA_ZEROS * sizeof **own;
+    const size_t bytes = (many ? count : SA_CUDA_ZEROS) * sizeof **own;
     void *memory = NULL;
     status = sa_cuda_check(function, cudaMalloc(&memory, bytes));
     if (!status) status = sa_cuda_check(function, cudaMemsetAsync(memory, 0, bytes, stream));
     if (status)
       cudaFree(memory);
     else
-      *own = (int32_t *)memory;
+      *own = (uint32_t *)memory;
   }
   *zeros = *own;
   sa_cuda_streams_unlock();
@@ -169,9 +170,11 @@ int sa_cuda_stream_forget(const char *function, int device, void *stream) {
   const int at = find(list, (cudaStream_t)stream);
   const bool own = at && list->own[at];
   if (at) {
-    cudaFree(list->zeros[at]);
-    list->zeros[at] = list->zeros[count - 1];
-    list->zeros[count - 1] = NULL;
+    for (int many = 0; many < 2; many++) {
+      cudaFree(list->zeros[at][many]);
+      list->zeros[at][many] = list->zeros[count - 1][many];
+      list->zeros[count - 1][many] = NULL;
+    }
     list->stream[at] = list->stream[count - 1];
     list->own[at] = list->own[count - 1];
     list->count = count - 1;

@@ -168,8 +168,21 @@ static inline void store_relaxed(int *p, int value) {
 static inline void store_release(int *p, int value) {
   __atomic_store_n(p, value, __ATOMIC_RELEASE);
 }
-static inline int add_ordered(int *p, int value) {
-  return atomicAdd(p, value);
+static inline uint4 *opaque(uint4 *p) {
+  return p;
+}
+static inline uint4 load_relaxed_4(const uint4 *p) {
+  emulator::pause();
+  const uint32_t *word = (const uint32_t *)p;
+  return {__atomic_load_n(word, __ATOMIC_RELAXED), __atomic_load_n(word + 1, __ATOMIC_RELAXED),
+          __atomic_load_n(word + 2, __ATOMIC_RELAXED), __atomic_load_n(word + 3, __ATOMIC_RELAXED)};
+}
+static inline void store_relaxed_4(uint4 *p, uint4 x) {
+  uint32_t *word = (uint32_t *)p;
+  __atomic_store_n(word, x.x, __ATOMIC_RELAXED);
+  __atomic_store_n(word + 1, x.y, __ATOMIC_RELAXED);
+  __atomic_store_n(word + 2, x.z, __ATOMIC_RELAXED);
+  __atomic_store_n(word + 3, x.w, __ATOMIC_RELAXED);
 }
 
 static inline float exp2_fast(float x) {
