@@ -43,7 +43,7 @@ static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
   }
   real base[C::FOLD][2], factor[C::FOLD][2];
   end_rows<C>(job, block, got, base, factor);
-  if (C::EXTRAS && job.p.weights.data && value_part == 0) write_weights<C>(job, block, shared, base, factor);
+  if (C::EXTRAS && job.p.weights.data && value_part == 0) keep_ends<C>(job, block, base, factor);
   write_out<C>(job, block, shared, got);
 }
 
@@ -95,6 +95,13 @@ static int launch_forward(forward_job &job, cudaStream_t stream) {
     job.part_sum = (real *)job.part_peak + rows;
     job.part_alive = (uint8_t *)((real *)job.part_sum + rows);
   }
+  if (p.weights.data) {
+    const int64_t rows = p.batch * p.heads * p.queries;
+    memory = (char *)sa_cuda_scratch(forward_name, p.device, 2 * rows * (int64_t)sizeof(real));
+    if (!memory) return SA_NO_MEMORY;
+    job.row_base = memory;
+    job.row_factor = (real *)memory + rows;
+  }
   const int64_t grid = job.items * job.parts * job.value_parts;
   int status =
       grid > INT_MAX ? sa_cuda_host->fail(SA_UNSUPPORTED, forward_name, "q: has too many heads and queries") : SA_OK;
@@ -104,6 +111,7 @@ static int launch_forward(forward_job &job, cudaStream_t stream) {
   if (!status && job.parts > 1)
     status = sa_cuda_launch(forward_name, merge_kernel<typename C::products, C::WIDTH>,
                             dim3((unsigned)(job.items * C::QUERIES)), dim3(32 * MERGE_WARPS), 0, stream, job);
+  if (!status && p.weights.data) status = sa_cuda_forward_weights(job, stream);
   if (memory) sa_cuda_scratch_release(p.device, memory);
   return status;
 }

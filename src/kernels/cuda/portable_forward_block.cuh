@@ -24,6 +24,7 @@ typedef struct forward_job {
   // What the parts gathered, [item * parts + part][query of the block]; NULL when the keys are not split.
   void *part_out, *part_peak, *part_sum;
   uint8_t *part_alive;
+  void *row_base, *row_factor;  // of each query, when weights are wanted (portable_forward_weights.cu)
 } forward_job;
 
 // Whether the kernels without EXTRAS do. They multiply by the scale at the end, which must not turn peaks around, nor
@@ -37,6 +38,9 @@ static const char forward_name[] = "sa_forward";
 // Of portable_forward_<dtype>_<width>.cu: a file each, as compiling one takes long enough.
 template <class P, int WIDTH>
 int sa_cuda_forward(forward_job &job, cudaStream_t stream);
+
+// Of portable_forward_weights.cu: writes the weights, when all else is done.
+int sa_cuda_forward_weights(forward_job job, cudaStream_t stream);
 
 // FOLD times 16 queries a warp, KEYS keys a step. With one STAGE of shared memory keys are loaded while values are
 // multiplied, and the other way round; with two, both are loaded a step ahead. PACKED: the queries of all heads that
@@ -119,6 +123,11 @@ static __device__ __forceinline__ void place_row(const forward_job &job, const f
   const int64_t at = block.query + row;
   head = packed ? block.head + at / job.p.queries : block.head;
   query = packed ? at % job.p.queries : at;
+}
+
+// Where the ends of a query are kept.
+static __device__ __forceinline__ int64_t kept_row(const forward_job &job, const forward_block &block, int64_t query) {
+  return (block.batch * job.p.heads + block.head) * job.p.queries + query;
 }
 
 // The row of the block that this lane has as g + 8 * half of its warp's 16 rows number `fold`.

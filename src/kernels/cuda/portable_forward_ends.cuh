@@ -55,7 +55,7 @@ static __device__ __forceinline__ void put_pair(Element *to, Real a, Real b) {
   *(decltype(pair) *)to = pair;
 }
 
-// Ends the rows of a block: o becomes out, LSE and dead are written; base and factor are what write_weights wants.
+// Ends the rows of a block: o becomes out, LSE and dead are written; base and factor are what weights are made of.
 template <class C>
 static __device__ __forceinline__ void end_rows(const forward_job &job, const forward_block &block, gathered<C> &got,
                                                 typename C::real (&base)[C::FOLD][2],
@@ -151,61 +151,22 @@ static __device__ __forceinline__ void write_part(const forward_job &job, const 
     }
 }
 
-// The weights p_ij of a finished block: the scores again, against what the whole rows came to.
+// What the weights of the block's rows are made of, for the kernel that writes them.
 template <class C>
-static __device__ __forceinline__ void write_weights(const forward_job &job, const forward_block &block, char *shared,
-                                                     const typename C::real (&base)[C::FOLD][2],
-                                                     const typename C::real (&factor)[C::FOLD][2]) {
-  typedef typename C::element element;
+static __device__ __forceinline__ void keep_ends(const forward_job &job, const forward_block &block,
+                                                 const typename C::real (&base)[C::FOLD][2],
+                                                 const typename C::real (&factor)[C::FOLD][2]) {
   typedef typename C::real real;
-  const sa_problem &p = job.p;
-  element *to = (element *)p.weights.data + row_offset(p.weights, block.batch, block.head, 0);
-  for (int row = 0; row < C::QUERIES && block.query + row < p.queries; row++)
-    for (int64_t key = threadIdx.x; key < p.keys; key += C::THREADS)
-      put_real(&to[(block.query + row) * p.weights.stride[2] + key * p.weights.stride[3]], (real)0);
-  __syncthreads();
-  const score_rule<real> rule = score_rule_of<real>(p, block.batch, block.head);
-  tile_source keys = job.k;
-  keys.data += (block.batch * p.k.stride[0] + block.key_head * p.k.stride[1]) * (int64_t)sizeof(element);
-  forward_step step = {walk_start(block.runs, 0, block.tiles), 0};
-  uint32_t bits[C::FOLD][2] = {};
-  for (bool entered = true; step.walk.left;) {
-    if (entered) load_bits<C>(job, block, step.walk.pattern, bits);
-    const int64_t key = step_key<C>(step);
-    const bool full = step.walk.pattern == SA_FULL;
-    load_tile<element, C::ROW, C::KEYS, C::THREADS>(shared + C::KEY_TILE, keys, key, threadIdx.x);
-    copy_async_commit();
-    copy_async_wait<0>();
-    __syncthreads();
-    if constexpr (C::products::SPLIT) {
-      split_tile<typename C::products, C::ROW, C::KEYS, C::THREADS>(shared + C::KEY_TILE, key_scales<C>(shared), true,
-                                                                    threadIdx.x);
-      __syncthreads();
+#pragma unroll
+  for (int f = 0; f < C::FOLD; f++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int64_t query = block.query + lane_row<C>(f, half);
+      if (query >= job.p.queries || threadIdx.x % 4) continue;
+      const int64_t row = kept_row(job, block, query);
+      ((real *)job.row_base)[row] = base[f][half];
+      ((real *)job.row_factor)[row] = factor[f][half];
     }
-    uint32_t seen[C::FOLD][2];
-#pragma unroll
-    for (int f = 0; f < C::FOLD; f++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) seen[f][half] = full ? ~0u : bits[f][half] >> (step.piece * (C::KEYS / 4));
-    real s[C::FOLD][C::BLOCKS][4];
-    multiply_keys<C>(shared, shared + C::KEY_TILE, s);
-    score<C>(rule, block, key, full, seen, s);
-#pragma unroll
-    for (int f = 0; f < C::FOLD; f++)
-#pragma unroll
-      for (int n = 0; n < C::BLOCKS; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int half = e / 2, bit = 2 * n + e % 2;
-          const int64_t query = block.query + lane_row<C>(f, half), at = key + 8 * n + 2 * (threadIdx.x & 3) + e % 2;
-          if (query >= p.queries || !(seen[f][half] >> bit & 1)) continue;
-          const real x = s[f][n][e] - base[f][half];
-          put_real(&to[query * p.weights.stride[2] + at * p.weights.stride[3]],
-                   exp2_of(C::EXTRAS ? x * rule.unit : x) * factor[f][half]);
-        }
-    entered = step_advance<C>(step, p.keys);
-    __syncthreads();
-  }
 }
 
 #endif
