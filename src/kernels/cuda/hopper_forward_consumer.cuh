@@ -98,6 +98,7 @@ struct forward_consumer {
   __device__ uint2 biased_bits(bool partial, uint2 bits);
   __device__ void note_alive(bool partial, uint2 bits);
   __device__ bool drops();
+  template <int ABREAST>
   __device__ void draw();
   __device__ void drop();
 
@@ -228,7 +229,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::step(uint32_t (&p_befor
   mbarrier_wait(shared_address(&shared.v_full[v.at]), v.parity);
   wgmma_fence();
   issue_output(p_before, accumulate);
-  if constexpr (SHAPE::extras) draw();
+  if constexpr (SHAPE::extras) draw<4>();
   const int kind = shared.step[k.at];
   const uint2 bits = read_bits(kind);
   // Once an item of the block had to be noted, the maximum of every step is looked at, so that a workload whose
@@ -270,7 +271,7 @@ template <class SHAPE>
 __device__ __forceinline__ void forward_consumer<SHAPE>::lone_scores(int part) {
   if constexpr (SHAPE::extras) {
     meet_step();
-    draw();
+    draw<1>();  // at a block's beginning and in the careful pass: a quarter of the code
   }
   pin(s);
   wgmma_fence();

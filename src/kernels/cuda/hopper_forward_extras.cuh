@@ -181,8 +181,9 @@ __device__ __forceinline__ bool forward_consumer<SHAPE>::drops() {
 }
 
 // Which weights of the step dropout keeps, a bit for each score. Lanes 2 n and 2 n + 1 share the blocks of four
-// weights: each draws every second one for both.
+// weights: each draws every second one for both, ABREAST of them side by side.
 template <class SHAPE>
+template <int ABREAST>
 __device__ __forceinline__ void forward_consumer<SHAPE>::draw() {
   const hopper_scores &rule = c.scores;
   if (!drops()) return;
@@ -195,7 +196,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::draw() {
     for (int w = 0; w < scores / 32; w++) {
       uint32_t other = 0;
       kept[w] = 0;
-#pragma unroll 4
+#pragma unroll ABREAST
       for (int x = 0; x < 8; x++) {
         const int j = x / 2 * 2 + odd, r = x & 1;
         const uint32_t four = hopper_kept_block(rule, (weights[r] + 64 * w + 8 * j) / 4);
