@@ -13,12 +13,8 @@ typedef struct decoding_entry {
 
 #define WIDTHS(X) X(64) X(128) X(256)
 #define LAUNCH(products, width) hopper_decoding_launch<decoding_shape<products, width>>
-#define DECLARE(width)                                                                                     \
-  extern template int LAUNCH(products_bf16, width)(const char *, const decoding_job &, int, cudaStream_t); \
-  extern template int LAUNCH(products_f16, width)(const char *, const decoding_job &, int, cudaStream_t);
 #define ENTRY(width) \
   {width, decoding_shape<products_f16, width>::KEYS, LAUNCH(products_bf16, width), LAUNCH(products_f16, width)},
-WIDTHS(DECLARE)
 static const decoding_entry entries[] = {WIDTHS(ENTRY)};
 
 static const decoding_entry *entry_of(const sa_problem *p) {

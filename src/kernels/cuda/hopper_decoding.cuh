@@ -342,7 +342,6 @@ __global__ void __launch_bounds__(C::ALL_THREADS, 1) hopper_decoding_kernel(cons
   }
 }
 
-// One of these is instantiated in each of the hopper_decoding_*.cu.
 template <class C>
 int hopper_decoding_launch(const char *function, const decoding_job &d, int blocks, cudaStream_t stream) {
   return sa_cuda_launch<true>(function, hopper_decoding_kernel<C>, dim3(blocks), dim3(C::ALL_THREADS),

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, SHAPE::blocks)
   }
 }
 
-// One of these is instantiated in each of the hopper_forward_*.cu, which take a minute to compile.
+// Instantiated in the hopper_forward_*.cu, side by side as long as they take to compile.
 template <class SHAPE>
 int hopper_forward_launch(const char *function, const forward_call &c, int blocks, cudaStream_t stream) {
   return sa_cuda_launch(function, hopper_forward_kernel<SHAPE>, dim3(blocks), dim3(FORWARD_THREADS),

@@ -231,7 +231,7 @@ static int launch_backward(const backward_job &job, const backward_rows<typename
 // Of portable_backward_small.cu: all of a pass that sa_cuda_portable_backward_small is true of.
 int sa_cuda_backward_small(const backward_job &job);
 
-// Of portable_backward_<dtype>_<width>.cu: the kernels of one dtype, for widths up to that.
+// Of portable_backward_<dtype>*.cu: the kernels of one dtype, for widths up to that.
 int sa_cuda_backward_bf16_64(const backward_job &job, const backward_rows<float> &rows);
 int sa_cuda_backward_bf16_128(const backward_job &job, const backward_rows<float> &rows);
 int sa_cuda_backward_bf16_256(const backward_job &job, const backward_rows<float> &rows);

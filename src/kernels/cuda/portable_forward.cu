@@ -1,23 +1,11 @@
-// the forward pass on mma.sync: chooses the kernels of the dtype and width
+// the forward pass on mma.sync: chooses the kernels of the dtype
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/portable_forward_block.cuh"
 
-#define SA_FORWARD_WIDTHS(P)                                                \
-  extern template int sa_cuda_forward<P, 64>(forward_job &, cudaStream_t);  \
-  extern template int sa_cuda_forward<P, 128>(forward_job &, cudaStream_t); \
-  extern template int sa_cuda_forward<P, 256>(forward_job &, cudaStream_t)
-SA_FORWARD_WIDTHS(products_bf16);
-SA_FORWARD_WIDTHS(products_f16);
-SA_FORWARD_WIDTHS(products_f32);
-SA_FORWARD_WIDTHS(products_f64);
-
-template <class P>
-static int forward_of(forward_job &job, cudaStream_t stream) {
-  const int64_t width = job.p.width > job.p.value_width ? job.p.width : job.p.value_width;
-  if (width <= 64) return sa_cuda_forward<P, 64>(job, stream);
-  if (width <= 128) return sa_cuda_forward<P, 128>(job, stream);
-  return sa_cuda_forward<P, 256>(job, stream);
-}
+extern template int sa_cuda_forward<products_bf16>(forward_job &, cudaStream_t);
+extern template int sa_cuda_forward<products_f16>(forward_job &, cudaStream_t);
+extern template int sa_cuda_forward<products_f32>(forward_job &, cudaStream_t);
+extern template int sa_cuda_forward<products_f64>(forward_job &, cudaStream_t);
 
 static int element_bytes(int dtype) {
   return dtype == SA_F64 ? 8 : dtype == SA_F32 ? 4 : 2;
@@ -41,12 +29,12 @@ int sa_cuda_portable_forward(const sa_problem *p) {
   job.out_aligned = rows_aligned(p->out, bytes);
   switch (p->dtype) {
     case SA_BF16:
-      return forward_of<products_bf16>(job, stream);
+      return sa_cuda_forward<products_bf16>(job, stream);
     case SA_F16:
-      return forward_of<products_f16>(job, stream);
+      return sa_cuda_forward<products_f16>(job, stream);
     case SA_F32:
-      return forward_of<products_f32>(job, stream);
+      return sa_cuda_forward<products_f32>(job, stream);
     default:
-      return forward_of<products_f64>(job, stream);
+      return sa_cuda_forward<products_f64>(job, stream);
   }
 }

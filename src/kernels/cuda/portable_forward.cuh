@@ -167,10 +167,18 @@ static inline bool forward_packs(const forward_job &job) {
 }
 
 template <class P, int WIDTH>
-int sa_cuda_forward(forward_job &job, cudaStream_t stream) {
+static int forward_of_width(forward_job &job, cudaStream_t stream) {
   if (forward_packs(job)) return launch_forward<typename forward_choice<P, WIDTH, false>::packed>(job, stream);
   if (plain_forward(job.p)) return launch_forward<typename forward_choice<P, WIDTH, false>::whole>(job, stream);
   return launch_forward<typename forward_choice<P, WIDTH, true>::whole>(job, stream);
+}
+
+template <class P>
+int sa_cuda_forward(forward_job &job, cudaStream_t stream) {
+  const int64_t width = job.p.width > job.p.value_width ? job.p.width : job.p.value_width;
+  if (width <= 64) return forward_of_width<P, 64>(job, stream);
+  if (width <= 128) return forward_of_width<P, 128>(job, stream);
+  return forward_of_width<P, 256>(job, stream);
 }
 
 #endif

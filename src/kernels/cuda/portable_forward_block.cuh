@@ -35,8 +35,8 @@ static inline bool plain_forward(const sa_problem &p) {
 
 static const char forward_name[] = "sa_forward";
 
-// Of portable_forward_<dtype>_<width>.cu: a file each, as compiling one takes long enough.
-template <class P, int WIDTH>
+// Of portable_forward_<dtype>.cu.
+template <class P>
 int sa_cuda_forward(forward_job &job, cudaStream_t stream);
 
 // Of portable_forward_weights.cu: writes the weights, when all else is done.

@@ -1,7 +1,0 @@
-// few queries against many keys on Hopper, widths up to 128
-#include "kernels/cuda/hopper_decoding.cuh"
-
-template int hopper_decoding_launch<decoding_shape<products_bf16, 128>>(const char *, const decoding_job &, int,
-                                                                        cudaStream_t);
-template int hopper_decoding_launch<decoding_shape<products_f16, 128>>(const char *, const decoding_job &, int,
-                                                                       cudaStream_t);

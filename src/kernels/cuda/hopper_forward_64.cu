@@ -1,7 +1,0 @@
-// the forward kernels of Hopper for widths up to 64
-#include "kernels/cuda/hopper_forward.cuh"
-
-template int hopper_forward_launch<forward_shape<__nv_bfloat16, 64, 64>>(const char *, const forward_call &, int,
-                                                                         cudaStream_t);
-template int hopper_forward_launch<forward_shape<__half, 64, 64>>(const char *, const forward_call &, int,
-                                                                  cudaStream_t);

@@ -1,7 +1,0 @@
-// the forward kernels of Hopper for widths up to 96
-#include "kernels/cuda/hopper_forward.cuh"
-
-template int hopper_forward_launch<forward_shape<__nv_bfloat16, 96, 96>>(const char *, const forward_call &, int,
-                                                                         cudaStream_t);
-template int hopper_forward_launch<forward_shape<__half, 96, 96>>(const char *, const forward_call &, int,
-                                                                  cudaStream_t);
