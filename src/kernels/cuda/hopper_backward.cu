@@ -25,14 +25,22 @@ enum { MIXED_BYTES = 17 << 20, MIXED_BYTES_ALIKE = 34 << 20 };
 enum { MIXED_COLUMNS = 128, MIXED_HEADS_SHORT = 8 };
 
 // Where columns are taken from the longest on they all begin with the last rows, and each waits for those before it: of
-// more heads there are fewer of each. Columns of 5 tiles in the mean took 7 % longer so than the other way round, of 9
-// to 65 3 to 5 % less; at width 64 as long. Of more heads than these, or of as many as leave each fewer than eight
-// columns at a time, the sums of dQ leave the cache.
-enum { MIXED_BYTES_DESCENDING = 64 << 20, MIXED_HEADS_DESCENDING = 8, MIXED_HEADS_MOST = 16, DESCENDED_TILES = 8 };
+// more heads there are fewer of each. So it is with long columns of groups. Of more heads than these, or of as many as
+// leave each fewer than eight columns at a time, the sums of dQ leave the cache.
+enum { MIXED_BYTES_MANY = 64 << 20, MIXED_HEADS_LEAST = 8, MIXED_HEADS_MOST = 16 };
+
+// Columns that get shorter, of so many tiles in the mean, are taken from the longest on. Of 5 tiles they took as long
+// so as the other way round, of 9 to 65 2 to 5 % less; at width 64 as long.
+enum { DESCENDED_TILES = 8 };
 
 // As few queries as a column must have to be shared out by heads; as few tiles to be shared out by those; in how many
-// jobs at most; how many tiles' time such a job takes besides.
-enum { SHARED_QUERIES = 8 * SA_TILE, SHARED_TILES = 16, MOST_PARTS = 16, PART_TILES = 3 };
+// jobs at most.
+enum { SHARED_QUERIES = 8 * SA_TILE, SHARED_TILES = 16, MOST_PARTS = 16 };
+
+// What a job that is a part is taken to need besides, in tiles, and how many parts more than there are rounds go by
+// until all multiprocessors end, as they are not equally fast: weights by which, of the numbers of parts that were
+// measured, the best or one as good is chosen.
+enum { PART_TILES = 11, PARTS_MORE = 2 };
 
 // Of so many columns for each multiprocessor all may be shared out by heads.
 enum { SHARED_ROUNDS = 4 };
@@ -201,15 +209,14 @@ static bool parts_are_short(const sa_problem *p, int64_t jobs, int64_t parts) {
   return all / columns * jobs * parts >= longest * sa_cuda_properties_of(p->device)->processors;
 }
 
-// In how many jobs columns of `tiles` tiles are done in the least time, by all multiprocessors: in so many rounds, and
-// half a job more, as they do not all end at the same time.
+// In how many jobs columns of `tiles` tiles are done in the least time, by all multiprocessors.
 static int32_t parts_that_fit(int64_t columns, int64_t tiles, int64_t processors) {
   int32_t best = 1;
   int64_t least = INT64_MAX;
   for (int32_t parts = 1; parts <= MOST_PARTS && parts <= tiles; parts++) {
     const int64_t each = (tiles + parts - 1) / parts, besides = parts > 1 ? PART_TILES : 0;
     const int64_t rounds = (columns * parts + processors - 1) / processors;
-    const int64_t time = 2 * rounds * (each + besides) + each;  // of half tiles
+    const int64_t time = rounds * (each + besides) + PARTS_MORE * each;
     if (time >= least) continue;
     least = time;
     best = parts;
@@ -233,15 +240,15 @@ static int32_t mixed_heads(const sa_problem *p, bool descending) {
   }
   const int64_t bytes = p->queries * (2 * p->width + 2 * p->value_width + 4 * bucket(p));
   const int64_t together = MIXED_COLUMNS / key_columns(p);
-  if (descending) {
-    const int64_t heads = MIXED_BYTES_DESCENDING / bytes, enough = at_least(2 * together, MIXED_HEADS_MOST);
-    return (int32_t)at_least(heads < enough ? heads : enough, MIXED_HEADS_DESCENDING);
+  const bool alike = sa_columns_alike(p->plan), grouped = p->heads > p->key_heads;
+  if (descending || (alike && grouped)) {
+    const int64_t heads = MIXED_BYTES_MANY / bytes;
+    const int64_t enough = at_least(descending ? 2 * together : 0, MIXED_HEADS_MOST);
+    return (int32_t)at_least(heads < enough ? heads : enough, MIXED_HEADS_LEAST);
   }
-  const bool alike = sa_columns_alike(p->plan);
   const int64_t heads = (alike ? MIXED_BYTES_ALIKE : MIXED_BYTES) / bytes;
   const int64_t enough = at_least(together, MIXED_HEADS_SHORT);
-  const bool few = alike && bucket(p) == 128 && p->heads == p->key_heads && heads > enough;
-  return (int32_t)at_least(few ? enough : heads, 1);
+  return (int32_t)at_least(alike && bucket(p) == 128 && heads > enough ? enough : heads, 1);
 }
 
 // Which columns are shared out, in how many jobs.

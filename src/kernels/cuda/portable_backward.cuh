@@ -27,7 +27,7 @@ static const char backward_name[] = "sa_backward";
 
 // Columns of keys that get shorter and have so many tiles in the mean, past all heads of a group, are taken from the
 // longest on.
-enum { ONCE_DESCENDED_TILES = 4 };
+enum { ONCE_DESCENDED_TILES = 2 };
 
 // What a launch knows.
 typedef struct backward_job {
