@@ -9,6 +9,7 @@
 // A kernel's widths: those of q and v are rounded up to them with zeros, which TMA adds.
 typedef struct shape_entry {
   int width, value_width, extras, keys, blocks;
+  bool sends_output;
   int (*bf16)(const char *, const forward_call &, int, cudaStream_t);
   int (*f16)(const char *, const forward_call &, int, cudaStream_t);
 } shape_entry;
@@ -36,13 +37,14 @@ typedef struct shape_entry {
 #define DECLARE(...)                                                                                             \
   extern template int LAUNCH(__nv_bfloat16, __VA_ARGS__)(const char *, const forward_call &, int, cudaStream_t); \
   extern template int LAUNCH(__half, __VA_ARGS__)(const char *, const forward_call &, int, cudaStream_t);
-#define ENTRY(w, v, extras)                     \
-  {w,                                           \
-   v,                                           \
-   extras,                                      \
-   forward_shape<__half, w, v, extras>::keys,   \
-   forward_shape<__half, w, v, extras>::blocks, \
-   LAUNCH(__nv_bfloat16, w, v, extras),         \
+#define ENTRY(w, v, extras)                           \
+  {w,                                                 \
+   v,                                                 \
+   extras,                                            \
+   forward_shape<__half, w, v, extras>::keys,         \
+   forward_shape<__half, w, v, extras>::blocks,       \
+   forward_shape<__half, w, v, extras>::sends_output, \
+   LAUNCH(__nv_bfloat16, w, v, extras),               \
    LAUNCH(__half, w, v, extras)},
 SHAPES(DECLARE)
 static const shape_entry shapes[] = {SHAPES(ENTRY)};
@@ -90,6 +92,7 @@ bool sa_cuda_hopper_forward_covers(const sa_problem *p) {
   if (!hopper_inputs_fit(p)) return false;
   // Where the output is not there yet, it will be new memory.
   if (p->out.data && !writes_pieces(&p->out)) return false;
+  if (!hopper_fits(p, &p->out, p->heads, p->queries, p->value_width)) return false;
   // Few queries that hopper_decoding.cu does not take: the portable kernels read K and V once for all heads that share
   // them. On an H100, 16 x 8192 keys of 32:8 heads took these kernels 391 us, four times what one batch of 131072 keys,
   // the same bytes, took those; on an H200, 1 x 1024 keys 20 us, and those 15.5, 64 x 128 57 and 14. Where no heads
@@ -139,6 +142,10 @@ static int tensor_maps(const char *function, const sa_problem *p, const shape_en
   if (!status) {
     status = hopper_map(function, p, &c->v, &p->v, p->key_heads, p->keys, p->value_width, shape->keys, &c->v_batch_step,
                         &c->v_head_step);
+  }
+  if (!status && shape->sends_output) {
+    status = hopper_map(function, p, &c->o, &p->out, p->heads, p->queries, p->value_width, SA_TILE / 8,
+                        &c->o_batch_step, &c->o_head_step);
   }
   if (status || shape->extras != FORWARD_HALF_BIAS) return status;
   c->bias_batch_step = sa_cuda_tensor_map_step(&p->bias, p->bias_shape, 0);

@@ -9,8 +9,9 @@
 //                   the rows of tiles that see no key.
 //   warpgroup 1, 2  64 queries each. S = Q K^T of a step is issued together with O += P V of the step before, whose P
 //                   is in registers; the softmax of S runs under that product. The step that begins an item carries
-//                   the last product of the item before, which leaves through shared memory under the other
-//                   warpgroup's products. The two take turns: one issues its products when the other has its S.
+//                   the last product of the item before, which leaves through shared memory, by TMA if it is of two
+//                   panels, under the other warpgroup's products. The two take turns: one issues its products when
+//                   the other has its S.
 //                   At width 64, where exponentials take as long as products, it is the four warpgroups of two blocks
 //                   that overlap, and S, softmax and P V of 64 keys follow one another (hopper_forward_parts.cuh).
 //
@@ -36,12 +37,12 @@
 //
 // An item whose output is not finite is noted. From the first on, its block looks at the maximum of every step, raises
 // it where a sum would overflow under the kept one, and takes that item again in its stream: a jump of the scores is
-// all that most suffer from. What is not finite then is done again when all else is done, carefully: the same products
-// in the same order, but with the elements of V that are not finite replaced by 0 and then added to the rows that see
-// them, and with the maximum raised as above. So rows that see nothing of the kind get the very bits of a clean run,
-// and clean inputs pay for one test of O. A bias of -inf masks by itself as long as the product is finite; what a
-// product that is not leaves behind ends in the careful path, too, where it is selected. A row is dead when it has no
-// maximum at its end and saw no key while it had none: `alive`.
+// all that most suffer from. Where O leaves by TMA, it begins the next launches that way, too. What is not finite then
+// is done again when all else is done, carefully: the same products in the same order, but with the elements of V that
+// are not finite replaced by 0 and then added to the rows that see them, and with the maximum raised as above. So rows
+// that see nothing of the kind get the very bits of a clean run, and clean inputs pay for one test of O. A bias of -inf
+// masks by itself as long as the product is finite; what a product that is not leaves behind ends in the careful path,
+// too, where it is selected. A row is dead when it has no maximum at its end and saw no key while it had none: `alive`.
 //
 // Rooms: hopper_forward_call.cuh (a launch, shared memory), _producer (warpgroup 0), _consumer (products and steps),
 // _parts (the same at width 64), _softmax, _extras, _output and _careful.
@@ -104,6 +105,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS, SHAPE::blocks)
     }
     named_barrier_meet(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
     if (shared.wary != FORWARD_NEVER) consumer.run_careful();
+    bulk_wait_read<0>();
   }
 }
 

@@ -21,7 +21,11 @@ enum {
   FORWARD_NEVER = INT32_MAX,
   // So many items from the first that is not finite on may have begun before all warps knew.
   FORWARD_UNAWARE = 4,
-  FORWARD_GROUPS = 256,  // of heads, that are put in order
+  // So many launches a block begins wary after one in which its items jumped: such a workload jumps call after call,
+  // and to find out takes a block its first item.
+  FORWARD_WARY_LAUNCHES = 8,
+  FORWARD_MEMORIES = 1024,  // of blocks
+  FORWARD_GROUPS = 256,     // of heads, that are put in order
   // A block takes its next item when so many steps of the one at hand are left to load: soon enough to look it up, but
   // not so soon that a block has an item waiting for it that others are free for.
   FORWARD_AHEAD = 4,
@@ -55,11 +59,11 @@ enum {
 
 // A launch. Steps along a dim of K, V or Q that is broadcast are 0, else 1 (tensor_map.cuh).
 typedef struct forward_call {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, o;  // o in boxes of a warp's rows
   sa_device_plan plan;
   sa_operand values, out, lse, dead, sinks;
   int32_t heads, key_heads, queries, keys, value_width;
-  int32_t q_batch_step, q_head_step, k_batch_step, k_head_step, v_batch_step, v_head_step;
+  int32_t q_batch_step, q_head_step, k_batch_step, k_head_step, v_batch_step, v_head_step, o_batch_step, o_head_step;
   float scale_log2;  // scale * log2(e), > 0
   // Work item w is of group w / group_items; a group is group_heads neighbouring heads of [batch, head].
   int32_t items, group_items, group_heads, ordered;
@@ -92,6 +96,11 @@ struct forward_shape {
   static constexpr int q_slots = WIDTH <= 192 && !(stages_bias && WIDTH > 64) && blocks == 1 ? 2 : 1;
   static constexpr int panels = (WIDTH + SA_PANEL - 1) / SA_PANEL;
   static constexpr int value_panels = (VALUE_WIDTH + SA_PANEL - 1) / SA_PANEL;
+  // O leaves by TMA: its warps wait for one panel to be read, of more too long. Where two blocks share a multiprocessor
+  // it gains nothing, and extras leave no registers for it.
+  static constexpr bool sends_output = blocks == 1 && value_panels <= 2 && !EXTRAS;
+  // The same have registers to keep in mind that scores jumped.
+  static constexpr bool remembers = sends_output;
   // Registers do not suffice for P twice: P is packed once the product of the step before is done.
   static constexpr bool packs_late = VALUE_WIDTH > 192 || blocks > 1;
   static constexpr int panel_bytes = keys * SA_PANEL * 2, q_panel_bytes = SA_TILE * SA_PANEL * 2;

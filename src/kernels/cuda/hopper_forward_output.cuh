@@ -9,6 +9,44 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::scale_output(const floa
   for (int i = 0; i < outs; i++) o[i] *= a[i >> 1 & 1];
 }
 
+// The warp's rows of a panel of O, by TMA. Its buffer is free when the panel before has been read; that of another item
+// is written by then, too, as it may be the same one.
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::send_panel(const forward_item &item, int panel,
+                                                                    const bool (&dead)[2], const float (&factor)[2],
+                                                                    uint32_t (&seen)[2]) {
+  const uint32_t buffer = shared_address(shared.out[warp]);
+  // Row r has its 16 bytes i at place i ^ r % 8. This lane hands over those of row lane % 16, i an even number or the
+  // next.
+  const uint32_t to = buffer + (lane & 15) * 128 + ((lane >> 4 ^ (lane & 7)) << 4);
+  if (lane == 0) {
+    if (panel) {
+      bulk_wait_read<0>();
+    } else {
+      bulk_wait<0>();
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int x = 0; x < 8 && panel * 8 + x < SHAPE::value_width / 8; x += 2) {
+    uint32_t w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int r = i & 1, e = 4 * (panel * 8 + x + (i >> 1)) + 2 * r;
+      w[i] = dead[r] ? 0 : pack_halves<type>(o[e] * factor[r], o[e + 1] * factor[r]);
+      seen[r] = note_nonfinite<type>(seen[r], w[i]);
+    }
+    store_matrices(to ^ (x << 4), w);
+  }
+  async_proxy_fence();
+  __syncwarp();
+  if (lane == 0) {
+    tma_store(&c.o, panel * SA_PANEL, item.tile * SA_TILE + warp * 16, item.head * c.o_head_step,
+              item.batch * c.o_batch_step, buffer);
+    bulk_commit();
+  }
+}
+
 // Writes the rows of item `of`, whose maxima and sums are given, and notes the item when they are not finite.
 // `lives`: its bits of `alive`.
 template <class SHAPE>
@@ -42,6 +80,8 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::write_item(int of, cons
     lse[r] = dead[r] ? sink : total == 0.f ? __int_as_float(0x7fffffff) : base + log_total;
     lse[r] *= SHAPE::extras ? c.scores.natural : 0.69314718f;
   }
+  uint32_t seen[2] = {0, 0};
+  if constexpr (SHAPE::sends_output) send_panel(item, 0, dead, factor, seen);
   if (lane % 4 == 0 && item.lse) {
     float *const to = item.lse + (warp * 16 + row) * c.lse.stride[2];
     if (row < rows) to[0] = lse[0];
@@ -52,40 +92,44 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::write_item(int of, cons
     if (row < rows) to[0] = dead[0];
     if (row + 8 < rows) to[8 * c.dead.stride[2]] = dead[1];
   }
-  // This thread writes 16 bytes of every fourth row, of which `left` are there.
-  const int first = lane >> 3, piece = lane & 7, left = rows - first;
-  const int64_t step = 4 * c.out.stride[2];
-  type *out = (type *)item.out + (warp * 4 * step + first * c.out.stride[2]) + piece * 8;
-  const uint32_t buffer = shared_address(shared.out[warp]);
-  uint32_t seen[2] = {0, 0};
+  if constexpr (SHAPE::sends_output) {
 #pragma unroll
-  for (int panel = 0; panel < SHAPE::value_panels; panel++) {
-    if (panel) __syncwarp();
-      // Two groups of 8 columns at a time, each of 8 rows and 8 rows below.
+    for (int panel = 1; panel < SHAPE::value_panels; panel++) send_panel(item, panel, dead, factor, seen);
+  } else {
+    // This thread writes 16 bytes of every fourth row, of which `left` are there.
+    const int first = lane >> 3, piece = lane & 7, left = rows - first;
+    const int64_t step = 4 * c.out.stride[2];
+    type *out = (type *)item.out + (warp * 4 * step + first * c.out.stride[2]) + piece * 8;
+    const uint32_t buffer = shared_address(shared.out[warp]);
 #pragma unroll
-    for (int x = 0; x < 8 && panel * 8 + x < SHAPE::value_width / 8; x += 2) {
-      uint32_t w[4];
+    for (int panel = 0; panel < SHAPE::value_panels; panel++) {
+      if (panel) __syncwarp();
+        // Two groups of 8 columns at a time, each of 8 rows and 8 rows below.
+#pragma unroll
+      for (int x = 0; x < 8 && panel * 8 + x < SHAPE::value_width / 8; x += 2) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const int r = i & 1, e = 4 * (panel * 8 + x + (i >> 1)) + 2 * r;
+          w[i] = dead[r] ? 0 : pack_halves<type>(o[e] * factor[r], o[e + 1] * factor[r]);
+          seen[r] = note_nonfinite<type>(seen[r], w[i]);
+        }
+        const int to = lane & 15;
+        store_matrices(buffer + to * 128 + (((x + (lane >> 4)) ^ (to & 7)) << 4), w);
+      }
+      __syncwarp();
+      // All loads before the first store: a store that may be left out would otherwise keep its load behind a branch.
+      int4 x[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int r = i & 1, e = 4 * (panel * 8 + x + (i >> 1)) + 2 * r;
-        w[i] = dead[r] ? 0 : pack_halves<type>(o[e] * factor[r], o[e + 1] * factor[r]);
-        seen[r] = note_nonfinite<type>(seen[r], w[i]);
+        const int from = i * 4 + first;
+        x[i] = *(const int4 *)(shared.out[warp] + from * 128 + ((piece ^ (from & 7)) << 4));
       }
-      const int to = lane & 15;
-      store_matrices(buffer + to * 128 + (((x + (lane >> 4)) ^ (to & 7)) << 4), w);
-    }
-    __syncwarp();
-    // All loads before the first store: a store that may be left out would otherwise keep its load behind a branch.
-    int4 x[4];
+      const int stored = panel * SA_PANEL + piece * 8 < c.value_width ? left : 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int from = i * 4 + first;
-      x[i] = *(const int4 *)(shared.out[warp] + from * 128 + ((piece ^ (from & 7)) << 4));
-    }
-    const int stored = panel * SA_PANEL + piece * 8 < c.value_width ? left : 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i * 4 < stored) *(int4 *)(out + i * step + panel * SA_PANEL) = x[i];
+      for (int i = 0; i < 4; i++) {
+        if (i * 4 < stored) *(int4 *)(out + i * step + panel * SA_PANEL) = x[i];
+      }
     }
   }
   bad |= ((seen[0] | seen[1]) & 0x7fff7fff) != 0;

@@ -3,6 +3,11 @@
 #define SAFEATTN_KERNELS_CUDA_HOPPER_FORWARD_PRODUCER_CUH
 #include "kernels/cuda/hopper_forward_call.cuh"
 
+// How many launches more a block begins wary. No bit of a result depends on it, so launches in several streams may
+// share it.
+template <class SHAPE>
+__device__ int32_t forward_wary_launches[FORWARD_MEMORIES];
+
 // The warp that takes work items from the counter and looks them up, shortly before the warp that loads needs them.
 template <class SHAPE>
 struct forward_finder {
@@ -11,6 +16,8 @@ struct forward_finder {
   const int lane = threadIdx.x % 32;
   int number = 0;   // of items found
   int waiting = 0;  // the lane's of the items to be taken again, as in `again`
+  int32_t &wary_next = forward_wary_launches<SHAPE>[blockIdx.x % FORWARD_MEMORIES];
+  const int32_t wary_launches = SHAPE::remembers ? wary_next : 0;
 
   __device__ __forceinline__ forward_finder(const forward_call &call, forward_shared<SHAPE> &memory)
       : c(call), shared(memory) {}
@@ -69,6 +76,7 @@ struct forward_finder {
   }
 
   __device__ __forceinline__ void hand_over() {
+    if (number == 0 && lane == 0 && wary_launches > 0) shared.wary = 0;
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared_address(&shared.found));
     mbarrier_wait(shared_address(&shared.asked), number & 1);
@@ -112,6 +120,13 @@ struct forward_finder {
     }
     named_barrier_meet(FORWARD_ALL_DONE, FORWARD_DONE_THREADS);
     if (shared.wary == FORWARD_NEVER) return;
+    if (SHAPE::remembers && lane == 0) {
+      if (wary_launches > 0) {
+        wary_next = wary_launches - 1;
+      } else if (shared.flagged < 0) {  // items that are to be done carefully were not finite for another reason
+        wary_next = FORWARD_WARY_LAUNCHES;
+      }
+    }
     for (int work = take_careful(); work >= 0; work = take_careful()) publish(work);
     publish_end();
   }
