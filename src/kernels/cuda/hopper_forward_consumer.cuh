@@ -311,17 +311,26 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::run() {
   pack_late(p);
 #pragma unroll
   for (int i = 0; i < outs; i++) o[i] = 0.f;
+  // With one slot of Q, registers do not suffice for one end of both.
+  constexpr bool ends_apart = SHAPE::q_slots == 1;
   for (;;) {
-    if (!advance()) break;
+    if (!advance()) {
+      if constexpr (ends_apart) finish(p);
+      break;
+    }
     step(p, p_other);
     if (!advance()) {
+      if constexpr (ends_apart) {
+        finish(p_other);
+      } else {
 #pragma unroll
-      for (int i = 0; i < pairs; i++) p[i] = p_other[i];
+        for (int i = 0; i < pairs; i++) p[i] = p_other[i];
+      }
       break;
     }
     step(p_other, p);
   }
-  finish(p);
+  if constexpr (!ends_apart) finish(p);
 }
 
 #endif
