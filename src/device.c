@@ -13,7 +13,7 @@
 
 /*  The CUDA library  */
 
-enum { PATH_BYTES = PATH_MAX, WHY_BYTES = 2 * PATH_MAX };
+enum { PATH_BYTES = PATH_MAX, WHY_BYTES = 3 * PATH_MAX };  // a reason names a path, which may be two joined
 
 static const sa_backend *cuda;  // NULL: there are no CUDA devices,
 static char none[sizeof "none: " + WHY_BYTES] = "none: ";
