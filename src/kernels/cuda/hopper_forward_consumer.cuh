@@ -105,6 +105,8 @@ struct forward_consumer {
   // The end of an item (hopper_forward_output.cuh).
   __device__ void scale_output(const float (&a)[2]);
   __device__ void write_item(int of, const float (&maximum)[2], const float (&part)[2], int lives, bool note);
+  __device__ void pack_panel(uint32_t buffer, int panel, const bool (&dead)[2], const float (&factor)[2],
+                             uint32_t (&seen)[2]);
   __device__ void send_panel(const forward_item &item, int panel, const bool (&dead)[2], const float (&factor)[2],
                              uint32_t (&seen)[2]);
   __device__ void note_item(int of, int work);

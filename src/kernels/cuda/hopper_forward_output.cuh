@@ -9,24 +9,13 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::scale_output(const floa
   for (int i = 0; i < outs; i++) o[i] *= a[i >> 1 & 1];
 }
 
-// The warp's rows of a panel of O, by TMA. Its buffer is free when the panel before has been read; that of another item
-// is written by then, too, as it may be the same one.
+// The warp's 16 rows of a panel of O, in halves, to its buffer: two groups of 8 columns at a time, each of 8 rows and 8
+// below. Row r has its 16 bytes i at place i ^ r % 8. This lane hands over those of row lane % 16, i an even number or
+// the next.
 template <class SHAPE>
-__device__ __forceinline__ void forward_consumer<SHAPE>::send_panel(const forward_item &item, int panel,
-                                                                    const bool (&dead)[2], const float (&factor)[2],
-                                                                    uint32_t (&seen)[2]) {
-  const uint32_t buffer = shared_address(shared.out[warp]);
-  // Row r has its 16 bytes i at place i ^ r % 8. This lane hands over those of row lane % 16, i an even number or the
-  // next.
+__device__ __forceinline__ void forward_consumer<SHAPE>::pack_panel(uint32_t buffer, int panel, const bool (&dead)[2],
+                                                                    const float (&factor)[2], uint32_t (&seen)[2]) {
   const uint32_t to = buffer + (lane & 15) * 128 + ((lane >> 4 ^ (lane & 7)) << 4);
-  if (lane == 0) {
-    if (panel) {
-      bulk_wait_read<0>();
-    } else {
-      bulk_wait<0>();
-    }
-  }
-  __syncwarp();
 #pragma unroll
   for (int x = 0; x < 8 && panel * 8 + x < SHAPE::value_width / 8; x += 2) {
     uint32_t w[4];
@@ -38,6 +27,24 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::send_panel(const forwar
     }
     store_matrices(to ^ (x << 4), w);
   }
+}
+
+// The warp's rows of a panel of O, by TMA. Its buffer is free when the panel before has been read; that of another item
+// is written by then, too, as it may be the same one.
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::send_panel(const forward_item &item, int panel,
+                                                                    const bool (&dead)[2], const float (&factor)[2],
+                                                                    uint32_t (&seen)[2]) {
+  const uint32_t buffer = shared_address(shared.out[warp]);
+  if (lane == 0) {
+    if (panel) {
+      bulk_wait_read<0>();
+    } else {
+      bulk_wait<0>();
+    }
+  }
+  __syncwarp();
+  pack_panel(buffer, panel, dead, factor, seen);
   async_proxy_fence();
   __syncwarp();
   if (lane == 0) {
@@ -104,19 +111,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::write_item(int of, cons
 #pragma unroll
     for (int panel = 0; panel < SHAPE::value_panels; panel++) {
       if (panel) __syncwarp();
-        // Two groups of 8 columns at a time, each of 8 rows and 8 rows below.
-#pragma unroll
-      for (int x = 0; x < 8 && panel * 8 + x < SHAPE::value_width / 8; x += 2) {
-        uint32_t w[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int r = i & 1, e = 4 * (panel * 8 + x + (i >> 1)) + 2 * r;
-          w[i] = dead[r] ? 0 : pack_halves<type>(o[e] * factor[r], o[e + 1] * factor[r]);
-          seen[r] = note_nonfinite<type>(seen[r], w[i]);
-        }
-        const int to = lane & 15;
-        store_matrices(buffer + to * 128 + (((x + (lane >> 4)) ^ (to & 7)) << 4), w);
-      }
+      pack_panel(buffer, panel, dead, factor, seen);
       __syncwarp();
       // All loads before the first store: a store that may be left out would otherwise keep its load behind a branch.
       int4 x[4];
