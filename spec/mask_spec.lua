@@ -81,6 +81,8 @@ describe("a mask", function()
     assert_pairs(m.prefix(2), {L = 3, S = 4}, function(_, j) return j <= 2 end)
     local n = {1, 3}
     assert_pairs(m.prefix(n), {L = 3, S = 4}, function(_, j, b) return j <= n[b] end)
+    assert_pairs(m.prefix(2 ^ 53) * m.causal(), {L = 3, S = 4}, function(i, j) return j <= i end)
+    assert_pairs(m.prefix {5, 1}, {L = 3, S = 4}, function(_, j, b) return b == 1 or j <= 1 end)
     assert_pairs(m.global(1), {L = 3, S = 4}, function(i, j) return i <= 1 or j <= 1 end)
     assert_pairs(m.global(0), {L = 2, S = 2}, function() return false end)
   end)

@@ -145,7 +145,8 @@ int sa_mask_prefix(sa_mask **out, const int64_t *counts, int64_t count) {
   if (check_out(__func__, out) || check_count(__func__, "counts", counts, count)) return SA_INVALID;
   const int status = new_corners(out, __func__, "prefix", count);
   if (status) return status;
-  for (int64_t b = 0; b < count; b++) (*out)->corners[b] = (sa_corner){counts[b], SA_UNBOUNDED, 0};
+  for (int64_t b = 0; b < count; b++) (*out)->corners[b] = (sa_corner){sa_bounded(counts[b]), SA_UNBOUNDED, 0};
+  (*out)->clipped = true;
   return SA_OK;
 }
 

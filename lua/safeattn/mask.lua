@@ -165,7 +165,7 @@ function M.documents(q_ids, k_ids)
   return atom("documents", {B = B, L = queries:size(-1), S = keys:size(-1)}, handle)
 end
 
---- Keys 1..n are visible to all.
+--- Keys 1..n are visible to all; where there are fewer, all of them.
 -- @param n a count, or one for each batch: a list, an i32 or i64 tensor
 function M.prefix(n)
   local array, list = counts("mask.prefix", "n", n)
