@@ -34,7 +34,7 @@ local function run(list, slot, came)
       local given = handle.fn(gradient)
       if given ~= nil then
         if not tensor.is(given) or not given.handle or not tensor.alike(given.handle, gradient.handle) then
-          fail("register_hook", nil, "the hook gave %s, wanted nil or a gradient %s", describe(given),
+          fail("register_hook", "the hook gave %s, wanted nil or a gradient %s", describe(given),
             describe(gradient))
         end
         came[slot] = given
@@ -66,9 +66,9 @@ end
 -- @return a handle, with `handle:remove()`
 function M.register_hook(t, fn)
   tensor.pointer(t, "register_hook", "t")
-  if type(fn) ~= "function" then fail("register_hook", nil, "fn: got %s, wanted a function", describe(fn)) end
+  if type(fn) ~= "function" then fail("register_hook", "fn: got %s, wanted a function", describe(fn)) end
   local node, slot = autograd.node(t)
-  if not node then fail("register_hook", nil, "t: got %s, wanted one that requires grad", describe(t)) end
+  if not node then fail("register_hook", "t: got %s, wanted one that requires grad", describe(t)) end
   local list = hooks_on(node, slot)
   local handle = setmetatable({fn = fn, list = list}, Handle)
   list[#list + 1] = handle
@@ -121,7 +121,7 @@ function observer.carried(node, results)
   for i = 1, node.inputs do
     local odd = node[i] and tensor.is(results[i]) and odd_numbers(results[i])
     if odd then
-      fail("detect_anomaly", nil, "%s gave a non-finite gradient of its input %d: %s%s\n%s", node.name, i, odd,
+      fail("detect_anomaly", "%s gave a non-finite gradient of its input %d: %s%s\n%s", node.name, i, odd,
         odd_inputs(node), node.traceback and "it was called here:" .. node.traceback
           or "it was called before detect_anomaly")
     end
@@ -139,7 +139,7 @@ end
 -- operation pays for its traceback, every gradient is read once more.
 -- @return what fn returned
 function M.detect_anomaly(fn, ...)
-  if type(fn) ~= "function" then fail("detect_anomaly", nil, "fn: got %s, wanted a function", describe(fn)) end
+  if type(fn) ~= "function" then fail("detect_anomaly", "fn: got %s, wanted a function", describe(fn)) end
   return scope(set_observer, observer, fn, ...)
 end
 

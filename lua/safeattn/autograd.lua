@@ -29,7 +29,7 @@ end
 
 --- Calls fn(...) without recording anything and returns its results.
 function autograd.no_grad(fn, ...)
-  if type(fn) ~= "function" then fail("no_grad", nil, "fn: got %s, wanted a function", core.describe(fn)) end
+  if type(fn) ~= "function" then fail("no_grad", "fn: got %s, wanted a function", core.describe(fn)) end
   return scope(set_recording, false, fn, ...)
 end
 
@@ -119,15 +119,15 @@ local mark_changed = autograd.mark_changed
 function autograd.check_change(fname, argument, t)
   if recording then
     if t.node then
-      fail(fname, nil, "%s: got the result of a recorded %s, wanted a tensor that the tape does not know"
+      fail(fname, "%s: got the result of a recorded %s, wanted a tensor that the tape does not know"
         .. " (t:clone():detach(), or change it inside no_grad)", argument, t.node.name)
     elseif t.tracked then
-      fail(fname, nil, "%s: got a tensor that requires grad, wanted one that does not (or a call inside no_grad)",
+      fail(fname, "%s: got a tensor that requires grad, wanted one that does not (or a call inside no_grad)",
         argument)
     end
   end
   if tensor.storage(t).constant then
-    fail(fname, nil, "%s: got a tensor on memory that was given as const, wanted one that may be written", argument)
+    fail(fname, "%s: got a tensor on memory that was given as const, wanted one that may be written", argument)
   end
 end
 
@@ -140,9 +140,9 @@ end
 local function check_saved(node)
   for i, t in ipairs(node.saved or {}) do
     if not t.handle then
-      fail("backward", nil, "a tensor that %s needs for its gradient was freed", node.name)
+      fail("backward", "a tensor that %s needs for its gradient was freed", node.name)
     elseif version(t) ~= node.versions[i] then
-      fail("backward", nil, "%s, which %s needs for its gradient, was changed in place after it was recorded",
+      fail("backward", "%s, which %s needs for its gradient, was changed in place after it was recorded",
         core.describe(t), node.name)
     end
   end
@@ -190,7 +190,7 @@ end
 local function keep(leaf, g, owned)
   if not leaf.handle then return end
   if not tensor.alike(leaf.handle, g.handle) then
-    fail("backward", nil, "got a gradient %s for a leaf %s", core.describe(g), core.describe(leaf))
+    fail("backward", "got a gradient %s for a leaf %s", core.describe(g), core.describe(leaf))
   end
   if not leaf.gradient and owned and lib.sa_tensor_contiguous(g.handle) then
     leaf.gradient = g
@@ -301,17 +301,17 @@ end
 function tensor.methods.backward(t, gradient)
   local handle = pointer(t, "backward", "t")
   if not requires_grad(t) then
-    fail("backward", nil, "t: got %s, wanted one that requires grad, or that a recorded operation made of such",
+    fail("backward", "t: got %s, wanted one that requires grad, or that a recorded operation made of such",
       core.describe(t))
   end
   if gradient == nil then
     if lib.sa_tensor_numel(handle) ~= 1 then
-      fail("backward", nil, "gradient: got none, wanted %s, as t has more than one element", core.describe(t))
+      fail("backward", "gradient: got none, wanted %s, as t has more than one element", core.describe(t))
     end
     gradient = tensor.like("backward", t)
     call("backward", lib.sa_fill, gradient.handle, 1)
   elseif not tensor.alike(handle, pointer(gradient, "backward", "gradient")) then
-    fail("backward", nil, "gradient: got %s, wanted %s", tensor.describe_both(gradient, t))
+    fail("backward", "gradient: got %s, wanted %s", tensor.describe_both(gradient, t))
   end
   local node, slot = node_of(t)
   scope(set_recording, false, carry_back, node, slot, gradient)

@@ -33,6 +33,16 @@ function contents.double_at(doubles, n)
 end
 local double_at = contents.double_at
 
+--- 1-based indices of element n, from 0 in row-major order, of a shape.
+function contents.index_of(n, shape)
+  local index = {}
+  for d = #shape, 1, -1 do
+    index[d] = n % shape[d] + 1
+    n = math.floor(n / shape[d])
+  end
+  return index
+end
+
 -- An int64_t as a number when a number holds it.
 local function exact(x)
   return (x >= -EXACT and x <= EXACT) and tonumber(x) or x
@@ -41,7 +51,7 @@ end
 -- Fills `position` from 1-based indices, one a dim.
 local function locate(fname, handle, n, ...)
   local ndim = handle.ndim
-  if n ~= ndim then fail(fname, nil, "index: got %d indices, wanted %d", n, ndim) end
+  if n ~= ndim then fail(fname, "index: got %d indices, wanted %d", n, ndim) end
   for d = 1, n do
     local index = select(d, ...)
     local size = tonumber(handle.shape[d - 1])
@@ -77,7 +87,7 @@ end
 function methods.item(t)
   local handle = pointer(t, "item", "t")
   if lib.sa_tensor_numel(handle) ~= 1 then
-    fail("item", nil, "t: got %s, wanted one element", core.describe(t))
+    fail("item", "t: got %s, wanted one element", core.describe(t))
   end
   ffi.fill(position, ffi.sizeof(position))
   return element("item", handle)
@@ -89,14 +99,14 @@ local function check_value(fname, value, dtype)
   if kind == "number" or (kind == "boolean" and dtype == BOOL) then return value end
   if dtype == I64 and ffi.istype(int64, value) then return value end
   local wanted = dtype == BOOL and "true, false or a number" or dtype == I64 and "a number or int64_t" or "a number"
-  fail(fname, nil, "value: got %s, wanted %s", core.describe(value), wanted)
+  fail(fname, "value: got %s, wanted %s", core.describe(value), wanted)
 end
 
 --- Writes one element: t:set(i, j, value). The tape does not see it.
 function methods.set(t, ...)
   local handle = pointer(t, "set", "t")
   local n = select("#", ...)
-  if n == 0 then fail("set", nil, "value: got nothing, wanted a value after the indices") end
+  if n == 0 then fail("set", "value: got nothing, wanted a value after the indices") end
   local value = check_value("set", (select(n, ...)), handle.dtype)
   locate("set", handle, n - 1, ...)
   autograd.check_change("set", "t", t)
@@ -134,6 +144,14 @@ function methods.copy(t, from)
   call("copy", lib.sa_copy, handle, source)
   autograd.mark_changed(t)
   return t
+end
+
+--- A copy on the CPU, in f64 and row-major, each NaN the one that LuaJIT takes for a number.
+function contents.wide(fname, t)
+  local handle = pointer(t, fname, "t")
+  local copy = tensor.new(fname, lib.SA_F64, lib.SA_CPU, handle.ndim, handle.shape)
+  call(fname, lib.sa_get_all, handle, copy:data())
+  return copy
 end
 
 local function integer_at(integers, n)
@@ -200,7 +218,7 @@ local function tolerance(options, name, default)
   local value = options[name]
   if value == nil then return default end
   if core.number("allclose", name, value) >= 0 then return value end
-  fail("allclose", nil, "%s: got %s, wanted a number of at least 0", name, core.describe(value))
+  fail("allclose", "%s: got %s, wanted a number of at least 0", name, core.describe(value))
 end
 
 --- Whether |a - b| <= atol + rtol |b| everywhere. Infinities must be equal; NaN agrees with NaN only on request.

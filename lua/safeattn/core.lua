@@ -78,10 +78,10 @@ local function blamed_level()
 end
 
 --- Raises "safeattn.<fname>: <message>".
--- @param level as for error(), counted where this is called; nil finds the line outside safeattn that is to blame
-function core.fail(fname, level, format, ...)
-  local message = "safeattn." .. fname .. ": " .. string.format(format, ...)
-  error(message, level and level + 1 or blamed_level())
+-- @param fname what was called, without "safeattn."
+-- @param format of the message, as for string.format, with what follows
+function core.fail(fname, format, ...)
+  error("safeattn." .. fname .. ": " .. string.format(format, ...), blamed_level())
 end
 local fail = core.fail
 
@@ -91,8 +91,8 @@ function core.last_error()
 end
 
 --- Raises what the C library reported, unless status is 0.
-function core.check(status, fname, level)
-  if status ~= 0 then fail(fname, level and level + 1, "%s", core.last_error()) end
+function core.check(status, fname)
+  if status ~= 0 then fail(fname, "%s", core.last_error()) end
 end
 
 --- Calls a C function and raises what it reports. Memory that garbage holds is invisible to C: when an allocation is
@@ -182,18 +182,19 @@ core.no_options = setmetatable({}, {__newindex = function() error("shared, read-
 local no_options = core.no_options
 
 --- Checks a table of options; nil counts as an empty one.
+-- @param fname for messages
+-- @param options
 -- @param allowed a table with the legal names as keys
 -- @return the options
-function core.options(fname, options, allowed, level)
+function core.options(fname, options, allowed)
   if options == nil then return no_options end
-  level = level and level + 1
   if not core.is_plain(options) then
-    fail(fname, level, "options: got %s, wanted a table", describe(options))
+    fail(fname, "options: got %s, wanted a table", describe(options))
   end
   for name in pairs(options) do
     if not allowed[name] then
       local meant = type(name) == "string" and core.nearest(name, allowed)
-      fail(fname, level, "options: got unknown option %s, wanted %s%s",
+      fail(fname, "options: got unknown option %s, wanted %s%s",
         type(name) == "string" and name or describe(name), core.alternatives(allowed),
         meant and string.format(" (did you mean %s?)", meant) or "")
     end
@@ -208,7 +209,7 @@ end
 
 --- Checks for a finite or infinite number (NaN only when the caller wants it) and returns it.
 function core.number(fname, argument, value)
-  if type(value) ~= "number" then fail(fname, nil, "%s: got %s, wanted a number", argument, describe(value)) end
+  if type(value) ~= "number" then fail(fname, "%s: got %s, wanted a number", argument, describe(value)) end
   return value
 end
 
@@ -229,13 +230,13 @@ function core.integer(fname, argument, value, low, high)
   else
     range = string.format("an integer of at least %.0f", low)
   end
-  fail(fname, nil, "%s: got %s, wanted %s", argument, describe(value), range)
+  fail(fname, "%s: got %s, wanted %s", argument, describe(value), range)
 end
 
 --- Checks for a boolean; nil gives the default.
 function core.boolean(fname, argument, value, default)
   if value == nil then return default end
-  if type(value) ~= "boolean" then fail(fname, nil, "%s: got %s, wanted true or false", argument, describe(value)) end
+  if type(value) ~= "boolean" then fail(fname, "%s: got %s, wanted true or false", argument, describe(value)) end
   return value
 end
 
@@ -247,20 +248,23 @@ function core.dim(fname, argument, value, ndim)
     if dim >= 1 and dim <= ndim then return dim - 1 end
   end
   if ndim == 0 then
-    fail(fname, nil, "%s: got %s of a tensor without dims, wanted a tensor with dims", argument, describe(value))
+    fail(fname, "%s: got %s of a tensor without dims, wanted a tensor with dims", argument, describe(value))
   end
-  fail(fname, nil, "%s: got %s, wanted 1 to %d, or -1 to -%d from the end", argument, describe(value), ndim, ndim)
+  fail(fname, "%s: got %s, wanted 1 to %d, or -1 to -%d from the end", argument, describe(value), ndim, ndim)
 end
 
 --- Raises unless a value is a list: with another key, too, such as an option in the wrong braces.
--- @param wanted for the message: "a list of tensors"
+-- @param fname for messages
+-- @param argument its name
+-- @param value
+-- @param wanted what, for the message: "a list of tensors"
 function core.check_list(fname, argument, value, wanted)
-  if not core.is_plain(value) then fail(fname, nil, "%s: got %s, wanted %s", argument, describe(value), wanted) end
+  if not core.is_plain(value) then fail(fname, "%s: got %s, wanted %s", argument, describe(value), wanted) end
   local n = #value
   -- next() is compiled where pairs() is not, and finds nothing behind the entries of most lists
   for key in next, value, n > 0 and n or nil do
     if type(key) ~= "number" or key < 1 or key > n or key ~= math.floor(key) then
-      fail(fname, nil, "%s: got a key %s, wanted %s", argument, describe(key), wanted)
+      fail(fname, "%s: got a key %s, wanted %s", argument, describe(key), wanted)
     end
   end
 end
@@ -268,6 +272,8 @@ end
 local sizes = ffi.typeof("int64_t[8]")
 
 --- A shape (or index) of counts as C wants it.
+-- @param fname for messages
+-- @param argument its name
 -- @param list a table of integers
 -- @param lowest the least value that an entry may have (default 0; -1 where that has a meaning)
 -- @return int64_t[8], number of dims
@@ -275,13 +281,13 @@ function core.shape(fname, argument, list, lowest)
   core.check_list(fname, argument, list, "a list of counts")
   local n = #list
   if n > lib.SA_MAX_DIMS then
-    fail(fname, nil, "%s: got %d dims, wanted at most %d", argument, n, tonumber(lib.SA_MAX_DIMS))
+    fail(fname, "%s: got %d dims, wanted at most %d", argument, n, tonumber(lib.SA_MAX_DIMS))
   end
   local shape = sizes()
   for i = 1, n do
     local size = list[i]
     if not core.is_count(size) and not (type(size) == "number" and size < 0 and size >= (lowest or 0)) then
-      fail(fname, nil, "%s: got %s at [%d], wanted a count", argument, describe(size), i)
+      fail(fname, "%s: got %s at [%d], wanted a count", argument, describe(size), i)
     end
     shape[i - 1] = size
   end
@@ -306,7 +312,7 @@ end
 function core.dtype(fname, argument, name)
   local code = type(name) == "string" and core.dtypes[name]
   if not code then
-    fail(fname, nil, "%s: got %s, wanted %s", argument, describe(name), core.alternatives(core.dtypes))
+    fail(fname, "%s: got %s, wanted %s", argument, describe(name), core.alternatives(core.dtypes))
   end
   return tonumber(code)
 end
@@ -317,7 +323,7 @@ function core.device(fname, argument, name)
   if name == "cpu" then return lib.SA_CPU end
   local number = name == "cuda" and 0 or type(name) == "string" and tonumber(name:match("^cuda:(%d%d?%d?)$"))
   if not number then
-    fail(fname, nil, '%s: got %s, wanted "cpu", "cuda" or "cuda:0", "cuda:1", ...', argument, describe(name))
+    fail(fname, '%s: got %s, wanted "cpu", "cuda" or "cuda:0", "cuda:1", ...', argument, describe(name))
   end
   local code = lib.SA_CUDA + number
   if number < lib.sa_device_count(lib.SA_CUDA) then return code end

@@ -23,7 +23,7 @@ local function common(fname, options, default)
   local dtype = core.dtype(fname, "dtype", options.dtype == nil and default or options.dtype)
   local device, missing = core.device(fname, "device", options.device == nil and "cpu" or options.device)
   if core.boolean(fname, "requires_grad", options.requires_grad, false) and not core.is_float[dtype] then
-    fail(fname, nil, "requires_grad: got true for %s, wanted f32, f64, f16 or bf16", core.dtype_names[dtype])
+    fail(fname, "requires_grad: got true for %s, wanted f32, f64, f16 or bf16", core.dtype_names[dtype])
   end
   return dtype, device, missing
 end
@@ -78,7 +78,7 @@ local function drawn(fname, shape, options, draw)
   local seed = options.seed ~= nil and random.checked(fname, "seed", options.seed)
   local dtype = common(fname, options, "f32")
   if not core.is_float[dtype] then
-    fail(fname, nil, "dtype: got %s, wanted f32, f64, f16 or bf16", core.dtype_names[dtype])
+    fail(fname, "dtype: got %s, wanted f32, f64, f16 or bf16", core.dtype_names[dtype])
   end
   local t, missing = new(fname, shape, options, "f32")
   if not t then return nil, missing end
@@ -120,7 +120,7 @@ local function shape_of(data)
   while core.is_plain(data) do
     shape[#shape + 1] = #data
     if #shape > lib.SA_MAX_DIMS then
-      fail("tensor", nil, "data: got tables nested more than 8 deep, wanted at most 8")
+      fail("tensor", "data: got tables nested more than 8 deep, wanted at most 8")
     end
     data = data[1]
   end
@@ -139,12 +139,12 @@ local function checked(value, dtype, booleans, place, depth)
   if kind == "boolean" and booleans then return value and 1 or 0 end
   if kind == "cdata" and dtype == I64 and ffi.istype(int64, value) then return value end
   if kind ~= "number" or booleans then
-    fail("tensor", nil, "data: got %s%s, wanted a %s", core.describe(value), place_text(place, depth),
+    fail("tensor", "data: got %s%s, wanted a %s", core.describe(value), place_text(place, depth),
       booleans and "boolean, as before" or "number")
   end
   local range = range_of[dtype]
   if range and not (value % 1 == 0 and value >= range[1] and value <= range[2]) then
-    fail("tensor", nil, "data: got %s%s, wanted integers of %s", core.describe(value), place_text(place, depth),
+    fail("tensor", "data: got %s%s, wanted integers of %s", core.describe(value), place_text(place, depth),
       core.dtype_names[dtype])
   end
   return value
@@ -154,14 +154,14 @@ end
 local function store(data, shape, depth, array, at, dtype, booleans, place)
   if depth == #shape then
     if core.is_plain(data) then
-      fail("tensor", nil, "data: got a table%s, wanted a number: ragged", place_text(place, depth))
+      fail("tensor", "data: got a table%s, wanted a number: ragged", place_text(place, depth))
     end
     array[at] = checked(data, dtype, booleans, place, depth)
     return at + 1
   end
   local size = shape[depth + 1]
   if not core.is_plain(data) or #data ~= size then
-    fail("tensor", nil, "data: got %s%s, wanted a table of %d like the first: ragged",
+    fail("tensor", "data: got %s%s, wanted a table of %d like the first: ragged",
       core.is_plain(data) and "a table of " .. #data or core.describe(data), place_text(place, depth), size)
   end
   core.check_list("tensor", "data", data, "a list")
@@ -176,12 +176,12 @@ end
 function create.tensor(data, options)
   options = core.options("tensor", options, plain)
   if type(data) == "table" and not core.is_plain(data) then
-    fail("tensor", nil, "data: got %s, wanted tables of numbers (clone and to copy a tensor)", core.describe(data))
+    fail("tensor", "data: got %s, wanted tables of numbers (clone and to copy a tensor)", core.describe(data))
   end
   local shape, first = shape_of(data)
   local booleans = type(first) == "boolean"
   if first == nil and (#shape == 0 or shape[#shape] > 0) then
-    fail("tensor", nil, "data: got nil, wanted a number, a boolean or tables of them")
+    fail("tensor", "data: got nil, wanted a number, a boolean or tables of them")
   end
   local dtype, device, missing = common("tensor", options, booleans and "bool" or "f32")
   -- Doubles hold what every dtype but i64 can; casting is C's work.
@@ -222,10 +222,10 @@ function create.from_pointer(data, shape, options)
   local element, constant, bytes
   if type(data) == "cdata" then element, constant, bytes = pointed_to(data) end
   if not element then
-    fail("from_pointer", nil, "data: got %s, wanted an FFI pointer or array", core.describe(data))
+    fail("from_pointer", "data: got %s, wanted an FFI pointer or array", core.describe(data))
   end
   if options.dtype == nil and not dtype_of_element[element] then
-    fail("from_pointer", nil, "dtype: got none for %s, which does not say it, wanted %s", core.describe(data),
+    fail("from_pointer", "dtype: got none for %s, which does not say it, wanted %s", core.describe(data),
       core.alternatives(core.dtypes))
   end
   local dtype, device, missing = common("from_pointer", options, dtype_of_element[element])
@@ -234,7 +234,7 @@ function create.from_pointer(data, shape, options)
   if options.stride ~= nil then
     local count
     stride, count = core.shape("from_pointer", "stride", options.stride)
-    if count ~= ndim then fail("from_pointer", nil, "stride: got %d strides, wanted %d", count, ndim) end
+    if count ~= ndim then fail("from_pointer", "stride: got %d strides, wanted %d", count, ndim) end
   end
   if not device then return nil, missing end
   local handle = tensor.handle()
@@ -244,7 +244,7 @@ function create.from_pointer(data, shape, options)
     lib.sa_tensor_extent(handle, ends, ends + 1)
     local wanted = tonumber(ends[1] - ffi.cast("const char *", data))
     if lib.sa_tensor_numel(handle) > 0 and wanted > bytes then
-      fail("from_pointer", nil, "shape: got one that reaches over %.0f bytes, wanted at most the array's %.0f", wanted,
+      fail("from_pointer", "shape: got one that reaches over %.0f bytes, wanted at most the array's %.0f", wanted,
         bytes)
     end
   end

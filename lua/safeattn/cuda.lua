@@ -11,7 +11,7 @@ local cuda = {}
 -- The code of the CUDA device that `name` says, "cuda" when it is nil; nil and what is missing when it is not there.
 local function device_of(fname, name)
   local device, missing = core.device(fname, "device", name == nil and "cuda" or name)
-  if device == lib.SA_CPU then fail(fname, nil, 'device: got "cpu", wanted a CUDA device') end
+  if device == lib.SA_CPU then fail(fname, 'device: got "cpu", wanted a CUDA device') end
   return device, missing
 end
 
@@ -67,9 +67,9 @@ local pointer_type, slot_type = ffi.typeof("void *"), ffi.typeof("void *[1]")
 -- The handle of a stream that was not released.
 local function handle_of(stream, fname)
   if getmetatable(stream) ~= Stream then
-    fail(fname, nil, "stream: got %s, wanted a stream", core.describe(stream))
+    fail(fname, "stream: got %s, wanted a stream", core.describe(stream))
   end
-  if stream.released then fail(fname, nil, "stream: got one that was released, wanted one that lives") end
+  if stream.released then fail(fname, "stream: got one that was released, wanted one that lives") end
   return stream.pointer
 end
 
@@ -85,7 +85,7 @@ function cuda.stream(options)
   options = core.options("cuda.stream", options, stream_options)
   local device, missing = device_of("cuda.stream", options.device)
   if options.pointer ~= nil and type(options.pointer) ~= "cdata" then
-    fail("cuda.stream", nil, "pointer: got %s, wanted a cudaStream_t as cdata", core.describe(options.pointer))
+    fail("cuda.stream", "pointer: got %s, wanted a cudaStream_t as cdata", core.describe(options.pointer))
   end
   if not device then return nil, missing end
   local slot = slot_type()
@@ -114,7 +114,7 @@ end
 --- Calls fn(...) with the stream in use for this thread, and gives back what it returns.
 function Stream:use(fn, ...)
   handle_of(self, "stream:use")
-  if type(fn) ~= "function" then fail("stream:use", nil, "fn: got %s, wanted a function", core.describe(fn)) end
+  if type(fn) ~= "function" then fail("stream:use", "fn: got %s, wanted a function", core.describe(fn)) end
   local code = self.code
   return scope(function(stream) return set_stream(code, stream) end, self, fn, ...)
 end

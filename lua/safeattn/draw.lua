@@ -18,6 +18,7 @@
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
+local contents = require "safeattn.contents"
 local reduce = require "safeattn.draw.reduce"
 local terminal = require "safeattn.draw.terminal"
 local colours = require "safeattn.draw.colours"
@@ -40,7 +41,7 @@ end
 
 local function text_option(fname, name, value)
   if value ~= nil and type(value) ~= "string" then
-    fail(fname, nil, "%s: got %s, wanted a string", name, describe(value))
+    fail(fname, "%s: got %s, wanted a string", name, describe(value))
   end
   return value
 end
@@ -50,13 +51,13 @@ local depths = {["true"] = true, ["256"] = true, none = true}
 local function checked(fname, options)
   text_option(fname, "title", options.title)
   if options.to ~= nil and options.to ~= "string" then
-    fail(fname, nil, 'to: got %s, wanted "string" (or nothing, to print)', describe(options.to))
+    fail(fname, 'to: got %s, wanted "string" (or nothing, to print)', describe(options.to))
   end
   if options.file ~= nil and (type(options.file) ~= "string" or options.file == "") then
-    fail(fname, nil, "file: got %s, wanted the name of a file", describe(options.file))
+    fail(fname, "file: got %s, wanted the name of a file", describe(options.file))
   end
   if options.colours ~= nil and not depths[options.colours] then
-    fail(fname, nil, "colours: got %s, wanted %s", describe(options.colours), '"true", "256" or "none"')
+    fail(fname, "colours: got %s, wanted %s", describe(options.colours), '"true", "256" or "none"')
   end
   if options.map ~= nil then colours.map(fname, options.map) end
   local columns, lines = terminal.size()
@@ -91,29 +92,21 @@ end
 
 -- Tensors
 
--- A copy on the CPU, in f64 and row-major.
-local function wide(fname, t)
-  local handle = t.handle
-  local copy = tensor.new(fname, lib.SA_F64, lib.SA_CPU, handle.ndim, handle.shape)
-  core.call(fname, lib.sa_get_all, handle, copy:data())
-  return copy
-end
-
 -- The matrix that indices of the leading dims choose, as a view with two dims, and its text.
 local function matrix_of(fname, t, indices)
   local shape = t.shape
   local rank = #shape
-  if rank == 0 then fail(fname, nil, "t: got %s, wanted a tensor with dims", describe(t)) end
+  if rank == 0 then fail(fname, "t: got %s, wanted a tensor with dims", describe(t)) end
   local leading = math.max(0, rank - 2)
   if #indices > leading then
-    fail(fname, nil, "indices: got %d, wanted at most %d: the last two dims of %s are drawn", #indices, leading,
+    fail(fname, "indices: got %d, wanted at most %d: the last two dims of %s are drawn", #indices, leading,
       describe(t))
   end
   local text = {}
   t = t:detach()
   for d = 1, leading do
     local index = indices[d] == nil and 1 or indices[d]
-    if shape[d] == 0 then fail(fname, nil, "t: got %s, wanted a matrix in it", describe(t)) end
+    if shape[d] == 0 then fail(fname, "t: got %s, wanted a matrix in it", describe(t)) end
     core.integer(fname, "index " .. d, index, 1, shape[d])
     t = t:select(1, index)
     text[d] = tostring(index)
@@ -151,7 +144,7 @@ function M.tensor(t, options)
   named = core.options(fname, named, heat_names)
   local matrix, place = matrix_of(fname, t, indices)
   local queries, keys = unpack(matrix.shape)
-  local copy = wide(fname, matrix)
+  local copy = contents.wide(fname, matrix)
   local title = describe(t) .. place .. "  " .. stats_text(copy:stats())
   return deliver(fname, named, title, queries, keys, function(rows, columns)
     return reduce.matrix(copy:data(), nil, queries, keys, rows, columns)
@@ -164,6 +157,7 @@ end
 M.show_names = names("B", "H", "L", "S", "b", "h")
 
 --- A picture of which pairs a mask lets see each other, from its compiled form: the pairs are never listed.
+-- @param fname for messages
 -- @param mask
 -- @param plan the compiled mask
 -- @param options the common ones; b = 1, h = 1: the batch and the head to show
@@ -212,7 +206,7 @@ function M.look(look, problem, options)
   options = core.options(fname, options, look_names)
   local what = options.what == nil and "weights" or options.what
   if not drawable[what] then
-    fail(fname, nil, "what: got %s, wanted %s", describe(what), core.alternatives(drawable))
+    fail(fname, "what: got %s, wanted %s", describe(what), core.alternatives(drawable))
   end
   local b = core.integer(fname, "b", options.b == nil and 1 or options.b, 1, problem.B)
   local h = core.integer(fname, "h", options.h == nil and 1 or options.h, 1, problem.H)

@@ -14,23 +14,23 @@ local extensions = {npy = true, npz = true, safetensors = true}
 
 local function format_of(fname, path)
   if type(path) ~= "string" or path:find("%z") then
-    fail(fname, nil, "path: got %s, wanted the name of a file", core.describe(path))
+    fail(fname, "path: got %s, wanted the name of a file", core.describe(path))
   end
   local extension = path:match("%.(%w+)$")
   if not extensions[extension] then
-    fail(fname, nil, "path: got %s, wanted a name that ends in .npy, .npz or .safetensors", core.describe(path))
+    fail(fname, "path: got %s, wanted a name that ends in .npy, .npz or .safetensors", core.describe(path))
   end
   return require("safeattn.files." .. extension), "." .. extension
 end
 
 local function check_named(tensors)
   if type(tensors) ~= "table" or tensor.is(tensors) then
-    fail("save", nil, "tensors: got %s, wanted a table of named tensors (.npy holds a single one)",
+    fail("save", "tensors: got %s, wanted a table of named tensors (.npy holds a single one)",
       core.describe(tensors))
   end
   for name, t in pairs(tensors) do
     if type(name) ~= "string" or name == "" or name:find("%z") then
-      fail("save", nil, "tensors: got the name %s, wanted a string", core.describe(name))
+      fail("save", "tensors: got the name %s, wanted a string", core.describe(name))
     end
     tensor.pointer(t, "save", "tensors." .. name)
   end
@@ -49,10 +49,10 @@ function files.save(path, tensors, options)
   options = core.options("save", options, save_options)
   local compress = core.boolean("save", "compress", options.compress, false)
   if compress and extension ~= ".npz" then
-    fail("save", nil, "compress: got true for %s, wanted it for .npz", extension)
+    fail("save", "compress: got true for %s, wanted it for .npz", extension)
   end
   if options.metadata ~= nil and not format.holds_metadata then
-    fail("save", nil, "metadata: got %s for %s, wanted it for .safetensors", core.describe(options.metadata),
+    fail("save", "metadata: got %s for %s, wanted it for .safetensors", core.describe(options.metadata),
       extension)
   end
   if format.holds_one then
@@ -81,7 +81,7 @@ function files.load(path, options)
   options = core.options("load", options, load_options)
   local name = options.name
   if name ~= nil and (type(name) ~= "string" or format.holds_one) then
-    fail("load", nil, "name: got %s, wanted %s", core.describe(name),
+    fail("load", "name: got %s, wanted %s", core.describe(name),
       format.holds_one and "none: " .. extension .. " holds a single tensor" or "a string")
   end
   return disk.attempt(path, function()

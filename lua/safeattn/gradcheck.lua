@@ -57,7 +57,7 @@ local function tensors_of(...)
     if tensor.is(result) and core.is_float[result.handle.dtype] then list[#list + 1] = result end
   end
   if #list == 0 then
-    fail("gradcheck", nil, "fn: got a function that returned %s, wanted a float tensor first", core.describe((...)))
+    fail("gradcheck", "fn: got a function that returned %s, wanted a float tensor first", core.describe((...)))
   end
   return list
 end
@@ -77,7 +77,7 @@ local function number(options, name, default)
   local value = options[name]
   if value == nil then return default end
   if type(value) ~= "number" or not (value >= 0 and value < math.huge) or (name == "eps" and value == 0) then
-    fail("gradcheck", nil, "%s: got %s, wanted a %s number", name, core.describe(value),
+    fail("gradcheck", "%s: got %s, wanted a %s number", name, core.describe(value),
       name == "eps" and "positive finite" or "finite, not negative")
   end
   return value
@@ -96,18 +96,8 @@ local function promoted(inputs, dtype)
       copies[i] = x
     end
   end
-  if #checked == 0 then fail("gradcheck", nil, "inputs: got no float tensor, wanted at least one") end
+  if #checked == 0 then fail("gradcheck", "inputs: got no float tensor, wanted at least one") end
   return copies, checked
-end
-
--- 1-based indices of the n-th element (from 0) in row-major order.
-local function index_of(n, shape)
-  local index = {}
-  for d = #shape, 1, -1 do
-    index[d] = n % shape[d] + 1
-    n = math.floor(n / shape[d])
-  end
-  return index
 end
 
 local function put(x, index, value)
@@ -196,7 +186,7 @@ function Check:elements_of(i, gradient, reference)
   local width = #shape > 0 and shape[#shape] or 1
   local places = places_of(x:numel(), reference and math.huge or self.samples, self.seed)
   for n, place in ipairs(places) do
-    local index = index_of(place, shape)
+    local index = contents.index_of(place, shape)
     local expected
     if reference then
       expected = reference[i] and reference[i]:get(unpack(index)) or 0
@@ -256,23 +246,23 @@ return function(fn, inputs, options)
     end
     fn, inputs = fn[1], fn[2]
   end
-  if type(fn) ~= "function" then fail("gradcheck", nil, "fn: got %s, wanted a function", core.describe(fn)) end
+  if type(fn) ~= "function" then fail("gradcheck", "fn: got %s, wanted a function", core.describe(fn)) end
   if not core.is_plain(inputs) then
-    fail("gradcheck", nil, "inputs: got %s, wanted a list of tensors", core.describe(inputs))
+    fail("gradcheck", "inputs: got %s, wanted a list of tensors", core.describe(inputs))
   end
   for key in pairs(inputs) do
     if type(key) ~= "number" then
-      fail("gradcheck", nil, "inputs: got a key %s, wanted a list of tensors", core.describe(key))
+      fail("gradcheck", "inputs: got a key %s, wanted a list of tensors", core.describe(key))
     end
   end
   options = core.options("gradcheck", options, option_names)
   local dtype = options.dtype == nil and "f64" or options.dtype
   if not steps[dtype] then
-    fail("gradcheck", nil, 'dtype: got %s, wanted "f64" or "f32"', core.describe(dtype))
+    fail("gradcheck", 'dtype: got %s, wanted "f64" or "f32"', core.describe(dtype))
   end
   local against = options.against == nil and "numeric" or options.against
   if against ~= "numeric" and against ~= "reference" then
-    fail("gradcheck", nil, 'against: got %s, wanted "numeric" or "reference"', core.describe(against))
+    fail("gradcheck", 'against: got %s, wanted "numeric" or "reference"', core.describe(against))
   end
   local check = setmetatable({fn = fn, n = table.maxn(inputs), eps = number(options, "eps", steps[dtype]),
     atol = number(options, "atol", 1e-5), rtol = number(options, "rtol", 1e-3),
@@ -287,7 +277,7 @@ return function(fn, inputs, options)
   report.against, report.inputs = against, {}
   autograd.no_grad(function()
     if not contents.allclose(check:weigh(), total, {atol = 0, rtol = 0, equal_nan = true}) then
-      fail("gradcheck", nil, "fn: got a function that gives different results for the same inputs, wanted one that"
+      fail("gradcheck", "fn: got a function that gives different results for the same inputs, wanted one that"
         .. " depends on them alone (dropout needs a seed)")
     end
     for _, i in ipairs(check.checked) do check:compare_input(report, i, gradients[i], reference) end

@@ -91,12 +91,10 @@ end
 function sa.isa(name)
   if name ~= nil then
     if type(name) ~= "string" then
-      fail("isa", nil, 'name: got %s, wanted "generic", "avx2", "avx512", "amx" or "auto"', core.describe(name))
+      fail("isa", 'name: got %s, wanted "generic", "avx2", "avx512", "amx" or "auto"', core.describe(name))
     end
     local status = lib.sa_set_isa(name)
-    if status == lib.SA_NO_DEVICE or status == lib.SA_UNSUPPORTED then
-      return nil, core.last_error()
-    end
+    if status == lib.SA_UNSUPPORTED then return nil, core.last_error() end
     core.check(status, "isa")
   end
   return sa.info().isa

@@ -20,7 +20,7 @@ M.methods = methods
 --- The problem behind a look: sizes B, H, Hkv, L, S, E, Ev, and what the rooms of this module read.
 function M.problem(look, fname)
   if type(look) ~= "table" or getmetatable(look) ~= Look then
-    core.fail(fname, nil, "self: got %s, wanted what sa.inspect gave", core.describe(look))
+    core.fail(fname, "self: got %s, wanted what sa.inspect gave", core.describe(look))
   end
   look.problem:forget()
   return look.problem

@@ -17,7 +17,7 @@ local SHORT = 4
 local function alignment(fname, align)
   if align == nil then return lib.SA_TOP_LEFT end
   return expression.alignments[align]
-    or fail(fname, nil, 'align: got %s, wanted "top-left" or "bottom-right"', describe(align))
+    or fail(fname, 'align: got %s, wanted "top-left" or "bottom-right"', describe(align))
 end
 
 local integers_of = {i32 = true, i64 = true}
@@ -53,7 +53,7 @@ local function counts(fname, argument, value)
   elseif not core.is_plain(value) then
     local handle = handle_of(fname, argument, value, integers_of)
     if not handle or handle.ndim ~= 1 then
-      fail(fname, nil, "%s: got %s, wanted a count, a list of counts, or an i32 or i64 tensor [B]", argument,
+      fail(fname, "%s: got %s, wanted a count, a list of counts, or an i32 or i64 tensor [B]", argument,
         describe(value))
     end
     list = value:totable()
@@ -75,7 +75,7 @@ local function document_ids(fname, argument, ids)
   local handle = handle_of(fname, argument, ids, integers_of)
   if handle and (handle.ndim == 1 or handle.ndim == 2) then return ids end
   if not core.is_plain(ids) then
-    fail(fname, nil, "%s: got %s, wanted i32 or i64 ids [S] or [B,S]: a tensor or a table", argument, describe(ids))
+    fail(fname, "%s: got %s, wanted i32 or i64 ids [S] or [B,S]: a tensor or a table", argument, describe(ids))
   end
   local nested = type(ids[1]) == "table"
   if nested then core.check_list(fname, argument, ids, "a list of lists of ids") end
@@ -86,7 +86,7 @@ local function document_ids(fname, argument, ids)
   for b, row in ipairs(rows) do
     local name = nested and string.format("%s[%d]", argument, b) or argument
     if not core.is_plain(row) or #row ~= count then
-      fail(fname, nil, "%s: got %s, wanted a list of %d ids, like the first", name,
+      fail(fname, "%s: got %s, wanted a list of %d ids, like the first", name,
         core.is_plain(row) and "one of " .. #row or describe(row), count)
     end
     integers(fname, name, row, -2 ^ 53, t:data() + (b - 1) * count)
@@ -144,7 +144,7 @@ function M.padding(k_lengths, q_lengths)
   if q_lengths ~= nil then
     queries, q_list = counts(fname, "q_lengths", q_lengths)
     if #q_list ~= #k_list then
-      fail(fname, nil, "q_lengths: got %d lengths, wanted %d, as many as k_lengths", #q_list, #k_list)
+      fail(fname, "q_lengths: got %d lengths, wanted %d, as many as k_lengths", #q_list, #k_list)
     end
   end
   local k_text, q_text = short(k_list), q_list and short(q_list)
@@ -186,7 +186,7 @@ end
 function M.blocks(keep, size)
   local fname = "mask.blocks"
   local handle = handle_of(fname, "keep", keep, bools)
-    or fail(fname, nil, "keep: got %s, wanted a bool tensor [.., ceil(L/size), ceil(S/size)]", describe(keep))
+    or fail(fname, "keep: got %s, wanted a bool tensor [.., ceil(L/size), ceil(S/size)]", describe(keep))
   core.integer(fname, "size", size, 1)
   local known = broadcast_sizes(keep)
   return atom("blocks", {B = known.B, H = known.H}, construct(fname, lib.sa_mask_blocks, handle, size))
@@ -197,7 +197,7 @@ end
 function M.dense(visible)
   local fname = "mask.dense"
   local handle = handle_of(fname, "visible", visible, bools)
-    or fail(fname, nil, "visible: got %s, wanted a bool tensor (mask.additive reads a float one)", describe(visible))
+    or fail(fname, "visible: got %s, wanted a bool tensor (mask.additive reads a float one)", describe(visible))
   return atom("dense", broadcast_sizes(visible), construct(fname, lib.sa_mask_dense, handle))
 end
 
@@ -209,11 +209,11 @@ local additive_options = {at_most = true}
 function M.additive(bias, options)
   local fname = "mask.additive"
   local handle = handle_of(fname, "bias", bias, floats)
-    or fail(fname, nil, "bias: got %s, wanted a float tensor (mask.dense reads a bool one)", describe(bias))
+    or fail(fname, "bias: got %s, wanted a float tensor (mask.dense reads a bool one)", describe(bias))
   local at_most = core.options(fname, options, additive_options).at_most
   if at_most == nil then at_most = -math.huge end
   core.number(fname, "at_most", at_most)
-  if at_most ~= at_most then fail(fname, nil, "at_most: got nan, wanted a number") end
+  if at_most ~= at_most then fail(fname, "at_most: got nan, wanted a number") end
   return atom("additive", broadcast_sizes(bias), construct(fname, lib.sa_mask_additive, handle, at_most))
 end
 
@@ -223,7 +223,7 @@ end
 function M.random(p, seed)
   local fname = "mask.random"
   if not (core.number(fname, "p", p) >= 0 and p <= 1) then
-    fail(fname, nil, "p: got %s, wanted a probability: 0 to 1", describe(p))
+    fail(fname, "p: got %s, wanted a probability: 0 to 1", describe(p))
   end
   seed = random.draw(fname, "seed", seed)
   local text = string.format("random(%s, %s)", describe(p), tostring(seed):match("%d+"))
@@ -239,7 +239,7 @@ local function_options = {batch = true, heads = true}
 function M.fn(visible_to, options)
   local fname = "mask.fn"
   if type(visible_to) ~= "function" then
-    fail(fname, nil, "f: got %s, wanted a function of (b, h, i, j)", describe(visible_to))
+    fail(fname, "f: got %s, wanted a function of (b, h, i, j)", describe(visible_to))
   end
   options = core.options(fname, options, function_options)
   local batch = core.boolean(fname, "batch", options.batch, true)

@@ -106,7 +106,7 @@ end
 local function operator(symbol, binding, associative, combine)
   return function(a, b)
     if not (M.is(a) and M.is(b)) then
-      core.fail("mask", nil, "%s %s %s: wanted a mask on both sides (mask.dense makes one of a bool tensor)",
+      core.fail("mask", "%s %s %s: wanted a mask on both sides (mask.dense makes one of a bool tensor)",
         core.describe(a), symbol, core.describe(b))
     end
     local right = bracketed(b, associative and b.symbol == symbol and binding or binding + 1)
@@ -152,7 +152,7 @@ local function size_of(mask, fname, sizes, name, default)
   local size = sizes[name]
   if size == nil then size = mask.known[name] or default end
   if size == nil then
-    core.fail(fname, nil, "%s: got nil, wanted the number of %s, which this mask does not fix", name, size_names[name])
+    core.fail(fname, "%s: got nil, wanted the number of %s, which this mask does not fix", name, size_names[name])
   end
   return core.integer(fname, name, size)
 end
@@ -161,7 +161,7 @@ end
 -- @param allowed names of the options; default: the sizes alone
 local function plan_of(mask, method, sizes, allowed)
   local fname = "mask:" .. method
-  if not M.is(mask) then core.fail(fname, nil, "self: got %s, wanted a mask", core.describe(mask)) end
+  if not M.is(mask) then core.fail(fname, "self: got %s, wanted a mask", core.describe(mask)) end
   sizes = core.options(fname, sizes, allowed or size_names)
   local B, H = size_of(mask, fname, sizes, "B", 1), size_of(mask, fname, sizes, "H", 1)
   local L, S = size_of(mask, fname, sizes, "L"), size_of(mask, fname, sizes, "S")

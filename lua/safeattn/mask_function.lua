@@ -43,7 +43,7 @@ function M.builder(visible_to, batch, heads)
       for i = 1, L do
         local j, answer = fill(given_b, given_h, i, S)
         if j then
-          core.fail("mask.fn", nil, "the function gave %s for (b = %s, h = %s, i = %d, j = %d), wanted a boolean",
+          core.fail("mask.fn", "the function gave %s for (b = %s, h = %s, i = %d, j = %d), wanted a boolean",
             core.describe(answer), tostring(given_b), tostring(given_h), i, j)
         end
         core.call(fname, lib.sa_mask_bits_row, nodes, b, h, i - 1, row)

@@ -153,7 +153,7 @@ end
 function operations.where(condition, a, b)
   pointer(condition, "where", "condition")
   if type(a) == "number" and type(b) == "number" then
-    fail("where", nil, "a: got two numbers, wanted a tensor for a or b, which says the dtype")
+    fail("where", "a: got two numbers, wanted a tensor for a or b, which says the dtype")
   end
   a = operand("where", "a", a, b)
   b = operand("where", "b", b, a)
@@ -179,7 +179,7 @@ function operations.masked_fill(x, mask, value)
     fits = fits and (mask_handle.shape[d] == 1 or mask_handle.shape[d] == handle.shape[lead + d])
   end
   if not fits or mask_handle.dtype ~= lib.SA_BOOL or mask_handle.device ~= handle.device then
-    fail("masked_fill", nil, "mask: got %s, wanted a bool tensor that broadcasts to %s", tensor.describe_both(mask, x))
+    fail("masked_fill", "mask: got %s, wanted a bool tensor that broadcasts to %s", tensor.describe_both(mask, x))
   end
   local y = choose("masked_fill", mask, operand("masked_fill", "value", value, x), x)
   if wanted {x} then
@@ -208,7 +208,7 @@ local function reduced_dims(fname, handle, dims)
     core.check_list(fname, "dims", dims, "a list of dims (options come after it)")
     for i = 1, #dims do
       local dim = core.dim(fname, "dims", dims[i], ndim)
-      if bit.band(bits, 2 ^ dim) ~= 0 then fail(fname, nil, "dims: got %d twice, wanted each dim once", dim + 1) end
+      if bit.band(bits, 2 ^ dim) ~= 0 then fail(fname, "dims: got %d twice, wanted each dim once", dim + 1) end
       take(dim)
     end
   else
@@ -281,7 +281,7 @@ function operations.argmax(x, dim, options)
   options = core.options("argmax", options, keep_option)
   local keep = core.boolean("argmax", "keep", options.keep, false)
   if dim == nil then
-    if keep then fail("argmax", nil, "keep: got true without a dim, wanted a dim too") end
+    if keep then fail("argmax", "keep: got true without a dim, wanted a dim too") end
     local flat = methods.view(methods.contiguous(methods.detach(x)), -1)
     return operations.add(reduced("argmax", lib.SA_ARGMAX, flat.handle, 1, false), 1)
   end
@@ -342,7 +342,7 @@ function operations.layernorm(x, weight, bias, options)
   options = core.options("layernorm", options, epsilon_option)
   local epsilon = options.epsilon == nil and 1e-5 or core.number("layernorm", "epsilon", options.epsilon)
   if not (epsilon >= 0 and epsilon < math.huge) then
-    fail("layernorm", nil, "epsilon: got %s, wanted a finite number of at least 0", core.describe(epsilon))
+    fail("layernorm", "epsilon: got %s, wanted a finite number of at least 0", core.describe(epsilon))
   end
   local out = new_handle()
   local y = made("layernorm", out, lib.sa_layernorm, handle, weight_handle, bias_handle, epsilon, out)
@@ -392,7 +392,7 @@ function operations.cross_entropy(x, ids, options)
   options = core.options("cross_entropy", options, cross_entropy_options)
   local reduction_name = options.reduction == nil and "mean" or options.reduction
   if reduction_name ~= "mean" and reduction_name ~= "sum" and reduction_name ~= "none" then
-    fail("cross_entropy", nil, 'reduction: got %s, wanted "mean", "sum" or "none"', core.describe(reduction_name))
+    fail("cross_entropy", 'reduction: got %s, wanted "mean", "sum" or "none"', core.describe(reduction_name))
   end
   local ignore = NO_ID
   if options.ignore ~= nil then

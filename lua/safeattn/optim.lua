@@ -20,7 +20,7 @@ local function setting(options, name, default, test, wanted)
   local value = options[name]
   if value == nil then return default end
   if type(value) ~= "number" or not test(value) then
-    fail("adamw", nil, "%s: got %s, wanted %s", name, core.describe(value), wanted)
+    fail("adamw", "%s: got %s, wanted %s", name, core.describe(value), wanted)
   end
   return value
 end
@@ -34,25 +34,25 @@ local function is_share(x) return x >= 0 and x < 1 end
 --   and eps of the result may be changed between steps
 function optim.adamw(parameters, options)
   core.check_list("adamw", "params", parameters, "a list of tensors")
-  if #parameters == 0 then fail("adamw", nil, "params: got an empty list, wanted at least one tensor") end
+  if #parameters == 0 then fail("adamw", "params: got an empty list, wanted at least one tensor") end
   options = core.options("adamw", options, adamw_options)
   local seen = {}
   for i = 1, #parameters do
     local p = parameters[i]
     local handle = tensor.pointer(p, "adamw", "params[" .. i .. "]")
     if not p.tracked then
-      fail("adamw", nil, "params[%d]: got %s that does not require grad, wanted a leaf that does", i, core.describe(p))
+      fail("adamw", "params[%d]: got %s that does not require grad, wanted a leaf that does", i, core.describe(p))
     end
     if (handle.dtype ~= lib.SA_F32 and handle.dtype ~= lib.SA_F64) or not lib.sa_tensor_contiguous(handle) then
-      fail("adamw", nil, "params[%d]: got %s%s, wanted a contiguous f32 or f64", i,
+      fail("adamw", "params[%d]: got %s%s, wanted a contiguous f32 or f64", i,
         lib.sa_tensor_contiguous(handle) and "" or "a strided ", core.describe(p))
     end
-    if seen[p] then fail("adamw", nil, "params[%d]: got params[%d] again, wanted each once", i, seen[p]) end
+    if seen[p] then fail("adamw", "params[%d]: got params[%d] again, wanted each once", i, seen[p]) end
     seen[p] = i
   end
   local betas = options.betas == nil and {0.9, 0.999} or options.betas
   core.check_list("adamw", "betas", betas, "a table of two numbers")
-  if #betas ~= 2 then fail("adamw", nil, "betas: got a table of %d, wanted two numbers", #betas) end
+  if #betas ~= 2 then fail("adamw", "betas: got a table of %d, wanted two numbers", #betas) end
   return setmetatable({
     parameters = {unpack(parameters)},
     moments = {},
@@ -74,7 +74,7 @@ end
 
 local function checked(self, method)
   if getmetatable(self) ~= AdamW then
-    fail(method, nil, "self: got %s, wanted an adamw (call it with a colon)", core.describe(self))
+    fail(method, "self: got %s, wanted an adamw (call it with a colon)", core.describe(self))
   end
 end
 

@@ -14,7 +14,7 @@ local uint64 = ffi.typeof("uint64_t")
 --- A seed as C wants it: a count up to 2^53, or a 64-bit cdata integer.
 function random.checked(fname, argument, seed)
   if core.is_count(seed) or ffi.istype("uint64_t", seed) or ffi.istype("int64_t", seed) then return uint64(seed) end
-  fail(fname, nil, "%s: got %s, wanted a count or a 64-bit integer", argument, core.describe(seed))
+  fail(fname, "%s: got %s, wanted a count or a 64-bit integer", argument, core.describe(seed))
 end
 
 --- Starts the sequence of seeds anew. Without an argument it stays as it is.

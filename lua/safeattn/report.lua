@@ -202,7 +202,7 @@ local function contents(fname, look, p, name)
   local plan = p:plan(p.mask)
   local count = plan.batch * plan.heads * p.L * p.S
   if count > MOST_PAIRS then
-    core.fail(fname, nil, "self: got an attention whose mask has %.0f pairs, wanted at most %.0f: inspect some of its"
+    core.fail(fname, "self: got an attention whose mask has %.0f pairs, wanted at most %.0f: inspect some of its"
       .. " heads or queries (q:narrow)", count, MOST_PAIRS)
   end
   local dead_rows = look:dead_rows()
@@ -255,10 +255,10 @@ end
 -- Writes a page about one or several looks, a list of {look =, problem =, name =}.
 local function write(fname, path, list, title)
   if type(path) ~= "string" or path == "" then
-    core.fail(fname, nil, "path: got %s, wanted the name of a file", core.describe(path))
+    core.fail(fname, "path: got %s, wanted the name of a file", core.describe(path))
   end
   if title == nil then title = "Attention, looked into" end
-  if type(title) ~= "string" then core.fail(fname, nil, "title: got %s, wanted a string", core.describe(title)) end
+  if type(title) ~= "string" then core.fail(fname, "title: got %s, wanted a string", core.describe(title)) end
   local looks = {}
   for n, entry in ipairs(list) do looks[n] = contents(fname, entry.look, entry.problem, entry.name) end
   local text = page(title, looks)
@@ -304,7 +304,7 @@ function M.tap(tap, path, options)
       list[#list + 1] = {look = look, problem = inspect.problem(look, fname), name = entry.name}
     end
   end
-  if #list == 0 then core.fail(fname, nil, "self: got a tap that recorded nothing, wanted one with a record") end
+  if #list == 0 then core.fail(fname, "self: got a tap that recorded nothing, wanted one with a record") end
   return write(fname, path, list, options.title)
 end
 

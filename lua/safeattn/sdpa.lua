@@ -30,16 +30,16 @@ local function causality(fname, causal)
   if not causal then return lib.SA_NO_CAUSAL end
   if causal == true then return lib.SA_TOP_LEFT end
   return expression.alignments[causal]
-    or fail(fname, nil, 'causal: got %s, wanted true, false, "top-left" or "bottom-right"', describe(causal))
+    or fail(fname, 'causal: got %s, wanted true, false, "top-left" or "bottom-right"', describe(causal))
 end
 
 local function set_window(a, fname, window)
   if type(window) ~= "table" or getmetatable(window) then
-    fail(fname, nil, "window: got %s, wanted {left, right}: counts, or nil for unbounded", describe(window))
+    fail(fname, "window: got %s, wanted {left, right}: counts, or nil for unbounded", describe(window))
   end
   for key in pairs(window) do
     if key ~= 1 and key ~= 2 then
-      fail(fname, nil, "window: got the key %s, wanted {left, right}: counts, or nil for unbounded", describe(key))
+      fail(fname, "window: got the key %s, wanted {left, right}: counts, or nil for unbounded", describe(key))
     end
   end
   local left, right = window[1], window[2]
@@ -50,12 +50,12 @@ end
 -- The mask that the option gives: a mask, or a bool tensor.
 local function mask_of(fname, given)
   if expression.is(given) then return given end
-  if not tensor.is(given) then fail(fname, nil, "mask: got %s, wanted a mask or a bool tensor", describe(given)) end
+  if not tensor.is(given) then fail(fname, "mask: got %s, wanted a mask or a bool tensor", describe(given)) end
   if core.is_float[pointer(given, fname, "mask").dtype] then
-    fail(fname, nil, "mask: got %s, wanted a mask or a bool tensor; scores to add are given as `bias`, and"
+    fail(fname, "mask: got %s, wanted a mask or a bool tensor; scores to add are given as `bias`, and"
       .. " mask.additive masks where they are -inf", describe(given))
   elseif given.dtype ~= "bool" then
-    fail(fname, nil, "mask: got %s, wanted a mask or a bool tensor", describe(given))
+    fail(fname, "mask: got %s, wanted a mask or a bool tensor", describe(given))
   end
   return mask.dense(given)
 end
@@ -87,7 +87,7 @@ local function set_choices(a, fname, options)
   local backend = M.backend or options.backend
   if backend ~= nil then
     a.backend = backends[backend]
-      or fail(fname, nil, "backend: got %s, wanted %s", describe(backend), core.alternatives(backends))
+      or fail(fname, "backend: got %s, wanted %s", describe(backend), core.alternatives(backends))
   end
   if not core.boolean(fname, "deterministic", options.deterministic, true) then a.deterministic = 0 end
 end
@@ -189,15 +189,16 @@ local function gradients(fname, run, dout, dlse, wanted)
 end
 
 --- The gradients of everything that forward read.
+-- @param run
 -- @param dout gradient of `out`, like it; nil: zeros
 -- @param dlse gradient of `lse`, like it; nil: zeros
 -- @return {dq, dk, dv, dbias, dsinks, dalibi}, the last three when a bias, sinks, alibi were given
 function Run.backward(run, dout, dlse)
   local fname = "forward():backward"
   if type(run) ~= "table" or getmetatable(run) ~= Run then
-    fail(fname, nil, "self: got %s, wanted what sa.forward gave", describe(run))
+    fail(fname, "self: got %s, wanted what sa.forward gave", describe(run))
   end
-  if dout == nil and dlse == nil then fail(fname, nil, "dout: got nil, wanted a tensor like out (or dlse like lse)") end
+  if dout == nil and dlse == nil then fail(fname, "dout: got nil, wanted a tensor like out (or dlse like lse)") end
   return (gradients(fname, run, dout, dlse, run))
 end
 
@@ -286,7 +287,7 @@ local function merge_parts(...)
   local message = core.last_error():gsub("(%l%l%ls)%[(%d+)%]", function(list, p)
     return string.format("%s[%d]", list, p + 1)
   end)
-  fail("merge", nil, "%s", message)
+  fail("merge", "%s", message)
 end
 
 --- Attention over parts of the keys, merged: what attention over all of them gives. A part with lse = -inf saw nothing
@@ -299,8 +300,8 @@ function M.merge(outs, lses)
   local fname = "merge"
   local parts, part_lses = pointers(fname, "outs", outs), pointers(fname, "lses", lses)
   local n = #outs
-  if n == 0 then fail(fname, nil, "outs: got an empty list, wanted at least one part") end
-  if #lses ~= n then fail(fname, nil, "lses: got a list of %d, wanted %d, one for each of outs", #lses, n) end
+  if n == 0 then fail(fname, "outs: got an empty list, wanted at least one part") end
+  if #lses ~= n then fail(fname, "lses: got a list of %d, wanted %d, one for each of outs", #lses, n) end
   local out_handle, lse_handle = new_handle(), new_handle()
   call(fname, merge_parts, parts, part_lses, n, out_handle, lse_handle)
   local out, lse = adopt(out_handle), adopt(lse_handle)
@@ -334,7 +335,7 @@ function M.softmax(x, options)
   options = core.options(fname, options, softmax_options)
   local dim = core.dim(fname, "dim", options.dim == nil and -1 or options.dim, handle.ndim)
   local stance = stances[options.dead_rows == nil and "zero" or options.dead_rows]
-    or fail(fname, nil, "dead_rows: got %s, wanted %s", describe(options.dead_rows), core.alternatives(stances))
+    or fail(fname, "dead_rows: got %s, wanted %s", describe(options.dead_rows), core.alternatives(stances))
   local y = new_handle()
   call(fname, lib.sa_softmax, handle, dim, stance, y)
   local result = adopt(y)

@@ -127,7 +127,7 @@ end
 
 local function checked(tap, method)
   if type(tap) ~= "table" or getmetatable(tap) ~= Tap then
-    fail("tap():" .. method, nil, "self: got %s, wanted a tap", describe(tap))
+    fail("tap():" .. method, "self: got %s, wanted a tap", describe(tap))
   end
   return tap
 end
@@ -159,12 +159,12 @@ end
 -- @return what fn returned
 function Tap:name(name, fn, ...)
   checked(self, "name")
-  if type(name) ~= "string" then fail("tap():name", nil, "name: got %s, wanted a string", describe(name)) end
+  if type(name) ~= "string" then fail("tap():name", "name: got %s, wanted a string", describe(name)) end
   if fn == nil then
     self.next_name = name
     return
   end
-  if type(fn) ~= "function" then fail("tap():name", nil, "fn: got %s, wanted a function", describe(fn)) end
+  if type(fn) ~= "function" then fail("tap():name", "fn: got %s, wanted a function", describe(fn)) end
   return scope(function(value)
     local before = self.scope
     self.scope = value
@@ -216,10 +216,10 @@ local function find(tap, which)
       names[records[place].name] = true
     end
     local meant = core.nearest(which, names)
-    fail("tap():get", nil, "which: got %q, wanted a name that tap:list() has%s", which,
+    fail("tap():get", "which: got %q, wanted a name that tap:list() has%s", which,
       meant and string.format(" (did you mean %q?)", meant) or "")
   end
-  if #records == 0 then fail("tap():get", nil, "which: got %s, but nothing is recorded", describe(which)) end
+  if #records == 0 then fail("tap():get", "which: got %s, but nothing is recorded", describe(which)) end
   return records[#records + 1 - core.integer("tap():get", "which", which, 1, #records)]
 end
 
@@ -230,7 +230,7 @@ function Tap:get(which)
   checked(self, "get")
   local record = find(self, which == nil and 1 or which)
   if not record.tensors then
-    fail("tap():get", nil, "which: %s was larger than the tap's %.1f MiB, wanted a tap with more bytes", record.name,
+    fail("tap():get", "which: %s was larger than the tap's %.1f MiB, wanted a tap with more bytes", record.name,
       self.limit / 2 ^ 20)
   end
   record.taken = true

@@ -160,9 +160,9 @@ end
 --- The handle of a tensor that an argument must be.
 function tensor.pointer(x, fname, argument)
   if getmetatable(x) ~= Tensor then
-    fail(fname, nil, "%s: got %s, wanted a tensor", argument, core.describe(x))
+    fail(fname, "%s: got %s, wanted a tensor", argument, core.describe(x))
   end
-  return x.handle or fail(fname, nil, "%s: got a tensor that was freed, wanted one that lives", argument)
+  return x.handle or fail(fname, "%s: got a tensor that was freed, wanted one that lives", argument)
 end
 local pointer = tensor.pointer
 
@@ -222,13 +222,13 @@ local assignable = {}
 function assignable.requires_grad(t, value)
   local handle = pointer(t, "requires_grad", "t")
   if type(value) ~= "boolean" then
-    fail("requires_grad", nil, "value: got %s, wanted true or false", core.describe(value))
+    fail("requires_grad", "value: got %s, wanted true or false", core.describe(value))
   end
   if t.node then
-    fail("requires_grad", nil, "t: got the result of %s, wanted a leaf (t:detach() makes one)", t.node.name)
+    fail("requires_grad", "t: got the result of %s, wanted a leaf (t:detach() makes one)", t.node.name)
   end
   if value and not core.is_float[handle.dtype] then
-    fail("requires_grad", nil, "t: got %s, wanted f32, f64, f16 or bf16", core.describe(t))
+    fail("requires_grad", "t: got %s, wanted f32, f64, f16 or bf16", core.describe(t))
   end
   t.tracked = value
 end
@@ -240,7 +240,7 @@ function assignable.grad(t, value)
     return
   end
   if not tensor.alike(handle, pointer(value, "grad", "value")) then
-    fail("grad", nil, "value: got %s, wanted %s", tensor.describe_both(value, t))
+    fail("grad", "value: got %s, wanted %s", tensor.describe_both(value, t))
   end
   t.gradient = value
 end
@@ -263,14 +263,14 @@ function Tensor.__index(t, name)
   for k in pairs(methods) do known[k] = true end
   for k in pairs(fields) do known[k] = true end
   local meant = type(name) == "string" and core.nearest(name, known)
-  fail("tensor", nil, "got unknown field or method %s%s", core.describe(name),
+  fail("tensor", "got unknown field or method %s%s", core.describe(name),
     meant and ", did you mean " .. meant .. "?" or "")
 end
 
 function Tensor.__newindex(t, name, value)
   local assign = assignable[name]
   if not assign then
-    fail("tensor", nil, "got an assignment to %s, wanted one to grad or requires_grad", core.describe(name))
+    fail("tensor", "got an assignment to %s, wanted one to grad or requires_grad", core.describe(name))
   end
   assign(t, value)
 end

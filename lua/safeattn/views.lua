@@ -99,11 +99,11 @@ function methods.permute(t, ...)
   local ndim = pointer(t, "permute", "t").ndim
   local order = as_list(...)
   core.check_list("permute", "dims", order, "a list of dims")
-  if #order ~= ndim then fail("permute", nil, "dims: got %d dims, wanted each of the %d dims once", #order, ndim) end
+  if #order ~= ndim then fail("permute", "dims: got %d dims, wanted each of the %d dims once", #order, ndim) end
   local dims, seen = dims_type(), {}
   for i = 1, ndim do
     local dim = core.dim("permute", "dims", order[i], ndim)
-    if seen[dim] then fail("permute", nil, "dims: got %d twice, wanted each of the %d dims once", dim + 1, ndim) end
+    if seen[dim] then fail("permute", "dims: got %d twice, wanted each of the %d dims once", dim + 1, ndim) end
     seen[dim] = true
     dims[i - 1] = dim
   end
@@ -196,11 +196,11 @@ function methods.to(t, target)
   if type(target) == "string" then
     options = core.dtypes[target] and {dtype = target} or {device = target}
     if not core.dtypes[target] and not target:find("^c") then
-      fail("to", nil, "target: got %s, wanted a dtype (%s) or a device", core.describe(target),
+      fail("to", "target: got %s, wanted a dtype (%s) or a device", core.describe(target),
         core.alternatives(core.dtypes))
     end
   elseif type(target) ~= "table" or tensor.is(target) then
-    fail("to", nil, "target: got %s, wanted a dtype, a device or a table of both", core.describe(target))
+    fail("to", "target: got %s, wanted a dtype, a device or a table of both", core.describe(target))
   end
   core.options("to", options, dtype_or_device)
   local dtype = options.dtype == nil and handle.dtype or core.dtype("to", "dtype", options.dtype)
@@ -221,11 +221,11 @@ end
 
 local function checked_list(fname, list)
   core.check_list(fname, "tensors", list, "a list of tensors")
-  if #list == 0 then fail(fname, nil, "tensors: got an empty list, wanted at least one tensor") end
+  if #list == 0 then fail(fname, "tensors: got an empty list, wanted at least one tensor") end
   for i = 1, #list do
     local handle = pointer(list[i], fname, "tensors[" .. i .. "]")
     if handle.dtype ~= list[1].handle.dtype or handle.device ~= list[1].handle.device then
-      fail(fname, nil, "tensors[%d]: got %s, wanted the dtype and device of tensors[1], %s", i,
+      fail(fname, "tensors[%d]: got %s, wanted the dtype and device of tensors[1], %s", i,
         tensor.describe_both(list[i], list[1]))
     end
   end
@@ -256,7 +256,7 @@ function views.cat(list, dim)
     local agrees = handle.ndim == first.ndim
     for d = 0, first.ndim - 1 do agrees = agrees and (d == dim or handle.shape[d] == first.shape[d]) end
     if not agrees then
-      fail("cat", nil, "tensors[%d]: got %s, wanted the shape of tensors[1], %s, in all dims but %d", i,
+      fail("cat", "tensors[%d]: got %s, wanted the shape of tensors[1], %s, in all dims but %d", i,
         core.describe(list[i]), core.describe(list[1]), dim + 1)
     end
     starts[i], counts[i] = total, tonumber(handle.shape[dim])
@@ -273,12 +273,12 @@ function views.stack(list, dim)
   checked_list("stack", list)
   local first = list[1].handle
   if first.ndim == lib.SA_MAX_DIMS then
-    fail("stack", nil, "tensors[1]: got %d dims, wanted less, as stack adds one", first.ndim)
+    fail("stack", "tensors[1]: got %d dims, wanted less, as stack adds one", first.ndim)
   end
   dim = core.dim("stack", "dim", dim == nil and 1 or dim, first.ndim + 1)
   for i = 2, #list do
     if not tensor.alike(list[i].handle, first) then
-      fail("stack", nil, "tensors[%d]: got %s, wanted the shape of tensors[1], %s", i, core.describe(list[i]),
+      fail("stack", "tensors[%d]: got %s, wanted the shape of tensors[1], %s", i, core.describe(list[i]),
         core.describe(list[1]))
     end
   end

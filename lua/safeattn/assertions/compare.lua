@@ -3,9 +3,10 @@
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
 local create = require "safeattn.create"
-local double_at = require("safeattn.contents").double_at
+local contents = require "safeattn.contents"
 
 local ffi = core.ffi
+local double_at = contents.double_at
 
 local compare = {}
 
@@ -13,12 +14,7 @@ ffi.cdef 'int safeattn_memcmp(const void *, const void *, size_t) __asm__("memcm
 
 --- 1-based indices of the n-th element (from 0) in row-major order, as text.
 function compare.place(n, shape)
-  local index = {}
-  for d = #shape, 1, -1 do
-    index[d] = n % shape[d] + 1
-    n = math.floor(n / shape[d])
-  end
-  return "[" .. table.concat(index, ",") .. "]"
+  return "[" .. table.concat(contents.index_of(n, shape), ",") .. "]"
 end
 local place = compare.place
 

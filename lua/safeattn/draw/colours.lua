@@ -69,7 +69,7 @@ local made = {}
 --- A colour map: a list of STEPS {red, green, blue}, 0 to 255.
 function M.map(fname, name)
   local formula = formulas[name]
-    or core.fail(fname, nil, "map: got %s, wanted %s", core.describe(name), core.alternatives(formulas))
+    or core.fail(fname, "map: got %s, wanted %s", core.describe(name), core.alternatives(formulas))
   if not made[name] then
     local map = {}
     for n = 1, M.STEPS do map[n] = formula((n - 1) / (M.STEPS - 1)) end

@@ -113,14 +113,17 @@ local function margins(queries)
 end
 
 --- The size of a file in which a matrix keeps its shape: width and height in pixels.
+-- @param fname for messages
 -- @param given {width, height}, or the width alone; nil: 640
+-- @param queries of the matrix
+-- @param keys
 function M.size(fname, given, queries, keys)
   local least, most = 160, 8192
   if type(given) == "table" and not getmetatable(given) then
     return core.integer(fname, "size[1]", given[1], least, most), core.integer(fname, "size[2]", given[2], least, most)
   end
   if given ~= nil and type(given) ~= "number" then
-    core.fail(fname, nil, "size: got %s, wanted {width, height} or a width, in pixels", core.describe(given))
+    core.fail(fname, "size: got %s, wanted {width, height} or a width, in pixels", core.describe(given))
   end
   local width = given == nil and 640 or core.integer(fname, "size", given, least, most)
   local m = margins(queries)
@@ -235,6 +238,8 @@ end
 -- @param path of the file; replaced in one step
 -- @param picture of `draw.reduce`
 -- @param map of `draw.colours`
+-- @param width in pixels
+-- @param height
 -- @return path; or nil and why not
 function M.write(path, picture, map, width, height)
   local m = margins(picture.queries)

@@ -6,7 +6,7 @@ local ffi, lib = core.ffi, core.lib
 
 local M = {}
 
---- What a cell holds, in rising order: of a tile of elements the cell gets the highest, so that one NaN among a million
+-- What a cell holds, in rising order: of a tile of elements the cell gets the highest, so that one NaN among a million
 -- numbers shows, and one number among masked pairs.
 local MASKED, ZERO, NUMBER, NEGINF, POSINF, NAN = 0, 1, 2, 3, 4, 5
 M.MASKED, M.ZERO, M.NUMBER, M.NEGINF, M.POSINF, M.NAN = MASKED, ZERO, NUMBER, NEGINF, POSINF, NAN
@@ -123,6 +123,8 @@ end
 -- largest magnitude.
 -- @param element double *, row-major [queries, keys]
 -- @param visible bool *, likewise, or nil when no pair is masked
+-- @param queries
+-- @param keys
 -- @param rows of the picture, at most queries
 -- @param columns at most keys
 function M.matrix(element, visible, queries, keys, rows, columns)
@@ -146,8 +148,12 @@ local function flags_of(fname, reader, plan)
 end
 
 --- A picture of one plane of a compiled mask: each cell shows the fraction of its pairs that are visible.
+-- @param fname for messages
+-- @param plan
 -- @param b batch, from 0
 -- @param h head, from 0
+-- @param rows of the picture, at most queries
+-- @param columns at most keys
 function M.plan(fname, plan, b, h, rows, columns)
   local counts = ffi.new "sa_plan_counts"
   lib.sa_plan_count(plan, counts)

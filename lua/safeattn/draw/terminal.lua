@@ -51,6 +51,8 @@ end
 local FRAME = 6
 
 --- How many cells of a matrix fit: rows and columns of the picture.
+-- @param queries of the matrix
+-- @param keys
 -- @param depth a result of depth()
 -- @param width of the text, in characters
 -- @param height in lines

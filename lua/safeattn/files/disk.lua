@@ -124,6 +124,7 @@ end
 
 --- Writes a file under a temporary name in the same folder and renames it when it is complete and on the disk. Readers
 -- see the old file or the new one; when anything fails the old one stays and the temporary one goes.
+-- @param path
 -- @param fill called with write(bytes, count); bytes: a string (count not needed) or a pointer
 function disk.replace(path, fill)
   local fd, name = create_beside(path)

@@ -22,6 +22,7 @@ end
 
 --- How many bytes a tensor takes; refuses shapes that no tensor has.
 -- @param shape a list of numbers that a file claims
+-- @param dtype its name
 function layout.bytes(shape, dtype)
   if #shape > lib.SA_MAX_DIMS then
     refuse("claims a tensor of %d dims, wanted at most %d", #shape, tonumber(lib.SA_MAX_DIMS))

@@ -37,7 +37,7 @@ end
 --- Raises when .npy has no dtype for a tensor.
 function npy.check(fname, argument, t)
   if letters[t.dtype] then return end
-  core.fail(fname, nil, "%s: got %s, which NumPy has no dtype for, wanted %s (.safetensors keeps bf16)", argument,
+  core.fail(fname, "%s: got %s, which NumPy has no dtype for, wanted %s (.safetensors keeps bf16)", argument,
     core.describe(t), core.alternatives(letters))
 end
 

@@ -69,7 +69,7 @@ function npz.check(fname, argument, tensors)
     count = count + 1
   end
   if total >= LIMIT or count >= MOST_MEMBERS then
-    core.fail(fname, nil, "%s: got %d tensors of %.0f bytes, wanted less than 65535 and 4 GiB in an .npz"
+    core.fail(fname, "%s: got %d tensors of %.0f bytes, wanted less than 65535 and 4 GiB in an .npz"
       .. " (.safetensors has no such limit)", argument, count, total)
   end
 end

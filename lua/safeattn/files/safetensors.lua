@@ -33,17 +33,17 @@ end
 function safetensors.check(fname, argument, tensors, options)
   for name in pairs(tensors) do
     if name == METADATA or not is_utf8(name) then
-      core.fail(fname, nil, "%s: got the name %s, wanted UTF-8 other than %s", argument, core.describe(name), METADATA)
+      core.fail(fname, "%s: got the name %s, wanted UTF-8 other than %s", argument, core.describe(name), METADATA)
     end
   end
   local metadata = options.metadata
   if metadata == nil then return end
   if type(metadata) ~= "table" then
-    core.fail(fname, nil, "metadata: got %s, wanted a table of strings", core.describe(metadata))
+    core.fail(fname, "metadata: got %s, wanted a table of strings", core.describe(metadata))
   end
   for key, value in pairs(metadata) do
     if type(key) ~= "string" or type(value) ~= "string" or not is_utf8(key) or not is_utf8(value) then
-      core.fail(fname, nil, "metadata: got %s = %s, wanted strings of UTF-8", core.describe(key), core.describe(value))
+      core.fail(fname, "metadata: got %s = %s, wanted strings of UTF-8", core.describe(key), core.describe(value))
     end
   end
 end

@@ -63,7 +63,8 @@ local function check(status)
 end
 
 --- Inflates piece by piece.
--- @param bytes `count` bytes of raw deflate data, below 4 GiB
+-- @param bytes raw deflate data
+-- @param count of its bytes, below 4 GiB
 -- @return read(to, count): the next bytes, exactly so many, or a refusal; finish(): refuses when there are more
 function zlib.inflater(bytes, count)
   local z = library()

@@ -3,10 +3,10 @@
 local sdpa = require "safeattn.sdpa"
 local operations = require "safeattn.operations"
 local create = require "safeattn.create"
+local contents = require "safeattn.contents"
 local views = require "safeattn.views"
 local Problem = require "safeattn.inspect.problem"
 local matrices = require "safeattn.inspect.matrices"
-local ranges = require "safeattn.inspect.ranges"
 
 local M = {}
 
@@ -42,10 +42,10 @@ local function difference(name, a, b)
     end
   end
   local found = {tensor = name, dtype = dtype, count = left:numel(), differing = differing,
-    absolute = {difference = most, index = ranges.index(most_at, shape), fused = differing > 0 and x[most_at] or nil,
-      reference = differing > 0 and y[most_at] or nil},
-    ulps = {difference = ulps, index = ranges.index(ulps_at, shape), fused = differing > 0 and x[ulps_at] or nil,
-      reference = differing > 0 and y[ulps_at] or nil}}
+    absolute = {difference = most, index = contents.index_of(most_at, shape),
+      fused = differing > 0 and x[most_at] or nil, reference = differing > 0 and y[most_at] or nil},
+    ulps = {difference = ulps, index = contents.index_of(ulps_at, shape),
+      fused = differing > 0 and x[ulps_at] or nil, reference = differing > 0 and y[ulps_at] or nil}}
   left:free() right:free()
   return found
 end

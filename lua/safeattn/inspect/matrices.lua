@@ -14,7 +14,7 @@ local function room(p, fname, shape, value)
   local bytes = 8
   for _, size in ipairs(shape) do bytes = bytes * size end
   if bytes > MOST_BYTES then
-    core.fail(fname, nil, "the %s matrix in f64 is %.1f GiB, wanted at most %.0f: ask for one head"
+    core.fail(fname, "the %s matrix in f64 is %.1f GiB, wanted at most %.0f: ask for one head"
       .. " (b, h), a tile of it (b, h, {rows = {first, last}, keys = {first, last}}), or a row (look:row)",
       table.concat(shape, " x "), bytes / 2 ^ 30, MOST_BYTES / 2 ^ 30)
   end
@@ -25,7 +25,7 @@ end
 local function interval(fname, name, given, size)
   if given == nil then return 1, size end
   if type(given) ~= "table" or tensor.is(given) or #given ~= 2 then
-    core.fail(fname, nil, "%s: got %s, wanted {first, last}", name, core.describe(given))
+    core.fail(fname, "%s: got %s, wanted {first, last}", name, core.describe(given))
   end
   local first = core.integer(fname, name .. "[1]", given[1], 1, size)
   return first, core.integer(fname, name .. "[2]", given[2], first, size)
@@ -91,7 +91,7 @@ end
 function M.dscores(p, b, h, tile)
   local fname = "inspect():dscores"
   if not p.dout then
-    core.fail(fname, nil, "dout: got nil, wanted the gradient of the output: sa.inspect(q, k, v, opts, dout)")
+    core.fail(fname, "dout: got nil, wanted the gradient of the output: sa.inspect(q, k, v, opts, dout)")
   end
   return collect(p, fname, b, h, tile, true, 0, true, function(w) return w.ds end)
 end

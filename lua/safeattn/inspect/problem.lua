@@ -2,6 +2,7 @@
 
 local core = require "safeattn.core"
 local tensor = require "safeattn.tensor"
+local contents = require "safeattn.contents"
 local expression = require "safeattn.mask_expression"
 local mask = require "safeattn.mask"
 local sdpa = require "safeattn.sdpa"
@@ -32,9 +33,9 @@ end
 
 local function check_sizes(fname, q, k, v)
   local rank = q:dim()
-  if rank < 2 or rank > 4 then fail(fname, nil, "q: got %s, wanted 2 to 4 dims", describe(q)) end
+  if rank < 2 or rank > 4 then fail(fname, "q: got %s, wanted 2 to 4 dims", describe(q)) end
   for name, t in pairs {k = k, v = v} do
-    if t:dim() ~= rank then fail(fname, nil, "%s: got %s, wanted %d dims like q", name, describe(t), rank) end
+    if t:dim() ~= rank then fail(fname, "%s: got %s, wanted %d dims like q", name, describe(t), rank) end
   end
 end
 
@@ -42,7 +43,7 @@ local function set_mask(p, fname, given)
   if given == nil then return end
   if not expression.is(given) then
     if not tensor.is(given) or not given.handle or given.dtype ~= "bool" then
-      fail(fname, nil, "mask: got %s, wanted a mask or a bool tensor%s", describe(given),
+      fail(fname, "mask: got %s, wanted a mask or a bool tensor%s", describe(given),
         tensor.is(given) and "; scores to add are given as `bias`" or "")
     end
     given = mask.dense(given)
@@ -96,7 +97,7 @@ local function check_options(p, fname, options)
   local passed, problem = pcall(sdpa.forward, p.q:narrow(1, 1, 0), p.k:narrow(1, 1, 0), p.v:narrow(1, 1, 0), empty)
   if passed then return end
   local text = tostring(problem):gsub("^.-safeattn%.forward: ", ""):gsub("%[0(,%d+,%d+,%d+%])", "[" .. p.B .. "%1")
-  fail(fname, nil, "%s", text)
+  fail(fname, "%s", text)
 end
 
 local function detached(t)
@@ -132,14 +133,14 @@ function Problem.new(fname, q, k, v, options, dout)
     local handle = tensor.pointer(dout, fname, "dout")
     if dout.dtype ~= q.dtype or shape_text(dout.shape) ~= shape_text(wanted) or handle.device ~= q.handle.device then
       local came, like = tensor.describe_both(dout, q)
-      fail(fname, nil, "dout: got %s, wanted %s, like the output", came, (like:gsub("%b[]", shape_text(wanted))))
+      fail(fname, "dout: got %s, wanted %s, like the output", came, (like:gsub("%b[]", shape_text(wanted))))
     end
     p.dout = with_four_dims(p.given.dout)
   end
   p.scale = options.scale or (p.E > 0 and 1 / math.sqrt(p.E) or 1)
   p.softcap, p.dropout = options.softcap or 0, options.dropout or 0
   if p.dropout > 0 and options.seed == nil then
-    fail(fname, nil, "seed: got nil, wanted the seed that the dropout was drawn with")
+    fail(fname, "seed: got nil, wanted the seed that the dropout was drawn with")
   end
   p.bias = p.options.bias and p.options.bias:expand(p.B, p.H, p.L, p.S)
   set_parts(p, fname, options)
@@ -193,11 +194,8 @@ end
 
 -- Heads
 
--- A copy on the CPU, in f64, without gaps, and with each NaN the plain one: LuaJIT has other uses for the rest.
 local function wide(t)
-  local copy = tensor.new("inspect", lib.SA_F64, lib.SA_CPU, t.handle.ndim, t.handle.shape)
-  core.call("inspect", lib.sa_get_all, t.handle, copy:data())
-  return copy
+  return contents.wide("inspect", t)
 end
 Problem.wide = wide
 

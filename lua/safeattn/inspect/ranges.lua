@@ -25,14 +25,4 @@ function M.named(noun, positions)
   return noun .. (#positions == 1 and " " or "s ") .. M.text(positions)
 end
 
---- 1-based indices of the n-th element (from 0) in row-major order.
-function M.index(n, shape)
-  local index = {}
-  for d = #shape, 1, -1 do
-    index[d] = n % shape[d] + 1
-    n = math.floor(n / shape[d])
-  end
-  return index
-end
-
 return M

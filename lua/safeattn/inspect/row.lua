@@ -184,6 +184,10 @@ local function sum_of_values(p, w, count, head)
 end
 
 --- Computes a row into the lists of `w`, which the next row overwrites.
+-- @param p the problem
+-- @param b batch, from 1
+-- @param h head, from 1
+-- @param i query, from 1
 -- @param with_output also `out` (double[Ev]) and, when there is a dout, dp and ds
 -- @return w; count of visible keys, lse, entropy and sink_weight
 function M.compute(p, b, h, i, with_output)
