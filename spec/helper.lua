@@ -72,7 +72,8 @@ end
 
 -- Outputs
 
---- A tensor to be written, filled with NaN (0x7f bytes in the integer types), inside memory that must stay untouched.
+--- A tensor to be written, filled with NaN (-1 in the integer types, true in bool), inside memory that must stay
+-- untouched.
 -- @return the tensor; a function that raises when anything around it was written
 function helper.poisoned(shape, dtype)
   local margin, count = 64, 1
