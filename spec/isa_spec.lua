@@ -33,6 +33,25 @@ end
   end)
 end)
 
+describe("sa.isa", function()
+  after_each(function() sa.isa("auto") end)
+
+  it("puts an ISA in force that the machine has, and gives nil and why of one that it has not", function()
+    local here = {}
+    for _, isa in ipairs(isas) do here[isa] = true end
+    for _, isa in ipairs(jit.arch == "x64" and {"generic", "avx2", "avx512", "amx"} or {"generic"}) do
+      sa.isa("generic")
+      local chosen, why = sa.isa(isa)
+      assert.equal(here[isa] and isa or nil, chosen)
+      if not here[isa] then
+        assert.matches(isa .. '", which this machine cannot run', why, 1, true)
+      end
+      assert.equal(here[isa] and isa or "generic", sa.info().isa)
+    end
+    assert.equal(isas[#isas], sa.isa("auto"))
+  end)
+end)
+
 describe("SAFEATTN_THREADS", function()
   local threads = "print(require('safeattn').threads())"
 

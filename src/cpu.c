@@ -120,8 +120,9 @@ int sa_set_isa(const char *name) {
                    "name: got NULL, wanted \"generic\", \"avx2\", \"avx512\", \"amx\" or \"auto\"");
   const int tier = strcmp(name, "auto") ? find_tier(name) : best_tier();
   if (tier < 0 || !runs_here(tier)) {
-    return sa_fail(SA_INVALID, __func__, "name: got \"%.40s\", which %s; wanted \"auto\" or one of sa_info()'s isas",
-                   name, tier < 0 ? "is no ISA that this build has kernels for" : "this machine cannot run");
+    return sa_fail(tier < 0 ? SA_INVALID : SA_UNSUPPORTED, __func__,
+                   "name: got \"%.40s\", which %s; wanted \"auto\" or one of sa_info()'s isas", name,
+                   tier < 0 ? "is no ISA that this build has kernels for" : "this machine cannot run");
   }
   atomic_store(&tier_in_force, tier);
   return SA_OK;
