@@ -54,12 +54,8 @@ int sa_check_dtype(const char *function, const char *name, const sa_tensor *t, i
   return sa_fail(SA_INVALID, function, "%s: got %s, wanted %s", name, sa_dtype_name(t->dtype), sa_dtype_name(dtype));
 }
 
-static bool same_shape(const sa_tensor *t, int ndim, const int64_t *shape) {
-  return t->ndim == ndim && !memcmp(t->shape, shape, (size_t)ndim * sizeof *shape);
-}
-
 int sa_check_shape(const char *function, const char *name, const sa_tensor *t, int ndim, const int64_t *shape) {
-  if (same_shape(t, ndim, shape)) return SA_OK;
+  if (sa_tensor_has_shape(t, ndim, shape)) return SA_OK;
   return sa_fail(SA_INVALID, function, "%s: got shape %s, wanted %s", name, sa_describe_shape(t->ndim, t->shape),
                  sa_describe_shape(ndim, shape));
 }

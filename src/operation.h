@@ -17,10 +17,6 @@ int sa_check_like(const char *function, const char *name, const sa_tensor *t, co
 int sa_check_ids(const char *function, const sa_tensor *ids, int64_t base, const char *other_name,
                  const sa_tensor *other);
 
-static inline bool sa_is_float(int dtype) {
-  return dtype == SA_F32 || dtype == SA_F64 || dtype == SA_F16 || dtype == SA_BF16;
-}
-
 // The operations of a device; fails when it, or this build's part for it, is not there.
 int sa_operations_of(const char *function, int device, const sa_operations **operations);
 

@@ -28,16 +28,8 @@ typedef struct call {
   int input_count;
 } call;
 
-static bool is_float(int dtype) {
-  return dtype == SA_F32 || dtype == SA_F64 || dtype == SA_F16 || dtype == SA_BF16;
-}
-
 static int lse_dtype(int dtype) {
   return dtype == SA_F64 ? SA_F64 : SA_F32;
-}
-
-static bool same_shape(const sa_tensor *t, int ndim, const int64_t *shape) {
-  return t->ndim == ndim && !memcmp(t->shape, shape, sizeof *shape * ndim);
 }
 
 // A tensor's dims moved to the right end of four; the dims in front, and those of size 1, are broadcast.
@@ -91,33 +83,37 @@ static int use_input(call *c, const sa_tensor *t, bool rows, sa_operand *x) {
 
 static int check_shape(call *c, const char *name, const sa_tensor *t, int ndim, const int64_t *shape,
                        const char *what) {
-  if (same_shape(t, ndim, shape)) return SA_OK;
+  if (sa_tensor_has_shape(t, ndim, shape)) return SA_OK;
   return sa_fail(SA_INVALID, c->function, "%s: has shape %s, wanted %s%s", name, sa_describe_shape(t->ndim, t->shape),
                  sa_describe_shape(ndim, shape), what);
 }
 
-static int check_qkv(call *c) {
-  const sa_tensor *const t[3] = {c->a->q, c->a->k, c->a->v};
-  static const char *const names[3] = {"q", "k", "v"};
+static const char *const operand_names[3] = {"q", "k", "v"};
+
+// Each for itself: a tensor of floats, alike in device, dtype and dims.
+static int check_operands(call *c, const sa_tensor *const t[3]) {
   for (int n = 0; n < 3; n++) {
-    if (!t[n] || !t[n]->data) return sa_fail(SA_INVALID, c->function, "%s: is missing, wanted a tensor", names[n]);
-    if (!is_float(t[n]->dtype)) {
-      return sa_fail(SA_INVALID, c->function, "%s: is %s, wanted f32, f64, f16 or bf16", names[n],
+    if (!t[n] || !t[n]->data)
+      return sa_fail(SA_INVALID, c->function, "%s: is missing, wanted a tensor", operand_names[n]);
+    if (!sa_is_float(t[n]->dtype)) {
+      return sa_fail(SA_INVALID, c->function, "%s: is %s, wanted f32, f64, f16 or bf16", operand_names[n],
                      sa_dtype_name(t[n]->dtype));
     }
-    const int status = check_input(c, names[n], t[n], t[0]->dtype, t[0]->dtype);
+    const int status = check_input(c, operand_names[n], t[n], t[0]->dtype, t[0]->dtype);
     if (status) return status;
     if (t[n]->ndim < 2 || t[n]->ndim > 4) {
-      return sa_fail(SA_INVALID, c->function, "%s: has %d dims, wanted 2 to 4", names[n], t[n]->ndim);
+      return sa_fail(SA_INVALID, c->function, "%s: has %d dims, wanted 2 to 4", operand_names[n], t[n]->ndim);
     }
     if (t[n]->ndim != t[0]->ndim) {
-      return sa_fail(SA_INVALID, c->function, "%s: has %d dims, wanted %d like q", names[n], t[n]->ndim, t[0]->ndim);
+      return sa_fail(SA_INVALID, c->function, "%s: has %d dims, wanted %d like q", operand_names[n], t[n]->ndim,
+                     t[0]->ndim);
     }
   }
-  int64_t shape[3][4];
-  for (int n = 0; n < 3; n++) {
-    for (int d = 0; d < 4; d++) shape[n][d] = d < 4 - t[n]->ndim ? 1 : t[n]->shape[d - (4 - t[n]->ndim)];
-  }
+  return SA_OK;
+}
+
+// Takes the sizes of the problem from the shapes, with four dims each, of q, k and v, which have to fit together.
+static int check_sizes(call *c, int64_t shape[3][4]) {
   sa_problem *p = &c->p;
   p->batch = shape[0][0];
   p->heads = shape[0][1];
@@ -126,11 +122,9 @@ static int check_qkv(call *c) {
   p->key_heads = shape[1][1];
   p->keys = shape[1][2];
   p->value_width = shape[2][3];
-  p->dtype = t[0]->dtype;
-  c->rank = t[0]->ndim;
   for (int n = 1; n < 3; n++) {
     if (shape[n][0] != p->batch) {
-      return sa_fail(SA_INVALID, c->function, "%s: has batch %lld, wanted %lld like q", names[n],
+      return sa_fail(SA_INVALID, c->function, "%s: has batch %lld, wanted %lld like q", operand_names[n],
                      (long long)shape[n][0], (long long)p->batch);
     }
   }
@@ -151,6 +145,19 @@ static int check_qkv(call *c) {
                    (long long)p->heads);
   }
   return SA_OK;
+}
+
+static int check_qkv(call *c) {
+  const sa_tensor *const t[3] = {c->a->q, c->a->k, c->a->v};
+  const int status = check_operands(c, t);
+  if (status) return status;
+  c->p.dtype = t[0]->dtype;
+  c->rank = t[0]->ndim;
+  int64_t shape[3][4];
+  for (int n = 0; n < 3; n++) {
+    for (int d = 0; d < 4; d++) shape[n][d] = d < 4 - c->rank ? 1 : t[n]->shape[d - (4 - c->rank)];
+  }
+  return check_sizes(c, shape);
 }
 
 static int check_bias(call *c) {

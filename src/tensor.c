@@ -88,8 +88,12 @@ void sa_tensor_extent(const sa_tensor *t, const char **first, const char **last)
 
 /*  Two tensors  */
 
+bool sa_tensor_has_shape(const sa_tensor *t, int ndim, const int64_t *shape) {
+  return t->ndim == ndim && !memcmp(t->shape, shape, (size_t)ndim * sizeof *shape);
+}
+
 bool sa_tensor_same_shape(const sa_tensor *a, const sa_tensor *b) {
-  return a->ndim == b->ndim && !memcmp(a->shape, b->shape, (size_t)a->ndim * sizeof *a->shape);
+  return sa_tensor_has_shape(a, b->ndim, b->shape);
 }
 
 bool sa_tensor_same_elements(const sa_tensor *a, const sa_tensor *b) {
