@@ -220,6 +220,33 @@ function Check:compare_input(report, i, gradient, reference)
   report.inputs[#report.inputs + 1] = input
 end
 
+-- A check as the arguments describe it.
+local function new_check(fn, inputs, options)
+  if type(fn) ~= "function" then fail("gradcheck", "fn: got %s, wanted a function", core.describe(fn)) end
+  if not core.is_plain(inputs) then
+    fail("gradcheck", "inputs: got %s, wanted a list of tensors", core.describe(inputs))
+  end
+  for key in pairs(inputs) do
+    if type(key) ~= "number" then
+      fail("gradcheck", "inputs: got a key %s, wanted a list of tensors", core.describe(key))
+    end
+  end
+  options = core.options("gradcheck", options, option_names)
+  local dtype = options.dtype == nil and "f64" or options.dtype
+  if not steps[dtype] then fail("gradcheck", 'dtype: got %s, wanted "f64" or "f32"', core.describe(dtype)) end
+  local against = options.against == nil and "numeric" or options.against
+  if against ~= "numeric" and against ~= "reference" then
+    fail("gradcheck", 'against: got %s, wanted "numeric" or "reference"', core.describe(against))
+  end
+  local check = setmetatable({fn = fn, n = table.maxn(inputs), against = against,
+    eps = number(options, "eps", steps[dtype]), atol = number(options, "atol", 1e-5),
+    rtol = number(options, "rtol", 1e-3),
+    samples = core.integer("gradcheck", "samples", options.samples == nil and 1000 or options.samples, 1),
+    seed = core.integer("gradcheck", "seed", options.seed == nil and 1 or options.seed)}, Check)
+  check.copies, check.checked = promoted(inputs, dtype)
+  return check
+end
+
 --- Compares the gradients that fn's tape gives with central differences, for the elements of every float input; or with
 -- the gradients that the reference gives for the same function.
 -- @param fn function of the inputs; its float tensor results are checked
@@ -246,35 +273,12 @@ return function(fn, inputs, options)
     end
     fn, inputs = fn[1], fn[2]
   end
-  if type(fn) ~= "function" then fail("gradcheck", "fn: got %s, wanted a function", core.describe(fn)) end
-  if not core.is_plain(inputs) then
-    fail("gradcheck", "inputs: got %s, wanted a list of tensors", core.describe(inputs))
-  end
-  for key in pairs(inputs) do
-    if type(key) ~= "number" then
-      fail("gradcheck", "inputs: got a key %s, wanted a list of tensors", core.describe(key))
-    end
-  end
-  options = core.options("gradcheck", options, option_names)
-  local dtype = options.dtype == nil and "f64" or options.dtype
-  if not steps[dtype] then
-    fail("gradcheck", 'dtype: got %s, wanted "f64" or "f32"', core.describe(dtype))
-  end
-  local against = options.against == nil and "numeric" or options.against
-  if against ~= "numeric" and against ~= "reference" then
-    fail("gradcheck", 'against: got %s, wanted "numeric" or "reference"', core.describe(against))
-  end
-  local check = setmetatable({fn = fn, n = table.maxn(inputs), eps = number(options, "eps", steps[dtype]),
-    atol = number(options, "atol", 1e-5), rtol = number(options, "rtol", 1e-3),
-    samples = core.integer("gradcheck", "samples", options.samples == nil and 1000 or options.samples, 1),
-    seed = core.integer("gradcheck", "seed", options.seed == nil and 1 or options.seed)}, Check)
-  check.copies, check.checked = promoted(inputs, dtype)
-
+  local check = new_check(fn, inputs, options)
   local gradients, total = check:gradients()
   -- every sdpa of fn on the reference, whatever back end it asks for
-  local reference = against == "reference" and scope(set_backend, "reference", check.gradients, check) or nil
+  local reference = check.against == "reference" and scope(set_backend, "reference", check.gradients, check) or nil
   local report = setmetatable(new_part(), Report)
-  report.against, report.inputs = against, {}
+  report.against, report.inputs = check.against, {}
   autograd.no_grad(function()
     if not contents.allclose(check:weigh(), total, {atol = 0, rtol = 0, equal_nan = true}) then
       fail("gradcheck", "fn: got a function that gives different results for the same inputs, wanted one that"

@@ -151,67 +151,82 @@ local function compare_results(got, want, rows, keys, what)
   end
 end
 
+-- What is wrong with the arguments, or nil.
+local function mistake_in(fn, inputs, mask)
+  if type(fn) ~= "function" then return "fn: got " .. core.describe(fn) .. ", wanted a function" end
+  if type(inputs) ~= "table" or tensor.is(inputs) then
+    return "inputs: got " .. core.describe(inputs) .. ", wanted a list: q, k, v"
+  end
+  for i = 1, 3 do
+    local x = inputs[i]
+    if not tensor.is(x) or x:dim() < 2 or x:dim() > 4 or not huge[x.dtype] then
+      return ("inputs[%d]: got %s, wanted a float tensor of 2 to 4 dims"):format(i, core.describe(x))
+    end
+  end
+  if not expression.is(mask) then return "mask: got " .. core.describe(mask) .. ", wanted a mask" end
+end
+
+local function is_bias(x, n)
+  return tensor.is(x) and huge[x.dtype] and x:dim() >= 2 and x:size(-2) == n.L and x:size(-1) == n.S
+end
+
+local function keep() end
+
+-- What NaN, Inf and junk have an influence on where nothing sees them, or nil. run_poisoned(poison) runs fn.
+local function influence_of_dead(run_poisoned, want, n, visible, dtype, has_bias)
+  local dead_rows, dead_keys = dead_places(n, visible)
+  for _, poison in ipairs(poisons_of(dtype)) do
+    local name, value = poison[1], poison[2]
+    local got = run_poisoned(function(copies)
+      fill_rows(copies[1], dead_rows, value)
+      fill_rows(copies[2], dead_keys, value)
+      fill_rows(copies[3], dead_keys, value)
+      if has_bias then fill_bias(copies[4], n, visible, value) end
+      return function(dout) fill_rows(dout, dead_rows, value) end
+    end)
+    local problem = compare_results(got, want, nil, nil, name .. " behind the mask (dead rows, dead keys"
+      .. (has_bias and ", masked bias)" or ")"))
+    if problem then return problem end
+  end
+end
+
+-- The same of keys that some queries see and others do not: the others must not notice.
+local function influence_of_keys(run_poisoned, want, n, visible)
+  local step = math.max(1, math.ceil(n.S / MOST_KEYS))
+  for j = 1, n.Hkv > 0 and n.B > 0 and n.S or 0, step do
+    local b, g = j % n.B + 1, j % n.Hkv + 1
+    local rows, keys = reach(n, visible, b, g, j)
+    local got = run_poisoned(function(copies)
+      fill_rows(copies[2], {{b, g, j}}, 0 / 0)
+      fill_rows(copies[3], {{b, g, j}}, math.huge)
+      return keep
+    end)
+    local problem = compare_results(got, want, rows, keys,
+      ("NaN in key %d of batch %d, key head %d, which the mask hides there,"):format(j, b, g))
+    if problem then return problem end
+  end
+end
+
 --- Poisons what a mask hides and compares bits.
 -- @param fn function of the inputs; its first result is the output [..,L,Ev]
 -- @param inputs {q, k, v}, after them a bias [..,L,S] if there is one, and whatever else fn takes
 -- @param mask the mask that fn applies
 -- @return nil, or what has an influence that it must not have; when the arguments are wrong, nil and why
 function hidden.influence(fn, inputs, mask)
-  if type(fn) ~= "function" then return nil, "fn: got " .. core.describe(fn) .. ", wanted a function" end
-  if type(inputs) ~= "table" or tensor.is(inputs) then
-    return nil, "inputs: got " .. core.describe(inputs) .. ", wanted a list: q, k, v"
-  end
-  for i = 1, 3 do
-    local x = inputs[i]
-    if not tensor.is(x) or x:dim() < 2 or x:dim() > 4 or not huge[x.dtype] then
-      return nil, ("inputs[%d]: got %s, wanted a float tensor of 2 to 4 dims"):format(i, core.describe(x))
-    end
-  end
-  if not expression.is(mask) then return nil, "mask: got " .. core.describe(mask) .. ", wanted a mask" end
+  local wrong = mistake_in(fn, inputs, mask)
+  if wrong then return nil, wrong end
   local n = sizes_of(inputs[1], inputs[2])
   local visible = reader(mask, n)
-  local count = table.maxn(inputs)
-  local bias = inputs[4]
-  local has_bias = tensor.is(bias) and huge[bias.dtype] and bias:dim() >= 2 and bias:size(-2) == n.L
-    and bias:size(-1) == n.S
-  local function keep() end
+  local function run_poisoned(poison) return run(fn, inputs, table.maxn(inputs), poison, 1) end
+  local function untouched() return keep end
 
-  local want, mistake = run(fn, inputs, count, function() return keep end, 1)
+  local want, mistake = run_poisoned(untouched)
   if not want then return nil, mistake end
-  local again = run(fn, inputs, count, function() return keep end, 1)
-  if compare_results(again, want, nil, nil, "nothing") then
+  if compare_results(run_poisoned(untouched), want, nil, nil, "nothing") then
     return nil, "fn: got a function that gives different results for the same inputs"
   end
-
-  local dead_rows, dead_keys = dead_places(n, visible)
-  for _, poison in ipairs(poisons_of(inputs[1].dtype)) do
-    local name, value = poison[1], poison[2]
-    local got = run(fn, inputs, count, function(copies)
-      fill_rows(copies[1], dead_rows, value)
-      fill_rows(copies[2], dead_keys, value)
-      fill_rows(copies[3], dead_keys, value)
-      if has_bias then fill_bias(copies[4], n, visible, value) end
-      return function(dout) fill_rows(dout, dead_rows, value) end
-    end, 1)
-    local problem = compare_results(got, want, nil, nil, name .. " behind the mask (dead rows, dead keys"
-      .. (has_bias and ", masked bias)" or ")"))
-    if problem then return problem end
-  end
-
-  -- Keys that some queries see and others do not: the others must not notice.
-  local step = math.max(1, math.ceil(n.S / MOST_KEYS))
-  for j = 1, n.Hkv > 0 and n.B > 0 and n.S or 0, step do
-    local b, g = j % n.B + 1, j % n.Hkv + 1
-    local rows, keys = reach(n, visible, b, g, j)
-    local got = run(fn, inputs, count, function(copies)
-      fill_rows(copies[2], {{b, g, j}}, 0 / 0)
-      fill_rows(copies[3], {{b, g, j}}, math.huge)
-      return keep
-    end, 1)
-    local problem = compare_results(got, want, rows, keys,
-      ("NaN in key %d of batch %d, key head %d, which the mask hides there,"):format(j, b, g))
-    if problem then return problem end
-  end
+  return influence_of_dead(run_poisoned, want, n, visible, inputs[1].dtype, is_bias(inputs[4], n))
+    or influence_of_keys(run_poisoned, want, n, visible)
 end
 
 return hidden

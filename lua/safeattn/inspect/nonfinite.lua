@@ -173,12 +173,6 @@ local function bias_findings(p, t)
   return list
 end
 
-local function four_dims(t)
-  local shape = t.shape
-  while #shape < 4 do table.insert(shape, 1, 1) end
-  return t:expand(unpack(shape))
-end
-
 local function sources_of(p)
   local sources = {}
   local function add(list, dims)
@@ -193,7 +187,7 @@ local function sources_of(p)
   add(findings("K", p.k), dims)
   add(findings("V", p.v), dims)
   local bias = p.options.bias
-  if bias then add(bias_findings(p, four_dims(bias)), last_dims(bias:dim())) end
+  if bias then add(bias_findings(p, Problem.with_four_dims(bias)), last_dims(bias:dim())) end
   for _, name in ipairs {"sinks", "alibi"} do
     local t = p.options[name]
     -- A sink of -inf is no sink.
@@ -238,10 +232,10 @@ local function result_findings(p)
       dims = of_head
       found = findings(name, t:expand(1, 1, 1, p.H):transpose(2, 4))
     else
-      found = findings(name, four_dims(t))
+      found = findings(name, Problem.with_four_dims(t))
     end
     for _, finding in ipairs(found) do
-      finding.shape = name == "dbias" and four_dims(t).shape or nil
+      finding.shape = name == "dbias" and Problem.with_four_dims(t).shape or nil
       finding.dims = dims
       list[#list + 1] = finding
     end

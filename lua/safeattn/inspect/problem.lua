@@ -18,14 +18,14 @@ local counts_type = ffi.typeof "sa_plan_counts"
 
 -- Arguments
 
--- A view with four dims; the leading ones are 1.
+--- A view with four dims: 1 for those in front that t has not.
 local function with_four_dims(t)
   local shape = t.shape
+  if #shape == 4 then return t end
   while #shape < 4 do table.insert(shape, 1, 1) end
-  local rank = t:dim()
-  if rank == 4 then return t end
-  return t:expand(unpack(shape))
+  return t:expand(shape)
 end
+Problem.with_four_dims = with_four_dims
 
 local function shape_text(shape)
   return "[" .. table.concat(shape, ",") .. "]"

@@ -159,23 +159,31 @@ local function shared(found, why)
   return found[why.reason]
 end
 
---- The dead rows: a list of {b, h, i, reason, factors}; b or h is nil when the row is dead in all of them alike. Prints
--- as ranges.
-function M.dead_rows(p)
-  local list, found = new_list(rows), {}
-  local plan, empty = p:plan(p.mask), p:emptiness(p.mask)
+-- Lists what is dead of 1 .. size in every batch and head; b or h is nil where the plan says the same of all of them.
+-- @param heads query heads, or key heads
+-- @param is_dead function(b, h, place)
+-- @param why function(b, h, place): what `reason` gives
+local function listed(p, axis, heads, size, is_dead, why)
+  local list, found, plan = new_list(axis), {}, p:plan(p.mask)
   for b = 1, plan.batch == 1 and math.min(p.B, 1) or p.B do
-    for h = 1, plan.heads == 1 and math.min(p.H, 1) or p.H do
-      for i = 1, p.L do
-        if empty(b, h, i) then
-          local why = shared(found, reason(p, rows, b, h, i))
+    for h = 1, plan.heads == 1 and math.min(heads, 1) or heads do
+      for place = 1, size do
+        if is_dead(b, h, place) then
+          local said = shared(found, why(b, h, place))
           list[#list + 1] = {b = (plan.batch > 1 or p.B == 1) and b or nil,
-            h = (plan.heads > 1 or p.H == 1) and h or nil, i = i, reason = why.reason, factors = why.factors}
+            h = (plan.heads > 1 or heads == 1) and h or nil, [axis.place] = place, reason = said.reason,
+            factors = said.factors}
         end
       end
     end
   end
   return list
+end
+
+--- The dead rows: a list of {b, h, i, reason, factors}; b or h is nil when the row is dead in all of them alike. Prints
+-- as ranges.
+function M.dead_rows(p)
+  return listed(p, rows, p.H, p.L, p:emptiness(p.mask), function(b, h, i) return reason(p, rows, b, h, i) end)
 end
 
 -- A key head is read by several query heads; none of them may see the key.
@@ -202,20 +210,9 @@ end
 
 --- The dead keys: a list of {b, h, j, reason, factors}, h a key head, otherwise like dead rows.
 function M.dead_keys(p)
-  local list, found = new_list(keys), {}
-  local plan, empty = p:plan(p.mask), p:emptiness(p.mask, true)
-  for b = 1, plan.batch == 1 and math.min(p.B, 1) or p.B do
-    for h = 1, plan.heads == 1 and math.min(p.Hkv, 1) or p.Hkv do
-      for j = 1, p.S do
-        if dead_to_all(p, empty, plan.heads, b, h, j) then
-          local why = shared(found, reason_for_all(p, plan.heads, b, h, j))
-          list[#list + 1] = {b = (plan.batch > 1 or p.B == 1) and b or nil,
-            h = (plan.heads > 1 or p.Hkv == 1) and h or nil, j = j, reason = why.reason, factors = why.factors}
-        end
-      end
-    end
-  end
-  return list
+  local heads, empty = p:plan(p.mask).heads, p:emptiness(p.mask, true)
+  return listed(p, keys, p.Hkv, p.S, function(b, h, j) return dead_to_all(p, empty, heads, b, h, j) end,
+    function(b, h, j) return reason_for_all(p, heads, b, h, j) end)
 end
 
 return M
