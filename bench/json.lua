@@ -28,4 +28,4 @@ local function save(path, value)
   print("\nsaved as " .. path)
 end
 
-return {text = json, save = save}
+return {save = save}
