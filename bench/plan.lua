@@ -1,6 +1,6 @@
 -- what masks cost on one core: making one, compiling it the first time, finding it again; and how large the plan is
 --
---   luajit bench/plan.lua
+--   LUA_PATH="lua/?.lua;lua/?/init.lua;;" luajit bench/plan.lua
 --
 -- Times are of the processor, the best of some runs. Goals are for making and compiling together.
 local core = require "safeattn.core"
