@@ -77,6 +77,16 @@ describe("the fused kernels, against the definition in f64,", function()
           end
         end)
       end
+
+      it("bf16 is no worse either when every key's score exceeds all before it, by 2^700 in the end", function()
+        local q, v = sa.ones({1, 1, 70, 64}, {dtype = "bf16"}), sa.randn({1, 1, 1100, 64}, {seed = 3, dtype = "bf16"})
+        local k = sa.arange(1100, {dtype = "f64"}):view(1, 1, 1100, 1) * sa.full({1, 1, 1, 64}, 0.055, {dtype = "f64"})
+        k = k:to "bf16"
+        local run = sa.forward(q, k, v)
+        local truth = sa.forward(q:to "f64", k:to "f64", v:to "f64", {backend = "reference"})
+        within({out = distance(run.out, truth.out), lse = distance(run.lse, truth.lse)},
+          {out = 2 * distance(truth.out:to "bf16", truth.out), lse = 2e-6})
+      end)
     end)
   end
 end)

@@ -306,6 +306,26 @@ describe("what is visible reaches exactly who sees it:", function()
     end)
   end)
 
+  it("an infinite value among a thousand keys reaches who sees it, and changes no bit elsewhere", function()
+    everywhere(function(dtype, engine)
+      local of = {dtype = dtype, device = engine.device, seed = 1}
+      local q, k, v = sa.randn({70, 64}, of), sa.randn({1100, 64}, of), sa.randn({1100, 64}, of)
+      local mask = sa.full({70, 1100}, true, {device = engine.device})
+      for i = 1, 70, 2 do mask:set(i, 900, false) end
+      local options = {backend = engine.backend, mask = mask}
+      local want = exact(sa.forward(q, k, v, options).out:to {device = "cpu"}):clone()
+      for i = 1, 70 do
+        want:set(i, 3, -inf)
+        if i % 2 == 0 then want:set(i, 7, inf) end
+      end
+      v:set(600, 3, -inf)
+      v:set(900, 7, inf)
+      local run = sa.forward(q, k, v, options)
+      local problem = cases.difference(exact(run.out:to {device = "cpu"}), want, 0, 0, 0)
+      if problem then error(dtype .. " " .. run.kernel .. ": " .. problem, 0) end
+    end)
+  end)
+
   it("a NaN row stays one where dropout keeps none of its weights", function()
     everywhere(function(dtype, engine)
       local q = sa.ones({40, 8}, {dtype = dtype, device = engine.device})

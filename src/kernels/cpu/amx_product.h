@@ -404,6 +404,9 @@ typedef struct NAME(forward_products) {
   uint16_t *finite;  // turned values, for the careful path
   REAL *values;      // [KEYS][value width, padded]: V in float, for the careful path
   REAL *turned;      // [value width, in tiles][ROW]: o transposed, while it is turned back
+  // Of a run of keys, as amx_run has them.
+  REAL *strips[2];
+  uint16_t *weights[2];
 } NAME(forward_products);
 
 static NAME(forward_products) NAME(take_forward_products)(sa_room *room, const sa_problem *p) {
@@ -413,6 +416,8 @@ static NAME(forward_products) NAME(take_forward_products)(sa_room *room, const s
       .finite = amx_take(room, KEYS * columns),
       .values = NAME(take)(room, KEYS * NAME(padded)(p->value_width)),
       .turned = NAME(take)(room, columns * NAME(ROW)),
+      .strips = {NAME(take)(room, AMX_DEPTH * QUERIES), NAME(take)(room, AMX_DEPTH * QUERIES)},
+      .weights = {amx_take(room, 2 * KEYS * QUERIES), amx_take(room, 2 * KEYS * QUERIES)},
   };
 }
 
@@ -423,17 +428,95 @@ static int64_t NAME(value_sums)(const sa_problem *p) {
   return turned > rows ? turned : rows;
 }
 
-// Few queries are AVX-512's.
-static bool NAME(pass_few)(const NAME(block) * block, const sa_stretch *stretch, const NAME(element) * key,
-                           int64_t key_stride, const NAME(element) * query, const NAME(forward_products) * room,
-                           REAL *scores, REAL *factor, bool started, NAME(gathered) * gathered) {
-  return false;
+// What is not finite in V shows in everybody's sums: a weight's lower half may be 0, and 0 * Inf is NaN. So it may have
+// leaked where nothing is masked, too.
+enum { NAME(WHOLE_LEAKS) = true };
+
+static bool NAME(can_leak)(const NAME(block) * block, const sa_stretch *stretch) {
+  return amx_rows_nonfinite(&block->p->v, block, stretch->first, stretch->count, (int)block->p->value_width);
+}
+
+#include "kernels/cpu/amx_run.h"
+
+static void NAME(see)(const NAME(block) * block, const sa_stretch *stretch, uint64_t *visible);
+
+// Whether stretches are passed as runs: where scores are q . k alone, and V fills its tiles in twos.
+static bool amx_runs(const sa_problem *p) {
+  const bool plain = !p->bias.data && !p->alibi.data && p->softcap == 0 && !(p->dropout > 0);
+  return plain && p->scale > 0 && p->value_width % (2 * AMX_SIDE) == 0;
+}
+
+// The most keys of a stretch where all are seen; no more than KEYS where they have to be copied.
+static int NAME(longest_stretch)(const sa_problem *p) {
+  return amx_runs(p) && p->width % AMX_DEPTH == 0 ? AMX_RUN : STRETCH;
+}
+
+// What is not finite in V, to who sees it. How large the weights are is all the same to it.
+static void amx_add_nonfinite_run(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
+                                  const amx_run *run, const NAME(forward_products) * room, REAL *scores, REAL *leaked) {
+  const int width = (int)block->p->value_width;
+  for (int r = 0; r < stretch->count; r++) {
+    const uint16_t *pairs = amx_weights_of(run, r / AMX_STRIP) + r % AMX_STRIP / 2 * AMX_DEPTH + r % 2;
+    for (int i = 0; i < block->count; i++) {
+      scores[r * NAME(ROW) + i] = sa_f32_of_bits((uint32_t)pairs[i / AMX_SIDE * AMX_TILE + i % AMX_SIDE * 2] << 16);
+    }
+  }
+  amx_read_rows(&block->p->v, block, stretch, width, room->values);
+  NAME(add_nonfinite)
+  (block, stretch->count, visible, scores, room->values, NAME(padded)(width), width, NAME(padded)(width), leaked);
+}
+
+// A stretch as a run; where `leaked` gets what is not finite in V, as runs of the keys that are turned together.
+static bool NAME(pass_whole)(const NAME(block) * block, const sa_stretch *stretch, const NAME(element) * key,
+                             int64_t key_stride, const NAME(element) * query, const NAME(forward_products) * room,
+                             REAL *scores, REAL *factor, bool started, NAME(gathered) * gathered, REAL *leaked) {
+  if (!amx_runs(block->p)) return false;
+  // Keys beyond the last, where a strip ends beyond it, are rows of zeros that nobody sees.
+  uint64_t visible[KEYS];
+  const bool masked = stretch->pattern || stretch->count % AMX_STRIP;
+  if (masked) {
+    if (stretch->pattern) NAME(see)(block, stretch, visible);
+    for (int r = 0; !stretch->pattern && r < stretch->count; r++) visible[r] = ~UINT64_C(0);
+    for (int r = stretch->count; r < KEYS; r++) visible[r] = 0;
+    for (int r = 0; r < stretch->count; r++) gathered->alive |= visible[r];
+  } else {
+    gathered->alive = ~UINT64_C(0);
+  }
+  amx_run run = {
+      .block = block,
+      .gathered = gathered,
+      .query = query,
+      .key_row = key_stride * (int64_t)sizeof *key,
+      .tiles = amx_query_tiles(block),
+      .value_tiles = amx_tiles(block->p->value_width),
+      .steps = amx_steps(block->p->width),
+      .started = started,
+      .strips = {room->strips[0], room->strips[1]},
+      .weights = {room->weights[0], room->weights[1]},
+  };
+  for (int done = 0; done < stretch->count;) {
+    sa_stretch part = {.first = stretch->first + done, .count = stretch->count - done};
+    run.first = (int)(part.first % KEYS);
+    if (leaked && part.count > KEYS - run.first) part.count = KEYS - run.first;
+    run.key = key + done * key_stride;
+    run.values = amx_turned_at(block, part.first);
+    const bool wild = leaked && NAME(can_leak)(block, &part);
+    if (wild) {
+      amx_finite_part(run.values, (int64_t)run.value_tiles * AMX_STEPS * AMX_TILE, room->finite);
+      run.values = room->finite;
+    }
+    const int strips = amx_steps(part.count);
+    if (masked)
+      amx_pass_masked(&run, strips, visible);
+    else
+      amx_pass_seen(&run, strips);
+    if (wild) amx_add_nonfinite_run(block, &part, masked ? visible : NULL, &run, room, scores, leaked);
+    done += part.count;
+  }
+  return true;
 }
 
 // o is gathered transposed, [value width, in tiles][ROW], until it is closed.
-//
-// What is not finite in V shows in everybody's sums: a weight's lower half may be 0, and 0 * Inf is NaN. So it may have
-// leaked where nothing is masked, too.
 static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
                              REAL *weights, const REAL *factor, const NAME(forward_products) * room, REAL *o,
                              REAL *leaked) {
@@ -457,10 +540,6 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
               amx_steps(keys), o, NAME(ROW), !factor, NULL);
 
   return true;
-}
-
-static bool NAME(can_leak)(const NAME(block) * block, const sa_stretch *stretch) {
-  return amx_rows_nonfinite(&block->p->v, block, stretch->first, stretch->count, (int)block->p->value_width);
 }
 
 static void NAME(close_values)(const NAME(block) * block, const NAME(forward_products) * room, REAL *o) {

@@ -121,7 +121,8 @@ static NAME(passage)
       .block = block,
       .query = query,
       .gathered = gathered,
-      .walk = sa_walk_start(p->plan, block->plane, block->query, block->each, tile_first, tile_end, STRETCH),
+      .walk = sa_walk_start(p->plan, block->plane, block->query, block->each, tile_first, tile_end,
+                            NAME(longest_stretch)(p)),
       .careful = careful,
   };
   passage.more = sa_walk_next(&passage.walk, &passage.next);
@@ -195,10 +196,10 @@ static void NAME(foresee_all)(sa_forecast *forecast, const NAME(passage) * passa
   sa_forecast_append(forecast, &before, 0);
 }
 
-// The next stretch of keys; the `last` of the passage's turn, after which, or when it has no more, the `other` (may be
-// NULL) takes over.
-static void NAME(advance)(NAME(passage) * passage, const NAME(passage) * other, bool last, NAME(held_keys) * held,
-                          sa_forecast *forecast, const NAME(forward_room) * room) {
+// The next stretch of keys, and how many times STRETCH it is; the `last` of the passage's turn, after which, or when it
+// has no more, the `other` (may be NULL) takes over.
+static int NAME(advance)(NAME(passage) * passage, const NAME(passage) * other, bool last, NAME(held_keys) * held,
+                         sa_forecast *forecast, const NAME(forward_room) * room) {
   const NAME(block) *block = passage->block;
   NAME(gathered) *gathered = passage->gathered;
   sa_stretch stretch = passage->next;
@@ -208,10 +209,12 @@ static void NAME(advance)(NAME(passage) * passage, const NAME(passage) * other, 
     held->stretch = stretch;
     held->key = NAME(key_rows)(block, stretch.first, stretch.count, room->products.rows, &held->stride);
   }
-  if (NAME(pass_few)(block, &stretch, held->key, held->stride, passage->query, &room->products, room->stretch.scores,
-                     room->factor, passage->started, gathered)) {
+  const int share = (stretch.count + STRETCH - 1) / STRETCH;
+  if (NAME(pass_whole)(block, &stretch, held->key, held->stride, passage->query, &room->products, room->stretch.scores,
+                       room->factor, passage->started, gathered, passage->careful ? room->leaked : NULL)) {
+    passage->leaks |= NAME(WHOLE_LEAKS);
     passage->started = true;
-    return;
+    return share;
   }
   if (forecast && !block->few) {
     if (!last && passage->more) other = passage;
@@ -233,6 +236,7 @@ static void NAME(advance)(NAME(passage) * passage, const NAME(passage) * other, 
   passage->leaks |= NAME(add_values)(block, &stretch, visible, weights, passage->started ? room->factor : NULL,
                                      &room->products, gathered->o, passage->careful ? room->leaked : NULL);
   passage->started = true;
+  return share;
 }
 
 static void NAME(arrive)(const NAME(passage) * passage, const NAME(forward_room) * room) {
@@ -275,8 +279,8 @@ static void NAME(gather)(const NAME(block) * blocks, int count, const NAME(block
     for (int i = 0; i < count; i++) {
       NAME(passage) *passage = &passages[i];
       if (!begun) NAME(pack_query)(&blocks[i], 0, room->query[i]);
-      for (int left = turn; left && passage->more; left--) {
-        NAME(advance)(passage, &passages[(i + 1) % count], left == 1, &held, &forecast, room);
+      for (int left = turn; left > 0 && passage->more;) {
+        left -= NAME(advance)(passage, &passages[(i + 1) % count], left == 1, &held, &forecast, room);
       }
       more |= passage->more;
     }

@@ -347,10 +347,17 @@ static void NAME(add_few_rows)(const NAME(block) * block, const sa_stretch *stre
   NAME(add_few_values)(block, stretch, &rows, weights, dense, factor, o);
 }
 
+enum { NAME(WHOLE_LEAKS) = false };
+
+// The most keys of a stretch where all are seen.
+static int NAME(longest_stretch)(const sa_problem *p) {
+  return STRETCH;
+}
+
 // All of a stretch at once for few queries, when its scores lie dense; false when they do not. `factor` is room.
-static bool NAME(pass_few)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key, int64_t key_stride,
-                           const REAL *query, const NAME(forward_products) * room, REAL *scores, REAL *factor,
-                           bool started, NAME(gathered) * gathered) {
+static bool NAME(pass_whole)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key, int64_t key_stride,
+                             const REAL *query, const NAME(forward_products) * room, REAL *scores, REAL *factor,
+                             bool started, NAME(gathered) * gathered, REAL *leaked) {
   if (!NAME(lies_dense)(block, stretch)) return false;
   NAME(score_few)(block, stretch, key, key_stride, query, true, scores);
   NAME(soften_few)(block, stretch->count, scores, gathered, factor);
