@@ -9,9 +9,10 @@
 -- rounds, for a bar with the quartiles. Flops are those of the dense product, 4 B H L S D forward and 10 B H L S D
 -- backward, whatever a mask leaves out.
 --
--- Of a bar's rounds, those beside which another guest was on the core (bench/sharing.lua looks, and knows nothing of
--- what is timed) are set aside and replaced, up to three times as many in all, and the line says how many. When hardly
--- any are left, all are shown, and how many were shared.
+-- All bars are measured once. Of a bar's rounds, those beside which another guest was on the core (bench/sharing.lua
+-- looks, and knows nothing of what is timed) are set aside, and the line says how many; when hardly any are left, all
+-- are shown, and how many were shared. While there is time, four minutes in all, every bar that has too few rounds of
+-- its own gets as many again, whatever it came to, up to three times as many in all; its last line has all of them.
 local sa = require "safeattn"
 local core = require "safeattn.core"
 local calls = require "bench.calls"
@@ -39,13 +40,14 @@ end
 
 local batch, heads, length = 1, 8, quick and 512 or 2048
 local slice_seconds, enough_rounds, enough_seconds = quick and 0 or 5e-3, quick and 3 or 9, quick and 0.1 or 1
+local most_seconds = 240 -- after which no bar is given more rounds
 
 local function slice(fn, seconds) return clock.slice(fn, quick and 0 or seconds or slice_seconds) end
 
 local function turns(...) return clock.turns({...}, enough_rounds, enough_seconds) end
 
--- The same for bars: rounds beside which the core was shared are set aside.
-local function undisturbed_turns(...) return clock.turns({...}, enough_rounds, enough_seconds, sharing.here) end
+-- The same for bars: rounds beside which the core was shared are noted.
+local function watched_turns(...) return clock.turns({...}, enough_rounds, enough_seconds, sharing.here) end
 
 -- The median in seconds of one thing that takes no turns with another.
 local function measure(fn) return clock.spread(turns(slice(fn))[1]).median end
@@ -72,7 +74,17 @@ end
 
 -- Results -------------------------------------------------------------------------------------------------------------
 
+io.stdout:setvbuf "line" -- a run that is cut has written what it has
+sa.threads(1)
+local path = "build/bench.json"
 local results = {} -- in order: {section =, name =, ...}
+local info = sa.info()
+local run = {version = sa._VERSION, isa = info.isa, cores = tonumber(info.cores), quick = quick, batch = batch,
+  heads = heads, length = length, f32_peak_gflops = 0, f64_peak_gflops = 0, results = results}
+for _ = 1, 20 do
+  run.f32_peak_gflops = math.max(run.f32_peak_gflops, peak "f32")
+  run.f64_peak_gflops = math.max(run.f64_peak_gflops, peak "f64")
+end
 
 local function record(section, name, values)
   values.section, values.name = section, name
@@ -92,15 +104,17 @@ local function inputs(case)
     dtype = case.dtype}
 end
 
--- What is timed of a case {width =, key_heads =, dtype =, threads =, prepare =, options =}: {forward =, backward =}.
-local function both_ways(case)
+-- What is timed of a case {width =, key_heads =, dtype =, threads =, prepare =, options =}, "forward" or "backward".
+local function one_way(case, way)
   local q, k, v, dout = inputs(case)
   if case.prepare then case.prepare(q, k, v) end
   local threads = case.threads or 1
   sa.threads(threads)
-  return {forward = calls.with_threads(threads, calls.forward(q, k, v, case.options)),
-    backward = calls.with_threads(threads, calls.backward(q, k, v, dout, case.options))}
+  if way == "forward" then return calls.with_threads(threads, calls.forward(q, k, v, case.options)) end
+  return calls.with_threads(threads, calls.backward(q, k, v, dout, case.options))
 end
+
+local function both_ways(case) return {forward = one_way(case, "forward"), backward = one_way(case, "backward")} end
 
 -- Measures forward and backward, taking turns with the peak and with the case `base`, and prints a line.
 local function attention(section, name, case, base)
@@ -278,46 +292,95 @@ local function visible_tiles(mask, size)
   return seen / (size / 64) ^ 2
 end
 
--- One line: what was measured (a list of one value a round), and whether its median reaches its bar: a value at most
--- that, or at least when `least`.
-local function bar(name, values, limit, least, unit)
-  local spread = clock.spread(values)
-  local reached = least and spread.median >= limit or not least and spread.median <= limit
-  local aside = values.aside
-  local note = aside.count > 0 and (", %2d aside"):format(aside.count)
-    or aside.shared > 0 and (", %2d shared"):format(aside.shared) or ""
-  record("bars", name, {value = spread.median, low = spread.low, high = spread.high, rounds = spread.rounds,
-    aside = aside.count, shared = aside.shared, bar = limit, reached = reached})
+-- The lines, in order: {name =, limit =, least =, unit =, take =, values =, result =}. `take` takes some rounds
+-- and returns what came of them (clock.compare), and what the name is to say besides; `values` is that of all rounds so
+-- far. A bar is reached when their median is at most its limit, or at least when `least`.
+local lines = {}
+
+local function bar(name, limit, take, least, unit)
+  lines[#lines + 1] = {name = name, limit = limit, take = take, least = least, unit = unit or "x",
+    values = {shared = {}}}
+end
+
+local function add_rounds(line)
+  local values, besides = line.take()
+  for round, value in ipairs(values) do
+    line.values[#line.values + 1] = value
+    line.values.shared[#line.values] = values.shared[round]
+  end
+  line.besides = besides
+  sa.threads(1)
+  collectgarbage()
+end
+
+local function print_bar(line)
+  local kept, shared = clock.undisturbed(line.values, enough_rounds)
+  local spread, limit, unit = clock.spread(kept), line.limit, line.unit
+  local reached = line.least and spread.median >= limit or not line.least and spread.median <= limit
+  local aside = #line.values - spread.rounds
+  local note = aside > 0 and (", %2d aside"):format(aside) or shared > 0 and (", %2d shared"):format(shared) or ""
+  line.result = line.result or record("bars", line.name, {})
+  for key, value in pairs {value = spread.median, low = spread.low, high = spread.high, rounds = spread.rounds,
+    aside = aside, shared = shared - aside, bar = limit, reached = reached} do line.result[key] = value end
   local scale = unit == "%" and 100 or 1
   local range = ("(%6.2f to %6.2f, %3d rounds%s)"):format(spread.low * scale, spread.high * scale, spread.rounds, note)
-  print(("%-70s %7.2f %-2s %-43s %s %5.2f  %s"):format(name, spread.median * scale, unit or "x", range,
-    least and ">=" or "<=", limit * scale, reached and "reached" or "missed"))
+  print(("%-70s %7.2f %-2s %-43s %s %5.2f  %s"):format(line.name .. (line.besides or ""), spread.median * scale, unit,
+    range, line.least and ">=" or "<=", limit * scale, reached and "reached" or "missed"))
+  json.write(path, run)
 end
 
--- How near fn comes to so many flops of a core's peak.
-local function peak_bar(name, fn, flops, dtype, limit)
-  local times = undisturbed_turns(at_peak(flops, dtype), slice(fn))
-  bar(name .. ", of the peak", clock.compare(times[2], times[1], under), limit, true, "%")
+-- Whether a line has the rounds of its own that are wanted, or three times as many of any.
+local function is_settled(line)
+  local alone = #line.values
+  for _ in pairs(line.values.shared) do alone = alone - 1 end
+  return alone >= enough_rounds or line.passes == 3
 end
 
-local function peak_bars(name, dtype, width, forward_limit, backward_limit)
-  local fns = both_ways {dtype = dtype, width = width}
+local function measure_bars()
+  local start = clock.now()
+  for pass = 1, 3 do
+    if pass == 2 and not quick then print "\nagain, with more rounds, those that were not alone on the core" end
+    for _, line in ipairs(lines) do
+      if pass > 1 and (quick or clock.now() - start > most_seconds) then return end
+      if not is_settled(line) then
+        add_rounds(line)
+        line.passes = pass
+        print_bar(line)
+      end
+    end
+  end
+end
+
+-- How near what `make` makes comes to so many flops of a core's peak, with an instruction set (nil: the best).
+local function peak_bar(name, make, flops, dtype, limit, isa)
+  bar(name .. ", of the peak", limit, function()
+    if isa then assert(sa.isa(isa)) end
+    local times = watched_turns(at_peak(flops, dtype), slice(make()))
+    if isa then sa.isa "auto" end
+    return clock.compare(times[2], times[1], under)
+  end, true, "%")
+end
+
+local function peak_bars(name, dtype, width, forward_limit, backward_limit, isa)
   local product = batch * heads * length ^ 2 * width
-  peak_bar(("%s forward D%d"):format(name, width), fns.forward, 4 * product, dtype, forward_limit)
-  peak_bar(("%s backward D%d"):format(name, width), fns.backward, 10 * product, dtype, backward_limit)
-  collectgarbage()
+  local function one(way, flops, limit)
+    peak_bar(("%s %s D%d"):format(name, way, width), function()
+      return one_way({dtype = dtype, width = width}, way)
+    end, flops, dtype, limit, isa)
+  end
+  one("forward", 4 * product, forward_limit)
+  one("backward", 10 * product, backward_limit)
 end
 
 -- Forward and backward of a case over another; `share`: how much of the other's work it has.
 local function ratio_bars(name, limit, case, base, share)
-  local mine, other = both_ways(case), both_ways(base or {length = case.length})
   for _, way in ipairs {"forward", "backward"} do
-    local times = undisturbed_turns(slice(other[way]), slice(mine[way]))
-    bar(name .. ", " .. way, clock.compare(times[2], times[1], function(seconds, dense)
-      return seconds / dense / (share or 1)
-    end), limit)
+    bar(name .. ", " .. way, limit, function()
+      local mine, other = one_way(case, way), one_way(base or {length = case.length}, way)
+      local times = watched_turns(slice(other), slice(mine))
+      return clock.compare(times[2], times[1], function(seconds, dense) return seconds / dense / (share or 1) end)
+    end)
   end
-  collectgarbage()
 end
 
 local function mask_bars(name, mask, size)
@@ -328,7 +391,6 @@ end
 -- What a second thread gives, over one on either core, since one of them may be another guest's too; and what it gives
 -- the peak, since two cores may be halves of one. Of more than two, which ones the threads take is not known.
 local function thread_bars(width)
-  local one, two = both_ways {width = width}, both_ways {width = width, threads = 2}
   local pair = #placing.list() == 2 and placing.list()
   local function on_either(fn) -- the time of the mean of both speeds
     if not pair then return fn end
@@ -336,33 +398,35 @@ local function thread_bars(width)
     return function() return 2 / (1 / first() + 1 / second()) end
   end
   for _, way in ipairs {"forward", "backward"} do
-    two[way]() -- starts the pool's thread while that may be on either core, too
-    local times = clock.turns({on_either(at_peak(1, "f32")), at_peak(1, "f32", 2), slice(two[way]),
-      on_either(slice(one[way]))}, enough_rounds, enough_seconds, pair and sharing.anywhere or sharing.here)
-    bar(("2 threads over 1%s, D%d %s (the peak: %.2f)"):format(pair and " on either core" or "", width, way,
-      clock.median(times[1]) / clock.median(times[2])), clock.compare(times[4], times[3], over), 1.9, true)
+    bar(("2 threads over 1%s, D%d %s"):format(pair and " on either core" or "", width, way), 1.9, function()
+      local one, two = one_way({width = width}, way), one_way({width = width, threads = 2}, way)
+      two() -- starts the pool's thread while that may be on either core, too
+      local times = clock.turns({on_either(at_peak(1, "f32")), at_peak(1, "f32", 2), slice(two),
+        on_either(slice(one))}, enough_rounds, enough_seconds, pair and sharing.anywhere or sharing.here)
+      return clock.compare(times[4], times[3], over),
+        (" (the peak: %.2f)"):format(clock.median(times[1]) / clock.median(times[2]))
+    end, true)
   end
-  sa.threads(1)
 end
 
-local function decoding_bars(dtype)
+local function decoding_bar(dtype)
   local keys, cores = quick and 8192 or 65536, tonumber(sa.info().cores)
-  local function random(of, seed) return sa.randn(of, {seed = seed, dtype = dtype}) end
-  local q = random({1, 32, 1, 128}, 1)
-  local k, v = random({1, 8, keys, 128}, 2), random({1, 8, keys, 128}, 3)
   local bytes = 2 * 8 * keys * 128 * (dtype == "f32" and 4 or 2)
-  sa.threads(cores)
-  local times = undisturbed_turns(function() return bytes / tonumber(lib.sa_measure_read()) end,
-    slice(calls.forward(q, k, v), 0.1))
-  sa.threads(1)
-  bar(("decoding, %s, 1 x %d, 32:8 heads, D128, %d threads: of %.1f GB/s"):format(dtype, keys, cores,
-    bytes / clock.median(times[1]) * 1e-9), clock.compare(times[2], times[1], under), 0.85, true, "%")
-  collectgarbage()
+  local function random(of, seed) return sa.randn(of, {seed = seed, dtype = dtype}) end
+  bar(("decoding, %s, 1 x %d, 32:8 heads, D128, %d threads"):format(dtype, keys, cores), 0.85, function()
+    local q = random({1, 32, 1, 128}, 1)
+    local k, v = random({1, 8, keys, 128}, 2), random({1, 8, keys, 128}, 3)
+    sa.threads(cores)
+    local times = watched_turns(function() return bytes / tonumber(lib.sa_measure_read()) end,
+      slice(calls.forward(q, k, v), 0.1))
+    return clock.compare(times[2], times[1], under), (": of %.1f GB/s"):format(bytes / clock.median(times[1]) * 1e-9)
+  end, true, "%")
 end
 
-local function small_bars()
-  local q, k, v, dout = calls.inputs {batch = 8, heads = 12, length = 128}
-  peak_bar("[8,12,128,64] f32 forward + backward", calls.both(q, k, v, dout), 14 * 8 * 12 * 128 ^ 2 * 64, "f32", 0.65)
+local function small_bar()
+  peak_bar("[8,12,128,64] f32 forward + backward", function()
+    return calls.both(calls.inputs {batch = 8, heads = 12, length = 128})
+  end, 14 * 8 * 12 * 128 ^ 2 * 64, "f32", 0.65)
 end
 
 -- So many calls in a slice, whose times are large beside the clock's; and what makes microseconds a call of them.
@@ -371,13 +435,16 @@ local function often(count, fn)
 end
 
 local function call_bars()
-  local q, k, v = calls.inputs {heads = 1, length = 4, width = 8}
   local count = quick and 500 or 5000
-  local forward, microseconds = often(count, function() sa.forward(q, k, v) end)
-  local both = often(count, function() sa.forward(q, k, v):backward(q) end)
-  local times = undisturbed_turns(forward, both)
-  bar("a call on [1,1,4,8], forward", clock.compare(times[1], nil, microseconds), 3, false, "us")
-  bar("a call on [1,1,4,8], forward + backward", clock.compare(times[2], nil, microseconds), 6, false, "us")
+  local q, k, v = calls.inputs {heads = 1, length = 4, width = 8}
+  local function call_bar(way, limit, fn)
+    bar("a call on [1,1,4,8], " .. way, limit, function()
+      local calling, microseconds = often(count, fn)
+      return clock.compare(watched_turns(calling)[1], nil, microseconds)
+    end, false, "us")
+  end
+  call_bar("forward", 3, function() sa.forward(q, k, v) end)
+  call_bar("forward + backward", 6, function() sa.forward(q, k, v):backward(q) end)
 end
 
 -- The least that the pool shares out. What two threads take for two heads, and one does not for one, is the pool's, and
@@ -389,11 +456,11 @@ local function pool_bar()
     local call = calls.with_threads(n, calls.forward(q, k, v))
     return often(count, function() call()() end)
   end
-  local two, microseconds = heads_on_threads(2)
-  local times = undisturbed_turns(heads_on_threads(1), two)
-  sa.threads(1)
-  bar("the pool, warm: 2 heads of 64 tokens on 2 threads less 1 on 1", clock.compare(times[2], times[1],
-    function(seconds, one) return microseconds(seconds - one) end), 5, false, "us")
+  bar("the pool, warm: 2 heads of 64 tokens on 2 threads less 1 on 1", 5, function()
+    local two, microseconds = heads_on_threads(2)
+    local times = watched_turns(heads_on_threads(1), two)
+    return clock.compare(times[2], times[1], function(seconds, one) return microseconds(seconds - one) end)
+  end, false, "us")
 end
 
 -- What the kernels are held to; the widths and lengths are fixed.
@@ -409,11 +476,7 @@ function sections.bars()
   peak_bars("f64", "f64", 64, 0.78, 0.78)
   peak_bars("bf16", "bf16", 64, 0.75, 0.75)
   peak_bars("f16", "f16", 64, 0.75, 0.75)
-  if avx512 then
-    assert(sa.isa "avx2")
-    peak_bars("AVX2 tier, f32", "f32", 64, 0.8, 0.8)
-    sa.isa "auto"
-  end
+  if avx512 then peak_bars("AVX2 tier, f32", "f32", 64, 0.8, 0.8, "avx2") end
   if tonumber(sa.info().cores) >= 2 then
     thread_bars(64)
     thread_bars(128)
@@ -437,23 +500,18 @@ function sections.bars()
   local bias = sa.randn({length, length}, {seed = 7})
   local low = sa.where(sa.rand({length, length}, {seed = 8}):lt(0.5), bias, sa.full({length, length}, -1e4))
   ratio_bars("bias of -10000 for half the pairs over mild", 1.05, {options = {bias = low}}, {options = {bias = bias}})
-  decoding_bars "f32"
-  decoding_bars "bf16"
-  small_bars()
+  decoding_bar "f32"
+  decoding_bar "bf16"
+  small_bar()
   call_bars()
+  measure_bars()
 end
 
 -- The run -------------------------------------------------------------------------------------------------------------
 
-local info = sa.info()
-sa.threads(1)
-local f32, f64 = 0, 0
-for _ = 1, 20 do f32, f64 = math.max(f32, peak "f32"), math.max(f64, peak "f64") end
 print(("%s, %s, %d cores; fused multiply-add peak of one core: f32 %.0f GFLOP/s, f64 %.0f GFLOP/s"):format(
-  sa._VERSION, info.isa, info.cores, f32, f64))
+  sa._VERSION, info.isa, info.cores, run.f32_peak_gflops, run.f64_peak_gflops))
 for _, name in ipairs(known_sections) do
   if not chosen[1] or chosen[name] then sections[name]() end
 end
-
-json.save("build/bench.json", {version = sa._VERSION, isa = info.isa, cores = tonumber(info.cores), quick = quick,
-  batch = batch, heads = heads, length = length, f32_peak_gflops = f32, f64_peak_gflops = f64, results = results})
+json.save(path, run)

@@ -51,44 +51,50 @@ end
 -- turn each, until there are so many and they have taken so long, after a round that does not count. Returns the list
 -- of each; those before the last have one turn more, after the last round.
 --
--- `disturbed` (may be nil) says whether the core was shared just now, and is asked between the rounds. One that lies
--- beside such a moment is set aside, and another takes its place, until all are three times as many and as long; when
--- less than a third of what was wanted is left, none is set aside. The lists' `aside` says how many were and, `shared`,
--- how many could have been.
-function clock.turns(functions, rounds, seconds, disturbed)
-  local times, last, aside = {}, #functions, {shared = 0, count = 0}
+-- `disturbed` (may be nil) says whether the core was shared just now, and is asked between the rounds: the lists'
+-- `shared` names those that lie beside such a moment. Others take their places, until all are `most` (1) times as many
+-- and as long.
+function clock.turns(functions, rounds, seconds, disturbed, most)
+  local times, last, shared, count = {}, #functions, {}, 0
+  most = most or 1
   for n, fn in ipairs(functions) do
     fn()
-    times[n] = {aside = aside}
+    times[n] = {shared = shared}
   end
   local start, before = clock.now(), disturbed and disturbed()
   repeat
     for n, fn in ipairs(functions) do table.insert(times[n], fn()) end
     local after, round, spent = disturbed and disturbed(), #times[last], clock.now() - start
-    if before or after then aside[round], aside.shared = true, aside.shared + 1 end
+    if before or after then shared[round], count = true, count + 1 end
     before = after
-    local kept = round - aside.shared
-    local enough = kept >= rounds or round >= 3 * rounds and spent >= 3 * seconds
+    local enough = round - count >= rounds or round >= most * rounds and spent >= most * seconds
   until enough and spent >= seconds
-  aside.count = aside.shared
-  if 3 * (#times[last] - aside.shared) < rounds then
-    for round = 1, #times[last] do aside[round] = nil end
-    aside.count = 0
-  end
   for n = 1, last - 1 do table.insert(times[n], functions[n]()) end
   return times
 end
 
---- In each round that was not set aside, what `how` makes of the time of what came last and, when there is another, of
--- the mean of what that took before and after it.
+--- In each round, what `how` makes of the time of what came last and, when there is another, of the mean of what that
+-- took before and after it.
 function clock.compare(times, other, how)
-  local results = {aside = times.aside}
+  local results = {shared = times.shared}
   for round, seconds in ipairs(times) do
-    if not times.aside[round] then
-      results[#results + 1] = how(seconds, other and (other[round] + other[round + 1]) / 2)
-    end
+    results[round] = how(seconds, other and (other[round] + other[round + 1]) / 2)
   end
   return results
+end
+
+--- What came of the rounds that were not shared, or, when they are less than a third of those that were wanted, of all;
+-- and how many were.
+function clock.undisturbed(results, wanted)
+  local alone, shared = {}, 0
+  for round, result in ipairs(results) do
+    if results.shared[round] then
+      shared = shared + 1
+    else
+      alone[#alone + 1] = result
+    end
+  end
+  return 3 * #alone < wanted and results or alone, shared
 end
 
 --- A list's median and quartiles, and how long it is: {median =, low =, high =, rounds =}.

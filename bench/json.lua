@@ -20,12 +20,17 @@ local function json(value)
 end
 
 --- Writes a value to a file below build/.
-local function save(path, value)
+local function write(path, value)
   os.execute "mkdir -p build"
   local file = assert(io.open(path, "w"))
   file:write(json(value), "\n")
   file:close()
+end
+
+--- The same, and says so.
+local function save(path, value)
+  write(path, value)
   print("\nsaved as " .. path)
 end
 
-return {save = save}
+return {write = write, save = save}

@@ -12,14 +12,16 @@ local sharing = require "bench.sharing"
 local quick = arg[1] == "quick"
 sa.threads(1)
 
+local rounds = quick and 3 or 7
+
 local function turns(...)
   local slices = {...}
   for n, fn in ipairs(slices) do slices[n] = clock.slice(fn, quick and 0 or 5e-3) end
-  return clock.turns(slices, quick and 3 or 7, quick and 0 or 0.5, sharing.here)
+  return clock.turns(slices, rounds, quick and 0 or 0.5, sharing.here, 3)
 end
 
 local function median_of(times, ...)
-  return clock.median(clock.compare(times, ...))
+  return clock.median((clock.undisturbed(clock.compare(times, ...), rounds)))
 end
 
 -- Milliseconds of forward and backward.
