@@ -542,6 +542,11 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
   return true;
 }
 
+// The keys whose pairs with a vector of queries products read: all.
+static inline sa_extent NAME(reach)(const sa_stretch *stretch, int j) {
+  return (sa_extent){0, stretch->count};
+}
+
 static void NAME(close_values)(const NAME(block) * block, const NAME(forward_products) * room, REAL *o) {
   const int width = (int)block->p->value_width;
   memcpy(room->turned, o, sizeof *o * amx_tiles(width) * AMX_SIDE * NAME(ROW));

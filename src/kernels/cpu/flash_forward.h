@@ -20,7 +20,7 @@ typedef struct NAME(forward_room) {
 // none gets the very bits that any finite V would have given.
 typedef struct NAME(passage) {
   const NAME(block) * block;
-  const NAME(element) * query;
+  NAME(element) * query;
   NAME(gathered) * gathered;
   sa_walk walk;
   sa_stretch next;             // when there is `more`
@@ -41,9 +41,10 @@ typedef struct NAME(held_keys) {
 
 // P^T in place of S^T, with the running peak, sum and the factor that the old peak costs. Masked pairs (`visible` NULL:
 // there are none) give 0, whatever their scores.
-static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(block) * block, int keys, REAL *scores,
-                                                                  const REAL *peak, NAME(gathered) * gathered,
-                                                                  REAL *factor, bool plain, const uint64_t *visible) {
+static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(block) * block, const sa_stretch *stretch,
+                                                                  REAL *scores, const REAL *peak,
+                                                                  NAME(gathered) * gathered, REAL *factor, bool plain,
+                                                                  const uint64_t *visible) {
   const NAME(vector) unit = NAME(set)(block->unit), lowest = NAME(set)(-(REAL)INFINITY);
   for (int j = 0; j < block->vectors; j++) {
     const NAME(vector) old = NAME(load)(gathered->peak + j * LANES);
@@ -53,8 +54,9 @@ static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(blo
     const NAME(vector) decay = NAME(exp2)((old - base) * unit);
     NAME(vector) sum[4] = {NAME(set)(0), NAME(set)(0), NAME(set)(0), NAME(set)(0)};
     REAL *column = scores + j * LANES;
-    int r = 0;
-    for (; r + 4 <= keys; r += 4) {
+    const sa_extent reach = NAME(reach)(stretch, j);
+    int r = reach.first;
+    for (; r + 4 <= reach.end; r += 4) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) {
         NAME(vector) x = NAME(load)(column + (r + k) * NAME(ROW)) - base;
@@ -64,7 +66,7 @@ static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(blo
         sum[k] = sum[k] + w;
       }
     }
-    for (; r < keys; r++) {
+    for (; r < reach.end; r++) {
       const NAME(vector) x = (NAME(load)(column + r * NAME(ROW)) - base) * unit;
       const NAME(vector) w = visible ? NAME(exp2_where)(visible[r] >> (j * LANES), x) : NAME(exp2)(x);
       NAME(store)(column + r * NAME(ROW), w);
@@ -78,16 +80,16 @@ static inline __attribute__((always_inline)) void NAME(soften_so)(const NAME(blo
 }
 
 // A loop for each of its uses, so that none asks what it is for at every vector.
-static void NAME(soften)(const NAME(block) * block, int keys, REAL *scores, const REAL *peak, NAME(gathered) * gathered,
-                         REAL *factor, const uint64_t *visible) {
+static void NAME(soften)(const NAME(block) * block, const sa_stretch *stretch, REAL *scores, const REAL *peak,
+                         NAME(gathered) * gathered, REAL *factor, const uint64_t *visible) {
   if (block->plain && !visible)
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, NULL);
+    NAME(soften_so)(block, stretch, scores, peak, gathered, factor, true, NULL);
   else if (block->plain)
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, true, visible);
+    NAME(soften_so)(block, stretch, scores, peak, gathered, factor, true, visible);
   else if (!visible)
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, NULL);
+    NAME(soften_so)(block, stretch, scores, peak, gathered, factor, false, NULL);
   else
-    NAME(soften_so)(block, keys, scores, peak, gathered, factor, false, visible);
+    NAME(soften_so)(block, stretch, scores, peak, gathered, factor, false, visible);
 }
 
 static inline void NAME(zero_dropped)(void *weights, int key, int query, uint64_t dropped) {
@@ -106,27 +108,31 @@ static void NAME(drop)(const NAME(block) * block, const sa_stretch *stretch, REA
           stretch->count, NAME(zero_dropped), weights);
 }
 
-static NAME(passage)
-    NAME(set_out)(const NAME(block) * block, int64_t tile_first, int64_t tile_end, bool careful,
-                  const NAME(element) * query, NAME(gathered) * gathered, const NAME(forward_room) * room) {
-  const sa_problem *p = block->p;
+static NAME(passage) NAME(set_out)(const NAME(block) * block, int64_t tile_first, int64_t tile_end, bool careful) {
+  NAME(passage)
+  passage = {
+      .block = block,
+      .walk = sa_walk_start(block->p->plan, block->plane, block->query, block->each, tile_first, tile_end,
+                            NAME(longest_stretch)(block->p)),
+      .careful = careful,
+  };
+  passage.more = sa_walk_next(&passage.walk, &passage.next);
+  return passage;
+}
+
+// Gives a passage room for its packed queries and for what it gathers.
+static void NAME(begin)(NAME(passage) * passage, NAME(element) * query, NAME(gathered) * gathered,
+                        const NAME(forward_room) * room) {
+  NAME(pack_query)(passage->block, 0, query);
+  passage->query = query;
+  passage->gathered = gathered;
   gathered->alive = 0;
   for (int i = 0; i < QUERIES; i++) {
     gathered->peak[i] = -(REAL)INFINITY;
     gathered->sum[i] = 0;
   }
-  if (careful) memset(room->leaked, 0, sizeof *room->leaked * QUERIES * NAME(padded)(p->value_width));
-  NAME(passage)
-  passage = {
-      .block = block,
-      .query = query,
-      .gathered = gathered,
-      .walk = sa_walk_start(p->plan, block->plane, block->query, block->each, tile_first, tile_end,
-                            NAME(longest_stretch)(p)),
-      .careful = careful,
-  };
-  passage.more = sa_walk_next(&passage.walk, &passage.next);
-  return passage;
+  const int64_t sums = QUERIES * NAME(padded)(passage->block->p->value_width);
+  if (passage->careful) memset(room->leaked, 0, sizeof *room->leaked * sums);
 }
 
 static void NAME(foresee)(sa_forecast *forecast, const sa_operand *x, const void *first, int64_t width, int64_t rows) {
@@ -231,7 +237,7 @@ static int NAME(advance)(NAME(passage) * passage, const NAME(passage) * other, b
     gathered->alive = ~UINT64_C(0);
   }
   REAL *weights = room->stretch.scores;
-  NAME(soften)(block, stretch.count, weights, room->peak, gathered, room->factor, visible);
+  NAME(soften)(block, &stretch, weights, room->peak, gathered, room->factor, visible);
   NAME(drop)(block, &stretch, weights);
   passage->leaks |= NAME(add_values)(block, &stretch, visible, weights, passage->started ? room->factor : NULL,
                                      &room->products, gathered->o, passage->careful ? room->leaked : NULL);
@@ -261,40 +267,19 @@ static bool NAME(has_leaked)(const NAME(block) * block, int64_t tile_first, int6
   return false;
 }
 
-// Attention of some blocks of one head over the tiles [tile_first, tile_end). They take turns, `turn` stretches each,
-// so that what one has read of K and V is still in the second cache for the others. `after` (may be NULL): the block
-// that the worker will have next.
-static void NAME(gather)(const NAME(block) * blocks, int count, const NAME(block) * after, int turn, int64_t tile_first,
-                         int64_t tile_end, const NAME(forward_room) * room, NAME(gathered) * gathered) {
-  NAME(passage) passages[GROUP];
-  NAME(held_keys) held = {0};
-  sa_forecast forecast = {0};
-  for (int i = 0; i < count; i++) {
-    passages[i] = NAME(set_out)(&blocks[i], tile_first, tile_end, false, room->query[i], &gathered[i], room);
-    passages[i].after = i + 1 < count ? &blocks[i + 1] : NULL;
-    passages[i].beyond = i + 1 < count ? NULL : after;
-  }
-  for (bool more = true, begun = false; more; begun = true) {
-    more = false;
-    for (int i = 0; i < count; i++) {
-      NAME(passage) *passage = &passages[i];
-      if (!begun) NAME(pack_query)(&blocks[i], 0, room->query[i]);
-      for (int left = turn; left > 0 && passage->more;) {
-        left -= NAME(advance)(passage, &passages[(i + 1) % count], left == 1, &held, &forecast, room);
-      }
-      more |= passage->more;
-    }
-  }
-  for (int i = 0; i < count; i++) {
-    NAME(passage) *passage = &passages[i];
-    NAME(arrive)(passage, room);
-    const int width = (int)blocks[i].p->value_width;
-    if (!passage->leaks || !NAME(has_nonfinite)(gathered[i].o, NAME(padded)(width), blocks[i].count, width)) continue;
-    if (!NAME(has_leaked)(&blocks[i], tile_first, tile_end)) continue;
-    *passage = NAME(set_out)(&blocks[i], tile_first, tile_end, true, room->query[i], &gathered[i], room);
-    while (passage->more) NAME(advance)(passage, NULL, false, &held, NULL, room);
-    NAME(arrive)(passage, room);
-  }
+// A block that has seen all its keys: what it gathered is finite, or not finite by what its rows see.
+static void NAME(end_passage)(NAME(passage) * passage, int64_t tile_first, int64_t tile_end, NAME(held_keys) * held,
+                              const NAME(forward_room) * room) {
+  const NAME(block) *block = passage->block;
+  const int width = (int)block->p->value_width;
+  NAME(arrive)(passage, room);
+  if (!passage->leaks || !NAME(has_nonfinite)(passage->gathered->o, NAME(padded)(width), block->count, width)) return;
+  if (!NAME(has_leaked)(block, tile_first, tile_end)) return;
+  const NAME(passage) before = *passage;
+  *passage = NAME(set_out)(block, tile_first, tile_end, true);
+  NAME(begin)(passage, before.query, before.gathered, room);
+  while (passage->more) NAME(advance)(passage, NULL, false, held, NULL, room);
+  NAME(arrive)(passage, room);
 }
 
 // Joins what two parts of the keys gathered.
@@ -388,30 +373,50 @@ static void NAME(scale_rows)(const NAME(block) * block, NAME(gathered) * gathere
   }
 }
 
+// Writes the rows of one head of a block, from row `first` on. Where they lie is found once for all of them: for each
+// by itself it took as long as to write it.
+static void NAME(write_out)(const NAME(block) * block, const NAME(gathered) * gathered, int first, const REAL *scale) {
+  const sa_operand *out = &block->p->out;
+  const int width = (int)block->p->value_width;
+  const int64_t padded = NAME(padded)(width), row = out->stride[2] * sa_size_of(out->dtype);
+  const bool in_place = out->dtype == DTYPE;
+  REAL converted[SA_FUSED_WIDTH];
+  const REAL *o = gathered->o + first * padded;
+  char *at = NAME(row_at)(out, block, first);
+  for (int i = first; i < first + block->each; i++, o += padded, at += row) {
+    REAL *const to = in_place ? (REAL *)at : converted;
+    if (gathered->alive >> i & 1) {
+      const NAME(vector) factor = NAME(set)(scale[i]);
+      int d = 0;
+      for (; d + LANES <= width; d += LANES) NAME(store)(to + d, NAME(load)(o + d) * factor);
+      for (; d < width; d++) to[d] = o[d] * scale[i];
+    } else {
+      memset(to, 0, sizeof *to * width);
+    }
+    if (!in_place) NAME(write_row)(at, out->dtype, width, to);
+  }
+}
+
 // Writes out, LSE and dead rows of a block; leaves in gathered->peak and sum each row's base and factor.
 static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered) {
   const sa_problem *p = block->p;
-  const int width = (int)p->value_width;
-  const int64_t padded = NAME(padded)(width);
-  REAL converted[SA_FUSED_WIDTH], scale[QUERIES], lse[QUERIES];
+  const uint64_t own = block->count < QUERIES ? (UINT64_C(1) << block->count) - 1 : ~UINT64_C(0);
+  REAL scale[QUERIES], lse[QUERIES];
   NAME(scale_rows)(block, gathered, scale, lse);
-  for (int i = 0; i < block->count; i++) {
-    const REAL *o = gathered->o + i * padded;
-    const bool dead = !(gathered->alive >> i & 1);
-    void *const out = NAME(row_at)(&p->out, block, i);
-    REAL *const to = p->out.dtype == DTYPE ? out : converted;
-    if (dead) {
-      memset(to, 0, sizeof *to * width);
-      lse[i] = NAME(sink_of)(block, i);
-      gathered->peak[i] = (REAL)INFINITY;
-      gathered->sum[i] = 0;
-    } else {
-      const REAL factor = scale[i];
-      for (int d = 0; d < width; d++) to[d] = o[d] * factor;
+  for (uint64_t dead = own & ~gathered->alive; dead; dead &= dead - 1) {
+    const int i = __builtin_ctzll(dead);
+    lse[i] = NAME(sink_of)(block, i);
+    gathered->peak[i] = (REAL)INFINITY;
+    gathered->sum[i] = 0;
+  }
+  for (int first = 0; first < block->count; first += block->each) {
+    NAME(write_out)(block, gathered, first, scale);
+    REAL *to_lse = p->lse.data ? NAME(row_at)(&p->lse, block, first) : NULL;
+    bool *to_dead = p->dead.data ? NAME(row_at)(&p->dead, block, first) : NULL;
+    for (int i = 0; to_lse && i < block->each; i++) to_lse[i * p->lse.stride[2]] = lse[first + i];
+    for (int i = 0; to_dead && i < block->each; i++) {
+      to_dead[i * p->dead.stride[2]] = !(gathered->alive >> (first + i) & 1);
     }
-    if (to == converted) NAME(write_row)(out, p->out.dtype, width, to);
-    if (p->lse.data) *(REAL *)NAME(row_at)(&p->lse, block, i) = lse[i];
-    if (p->dead.data) *(bool *)NAME(row_at)(&p->dead, block, i) = dead;
   }
 }
 
@@ -504,30 +509,69 @@ static int NAME(item_blocks)(const NAME(forward_job) * job, int64_t item, NAME(b
   return count;
 }
 
+// What has ended becomes output, while it is in the first cache.
+static void NAME(close_passage)(const NAME(forward_job) * job, NAME(passage) * passage, NAME(held_keys) * held,
+                                const NAME(forward_room) * room) {
+  NAME(end_passage)(passage, 0, job->p->plan->col_tiles, held, room);
+  NAME(finish)(passage->block, passage->gathered);
+  if (!job->p->weights.data) return;
+  NAME(write_weights)(passage->block, passage->query, room, passage->gathered);
+  held->stretch.count = 0;  // the room for rows of K has others
+}
+
+// Attention of an item's blocks. They take turns, so that what one has read of K and V is still in the second cache for
+// the others. One that has seen all its keys leaves its room to the next that begins: blocks of short documents all
+// have the same, whose lines are in the caches.
 static void NAME(forward_whole)(void *argument, int64_t item, int worker) {
   const NAME(forward_job) *job = argument;
   NAME(forward_room) room = NAME(worker_room)(job, worker);
   NAME(block) blocks[GROUP], next[GROUP];
+  NAME(passage) passages[GROUP];
+  NAME(held_keys) held = {0};
+  sa_forecast forecast = {0};
   const int count = NAME(item_blocks)(job, item, blocks);
   const int64_t later = item + job->workers;
   const bool foresees = later < job->items && NAME(item_blocks)(job, later, next);
-  NAME(gather)
-  (blocks, count, foresees ? next : NULL, job->turn, 0, job->p->plan->col_tiles, &room, room.own);
   for (int i = 0; i < count; i++) {
-    NAME(finish)(&blocks[i], &room.own[i]);
-    if (job->p->weights.data) NAME(write_weights)(&blocks[i], room.query[i], &room, &room.own[i]);
+    passages[i] = NAME(set_out)(&blocks[i], 0, job->p->plan->col_tiles, false);
+    passages[i].after = i + 1 < count ? &blocks[i + 1] : NULL;
+    passages[i].beyond = i + 1 < count || !foresees ? NULL : next;
+  }
+  int place[GROUP];
+  unsigned taken = 0;  // bits of the places of those that are under way
+  for (bool begun = false; taken || !begun; begun = true) {
+    for (int i = 0; i < count; i++) {
+      NAME(passage) *passage = &passages[i];
+      if (begun && !passage->more) continue;
+      if (!begun) {
+        place[i] = __builtin_ctz(~taken);
+        taken |= 1u << place[i];
+        NAME(begin)(passage, room.query[place[i]], &room.own[place[i]], &room);
+      }
+      for (int left = job->turn; left > 0 && passage->more;) {
+        left -= NAME(advance)(passage, &passages[(i + 1) % count], left == 1, &held, &forecast, &room);
+      }
+      if (passage->more) continue;
+      NAME(close_passage)(job, passage, &held, &room);
+      taken &= ~(1u << place[i]);
+    }
   }
 }
 
 static void NAME(forward_part)(void *argument, int64_t item, int worker) {
   const NAME(forward_job) *job = argument;
   const NAME(forward_room) room = NAME(worker_room)(job, worker);
+  const int64_t tile = item % job->parts * job->tiles_per_part, end = tile + job->tiles_per_part;
   NAME(block) block;
-  NAME(item_blocks)(job, item / job->parts, &block);
-  const int64_t tile = item % job->parts * job->tiles_per_part;
+  NAME(held_keys) held = {0};
+  sa_forecast forecast = {0};
   uint64_t *alive;
+  NAME(item_blocks)(job, item / job->parts, &block);
   NAME(gathered) gathered = NAME(part_gathered)(job, item, &alive);
-  NAME(gather)(&block, 1, NULL, job->turn, tile, tile + job->tiles_per_part, &room, &gathered);
+  NAME(passage) passage = NAME(set_out)(&block, tile, end, false);
+  NAME(begin)(&passage, room.query[0], &gathered, &room);
+  while (passage.more) NAME(advance)(&passage, NULL, false, &held, &forecast, &room);
+  NAME(end_passage)(&passage, tile, end, &held, &room);
   *alive = gathered.alive;
 }
 

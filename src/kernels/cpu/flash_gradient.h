@@ -27,16 +27,18 @@ typedef struct NAME(pairing) {
   const REAL *base, *factor, *delta;  // [QUERIES]
 } NAME(pairing);
 
-static inline __attribute__((always_inline)) void NAME(differentiate_so)(const NAME(block) * block, int keys,
-                                                                         NAME(pairing) by, bool plain, REAL *scores,
-                                                                         REAL *dscores) {
+static inline __attribute__((always_inline)) void NAME(differentiate_so)(const NAME(block) * block,
+                                                                         const sa_stretch *stretch, NAME(pairing) by,
+                                                                         bool plain, REAL *scores, REAL *dscores) {
   const NAME(vector) unit = NAME(set)(block->unit), zero = NAME(set)(0);
   const NAME(vector) more = NAME(set)((REAL)(1 / (1 - block->p->dropout)));
   for (int j = 0; j < block->vectors; j++) {
     const NAME(vector) base = NAME(load)(by.base + j * LANES), delta = NAME(load)(by.delta + j * LANES);
     const NAME(vector) factor = by.factor ? NAME(load)(by.factor + j * LANES) : zero;
-    REAL *s = scores + j * LANES, *ds = dscores + j * LANES;
-    for (int r = 0; r < keys; r++, s += NAME(ROW), ds += NAME(ROW)) {
+    // What is added to scores has gradients that read all pairs.
+    const sa_extent reach = plain ? NAME(reach)(stretch, j) : (sa_extent){0, stretch->count};
+    REAL *s = scores + reach.first * NAME(ROW) + j * LANES, *ds = dscores + reach.first * NAME(ROW) + j * LANES;
+    for (int r = reach.first; r < reach.end; r++, s += NAME(ROW), ds += NAME(ROW)) {
       NAME(vector) x = NAME(load)(s) - base;
       if (!plain) x = x * unit;
       NAME(vector) weight = by.visible ? NAME(exp2_where)(by.visible[r] >> (j * LANES), x) : NAME(exp2)(x);
@@ -57,17 +59,17 @@ static inline __attribute__((always_inline)) void NAME(differentiate_so)(const N
 
 // P^T in place of S^T, and dS^T = P^T (dP^T - delta) in place of dP^T, both 0 for masked pairs. Dropout acts on P in dV
 // and on dP in dS: `scores` becomes what dV wants. A loop for what is common, so that it asks nothing at every vector.
-static void NAME(differentiate)(const NAME(block) * block, int keys, const NAME(pairing) * by, REAL *scores,
-                                REAL *dscores) {
+static void NAME(differentiate)(const NAME(block) * block, const sa_stretch *stretch, const NAME(pairing) * by,
+                                REAL *scores, REAL *dscores) {
   const NAME(pairing) common = {NULL, NULL, by->base, NULL, by->delta};
   NAME(pairing) masked = common;
   masked.visible = by->visible;
   if (!block->plain || by->kept || by->factor)
-    NAME(differentiate_so)(block, keys, *by, block->plain, scores, dscores);
+    NAME(differentiate_so)(block, stretch, *by, block->plain, scores, dscores);
   else if (by->visible)
-    NAME(differentiate_so)(block, keys, masked, true, scores, dscores);
+    NAME(differentiate_so)(block, stretch, masked, true, scores, dscores);
   else
-    NAME(differentiate_so)(block, keys, common, true, scores, dscores);
+    NAME(differentiate_so)(block, stretch, common, true, scores, dscores);
 }
 
 // Where dBias of a query of the plane is gathered.
@@ -206,7 +208,7 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
   NAME(dweight_product)(block, &scored, &room->products, dscores);
   const uint64_t *kept = NAME(keep)(block, stretch, &room->stretch);
   const NAME(pairing) by = {visible, kept, room->base, factor ? room->factor : NULL, room->delta};
-  NAME(differentiate)(block, keys, &by, weights, dscores);
+  NAME(differentiate)(block, stretch, &by, weights, dscores);
   if (p->dv.data) {
     if (dout->wild) NAME(give_to_keys)(block, keys, visible, dead, weights, dout, &chunk->dvalue, offset);
     NAME(add_dvalues)

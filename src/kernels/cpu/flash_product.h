@@ -286,6 +286,11 @@ static bool NAME(wild_rows)(const sa_operand *x, const NAME(block) * keys, int64
   return wild;
 }
 
+// The keys whose pairs with the vector j of queries some product reads: nobody asks what the others are.
+static inline sa_extent NAME(reach)(const sa_stretch *stretch, int j) {
+  return stretch->outline ? stretch->outline->reach[j * LANES / REACH] : (sa_extent){0, stretch->count};
+}
+
 // S^T of a stretch, as K and Q alone give it. `peak` (NULL when queries are few) is raised to the largest of each
 // query.
 static void NAME(score_product)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key,

@@ -40,7 +40,7 @@ static void NAME(gather_again)(const NAME(backward_job) * job, const NAME(block)
     stretch.outline = NAME(outline)(block, &stretch, &room->stretch);
     const uint64_t *visible =
         NAME(score)(block, &stretch, key, stride, room->packed_query, &room->stretch, room->factor);
-    NAME(soften)(block, stretch.count, room->stretch.scores, room->factor, &again, room->delta, visible);
+    NAME(soften)(block, &stretch, room->stretch.scores, room->factor, &again, room->delta, visible);
   }
 }
 

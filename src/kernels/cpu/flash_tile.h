@@ -384,20 +384,21 @@ static bool NAME(add_bias)(const NAME(block) * block, int keys, const REAL *rows
 }
 
 // Raises `peak` to the largest visible score of each query. Four maxima in turn, since each waits for its last.
-static void NAME(raise_peak)(const NAME(block) * block, int keys, const uint64_t *visible, const REAL *scores,
-                             REAL *peak) {
+static void NAME(raise_peak)(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
+                             const REAL *scores, REAL *peak) {
   for (int j = 0; j < block->vectors; j++) {
     const REAL *column = scores + j * LANES;
     const NAME(vector) old = NAME(load)(peak + j * LANES);
     NAME(vector) top[4] = {old, old, old, old};
-    int r = 0;
-    for (; r + 4 <= keys; r += 4) {
+    const sa_extent reach = NAME(reach)(stretch, j);
+    int r = reach.first;
+    for (; r + 4 <= reach.end; r += 4) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; k++) {
         top[k] = NAME(max_where)(visible[r + k] >> (j * LANES), NAME(load)(column + (r + k) * NAME(ROW)), top[k]);
       }
     }
-    for (; r < keys; r++) {
+    for (; r < reach.end; r++) {
       top[0] = NAME(max_where)(visible[r] >> (j * LANES), NAME(load)(column + r * NAME(ROW)), top[0]);
     }
     NAME(store)(peak + j * LANES, NAME(max)(NAME(max)(top[0], top[1]), NAME(max)(top[2], top[3])));
@@ -423,7 +424,7 @@ static const uint64_t *NAME(score)(const NAME(block) * block, const sa_stretch *
   }
   for (int r = 0; hides && !stretch->pattern && r < stretch->count; r++) room->visible[r] = ~UINT64_C(0);
   if (block->plain && masked) {
-    if (peak) NAME(raise_peak)(block, stretch->count, room->visible, room->scores, peak);
+    if (peak) NAME(raise_peak)(block, stretch, room->visible, room->scores, peak);
     return room->visible;
   }
   if (block->plain && !peak) return NULL;

@@ -49,13 +49,36 @@ static inline __attribute__((always_inline)) void sa_forecast_call(sa_forecast *
 
 // Which pairs of a masked stretch products can leave out: those outside of what every ROWS rows of a register tile see
 // some of.
-enum { ROWS = 6 };
+enum { ROWS = 6, REACH = 16 };
 typedef struct sa_extent {
   int first, end;
 } sa_extent;
 typedef struct sa_outline {
   sa_extent queries[KEYS / ROWS + 1], keys[QUERIES / ROWS + 1];  // that so many keys see, and so many queries
+  sa_extent reach[QUERIES / REACH];  // keys whose pairs with every REACH queries some product reads
 } sa_outline;
+
+static inline void sa_extend(sa_extent *extent, int first, int end) {
+  if (first < extent->first) extent->first = first;
+  if (end > extent->end) extent->end = end;
+}
+
+// What the products along keys and those along queries read of an outline, for every REACH queries.
+static inline void sa_draw_reach(int keys, int queries, sa_outline *outline) {
+  for (int at = 0; at < QUERIES / REACH; at++) outline->reach[at] = (sa_extent){keys, 0};
+  for (int i = 0; i < queries; i += ROWS) {
+    const sa_extent seen = outline->keys[i / ROWS];
+    const int last = i + ROWS < queries ? i + ROWS - 1 : queries - 1;
+    if (!seen.end) continue;
+    for (int at = i / REACH; at <= last / REACH; at++) sa_extend(&outline->reach[at], seen.first, seen.end);
+  }
+  for (int r = 0; r < keys; r += ROWS) {
+    const sa_extent seers = outline->queries[r / ROWS];
+    const int end = r + ROWS < keys ? r + ROWS : keys;
+    if (!seers.end) continue;
+    for (int at = seers.first / REACH; at <= (seers.end - 1) / REACH; at++) sa_extend(&outline->reach[at], r, end);
+  }
+}
 
 // `count` keys from `first` on; visible to the block as `pattern` says, or, when that is NULL, to all its queries.
 typedef struct sa_stretch {
@@ -99,6 +122,7 @@ static inline bool sa_draw_outline(const uint64_t *words, int keys, int queries,
       seen |= group << n * ROWS;
     }
   }
+  sa_draw_reach(keys, queries, outline);
   return true;
 }
 
