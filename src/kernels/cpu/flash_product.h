@@ -13,7 +13,7 @@ typedef enum sa_product_start { SA_FROM_ZERO, SA_FROM_SELF, SA_FROM_SCALED } sa_
 #endif
 
 // A strip of register tiles, one below the other: each is c[rows][vectors * LANES] = start + a b, where a's element
-// (i, k) is a[i * a_stride + k], or a[i + k * a_stride] when a is `turned`. Every accumulator is one chain of fused
+// (i, k) is a[i * a_stride + k], or a[i + k * ROW] when a is `turned`. Every accumulator is one chain of fused
 // multiply-adds over k in rising order, so an element's bits do not depend on the tile that computed it: backward gets
 // the very scores of the forward. In large tiles (`late`) it begins at 0 and meets what c holds on the way out:
 // waiting for that first took 4 % of the backward, since multiply-adds in waiting leave the processor no room to look
@@ -55,7 +55,7 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
 #pragma GCC unroll 4
           for (int j = 0; j < vectors; j++) sum[i][j] = NAME(fma)(x, row[j], sum[i][j]);
         }
-        left += turned ? a_stride : 1;
+        left += turned ? NAME(ROW) : 1;
         right += b_row;
       }
     }
@@ -98,6 +98,12 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
       int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
       int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak, sa_forecast *forecast) {    \
     NAME(strip)(true, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak, forecast);          \
+  }                                                                                                                 \
+  static __attribute__((noinline)) void NAME(scores_##R##x##V)(                                                     \
+      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
+      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak, sa_forecast *forecast) {    \
+    NAME(strip)                                                                                                     \
+    (false, R, V, tiles, a, a_stride, b, NAME(ROW), c, NAME(ROW), depth, SA_FROM_ZERO, NULL, peak, forecast);       \
   }
 #define SA_STRIPS(V) SA_STRIP(1, V) SA_STRIP(2, V) SA_STRIP(3, V) SA_STRIP(4, V) SA_STRIP(5, V) SA_STRIP(6, V)
 SA_STRIPS(1)
@@ -123,11 +129,18 @@ typedef void (*NAME(strip_function))(int, const REAL *, int64_t, const REAL *, i
 #define SA_STRIP_TABLE(WAY) \
   { {NULL}, SA_STRIP_ROW(WAY, 1), SA_STRIP_ROW(WAY, 2) }
 #endif
-// By whether a is turned, vectors and rows.
+// By the way that a product is made, vectors and rows.
 static const NAME(strip_function)
-    NAME(strips)[2][TILE_VECTORS + 1][7] = {SA_STRIP_TABLE(strip), SA_STRIP_TABLE(turned)};
+    NAME(strips)[3][TILE_VECTORS + 1][7] = {SA_STRIP_TABLE(strip), SA_STRIP_TABLE(turned), SA_STRIP_TABLE(scores)};
 #undef SA_STRIP_TABLE
 #undef SA_STRIP_ROW
+
+// Scores have a way of their own: their packed right side and they themselves are rows of ROW, of which a compiler need
+// not have counted. Counting takes ports of the multiply-adds.
+static int NAME(way)(bool turned, int64_t b_row, int64_t c_row, sa_product_start start) {
+  if (turned) return 1;
+  return b_row == NAME(ROW) && c_row == NAME(ROW) && start == SA_FROM_ZERO ? 2 : 0;
+}
 
 // How many vectors the next tile takes of so many columns.
 static int NAME(tile_vectors)(int columns) {
@@ -158,7 +171,7 @@ static void NAME(product)(const REAL *a, int64_t a_row, int64_t a_step, const RE
     }
     for (int column = 0, vectors; column < columns; column += vectors * LANES) {
       vectors = NAME(tile_vectors)(columns - column);
-      const NAME(strip_function) *strips = NAME(strips)[turned][vectors];
+      const NAME(strip_function) *strips = NAME(strips)[NAME(way)(turned, b_row, c_row, start)][vectors];
       REAL *top = peak ? peak + column : NULL;
       for (int i = 0, at = row; i < 3; at += strip[i].height * strip[i].tiles, i++) {
         if (!strip[i].height || !strip[i].tiles) continue;
@@ -183,9 +196,9 @@ static void NAME(product_within)(const sa_extent *extent, bool along, const REAL
     for (int column = along ? 0 : extent->first / LANES * LANES, vectors; column < end; column += vectors * LANES) {
       vectors = NAME(tile_vectors)(end - column);
       NAME(strips)
-      [turned][vectors][height](1, a + row * a_row + step * a_step, turned ? a_step : a_row, b + step * b_row + column,
-                                b_row, c + row * c_row + column, c_row, steps, start, factor ? factor + row : NULL,
-                                NULL, forecast);
+      [NAME(way)(turned, b_row, c_row, start)][vectors][height](
+          1, a + row * a_row + step * a_step, turned ? a_step : a_row, b + step * b_row + column, b_row,
+          c + row * c_row + column, c_row, steps, start, factor ? factor + row : NULL, NULL, forecast);
     }
   }
 }
