@@ -247,6 +247,29 @@ static void check_reciprocals() {
   }
 }
 
+__global__ void replacements(const float *x, float *y) {
+  float value = x[threadIdx.x];
+  replace_unless(value, 0xa5u << threadIdx.x % 8, 7, 2.f, x[32], (float)threadIdx.x);
+  y[threadIdx.x] = value;
+}
+
+static void check_replacements() {
+  both<float> x(33), y(32);
+  for (int i = 0; i < 32; i++) x.host[i] = i & 1 ? NAN : (float)(i * 3);
+  x.host[32] = -INFINITY;
+  x.send();
+  sa_cuda_launch("replace_unless", replacements, dim3(1), dim3(32), 0, (cudaStream_t)0, (const float *)x.device,
+                 y.device);
+  y.fetch();
+  for (int i = 0; i < 32; i++) {
+    const bool kept = 0xa5u << i % 8 >> 7 & 1;
+    const float want = kept ? x.host[i] : -INFINITY;
+    if (y.host[i] == want || (isnan(want) && isnan(y.host[i]))) continue;
+    printf("replace_unless %d: %g, wanted %g\n", i, y.host[i], want);
+    failures++;
+  }
+}
+
 // What the host does not reach on a GPU, it does not in the emulator either.
 static void check_memory() {
   both<float> x(32);
@@ -276,5 +299,6 @@ int main() {
   check_conversions();
   check_exponentials();
   check_reciprocals();
+  check_replacements();
   return report();
 }

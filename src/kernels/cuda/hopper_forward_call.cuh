@@ -28,7 +28,7 @@ enum {
   FORWARD_GROUPS = 256,     // of heads, that are put in order
   // A block takes its next item when so many steps of the one at hand are left to load: soon enough to look it up, but
   // not so soon that a block has an item waiting for it that others are free for.
-  FORWARD_AHEAD = 4,
+  FORWARD_AHEAD = 2,
   // Named barriers.
   FORWARD_CLEANED = 1,
   FORWARD_ALL_DONE = 2,
@@ -106,22 +106,21 @@ struct forward_shape {
   static constexpr int panel_bytes = keys * SA_PANEL * 2, q_panel_bytes = SA_TILE * SA_PANEL * 2;
 };
 
-// An item on its way through the block.
+// Words of a row's record (plan.cuh): those that an item begins with, and its runs.
+enum { FORWARD_RECORDED = offsetof(sa_device_row, run) / 4, FORWARD_RECORD = offsetof(sa_device_row, unused) / 4 };
+
+// An item on its way through the block. What it begins with is the record of its row of tiles but for the runs.
 typedef struct forward_item {
+  int32_t tile, runs, tiles, first_run;
+  int64_t first;
+  uint16_t dead[SA_TILE / 16];
   int32_t work;  // -1: the end of the stream
-  int32_t batch, head, key_head, tile;
-  int32_t count;  // of runs
-  int32_t tiles;  // of them, those of the first 32 runs at least
-  // The run that the item begins with: where several PARTIAL ones come before a FULL one, as at the ends of a window,
-  // the FULL one, so that every row has a maximum after the first step.
-  int32_t first_run;
-  const sa_run *runs;
-  void *out;  // its first row
+  int32_t batch, head, key_head;
+  void *out;  // the first row of its head, as of the others
   float *lse;
   uint8_t *dead_rows;
-  float sink;                   // in units of the scores, -inf when there are none
-  uint16_t dead[SA_TILE / 16];  // a bit a query that sees no key or lies beyond the last
-  float slope;                  // of ALiBi
+  float sink;   // in units of the scores, -inf when there are none
+  float slope;  // of ALiBi
 } forward_item;
 
 // The bias of a step: panels of 64 keys.

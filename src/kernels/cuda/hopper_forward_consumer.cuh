@@ -73,6 +73,7 @@ struct forward_consumer {
   __device__ void settle_huge();
   template <bool CAREFUL>
   __device__ float exponential(int i);
+  __device__ void mask_scores(uint2 bits);
   template <bool CAREFUL>
   __device__ bool softmax(bool wary, bool partial, uint2 bits, uint32_t (&p)[pairs], float (&a)[2]);
   __device__ void pack(uint32_t (&p)[pairs]);

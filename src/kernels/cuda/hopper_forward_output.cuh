@@ -60,8 +60,9 @@ template <class SHAPE>
 __device__ __forceinline__ void forward_consumer<SHAPE>::write_item(int of, const float (&maximum)[2],
                                                                     const float (&part)[2], int lives, bool note) {
   const forward_item &item = shared.item[of % FORWARD_ITEMS];
-  const int rows = min(c.queries - item.tile * SA_TILE - warp * 16, 16);  // of the warp; none or less beyond the end
-  const int row = lane / 4;                                               // of the warp, and the one 8 below
+  const int64_t start = item.tile * SA_TILE + warp * 16;  // the warp's first row
+  const int rows = min(c.queries - (int)start, 16);       // of the warp; none or less beyond the end
+  const int row = lane / 4;                               // of the warp, and the one 8 below
   const uint32_t dead_bits = item.dead[warp];
   const float sink = item.sink;
   bool dead[2], bad = false;
@@ -90,12 +91,12 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::write_item(int of, cons
   uint32_t seen[2] = {0, 0};
   if constexpr (SHAPE::sends_output) send_panel(item, 0, dead, factor, seen);
   if (lane % 4 == 0 && item.lse) {
-    float *const to = item.lse + (warp * 16 + row) * c.lse.stride[2];
+    float *const to = item.lse + (start + row) * c.lse.stride[2];
     if (row < rows) to[0] = lse[0];
     if (row + 8 < rows) to[8 * c.lse.stride[2]] = lse[1];
   }
   if (lane % 4 == 0 && item.dead_rows) {
-    uint8_t *const to = item.dead_rows + (warp * 16 + row) * c.dead.stride[2];
+    uint8_t *const to = item.dead_rows + (start + row) * c.dead.stride[2];
     if (row < rows) to[0] = dead[0];
     if (row + 8 < rows) to[8 * c.dead.stride[2]] = dead[1];
   }
@@ -106,7 +107,7 @@ __device__ __forceinline__ void forward_consumer<SHAPE>::write_item(int of, cons
     // This thread writes 16 bytes of every fourth row, of which `left` are there.
     const int first = lane >> 3, piece = lane & 7, left = rows - first;
     const int64_t step = 4 * c.out.stride[2];
-    type *out = (type *)item.out + (warp * 4 * step + first * c.out.stride[2]) + piece * 8;
+    type *out = (type *)item.out + (start + first) * c.out.stride[2] + piece * 8;
     const uint32_t buffer = shared_address(shared.out[warp]);
 #pragma unroll
     for (int panel = 0; panel < SHAPE::value_panels; panel++) {

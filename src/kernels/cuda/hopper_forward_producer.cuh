@@ -22,15 +22,6 @@ struct forward_finder {
   __device__ __forceinline__ forward_finder(const forward_call &call, forward_shared<SHAPE> &memory)
       : c(call), shared(memory) {}
 
-  // A bit for each of 16 queries from `row` on that sees no key, or is none.
-  __device__ __forceinline__ uint16_t dead_rows(int batch, int head, int row) {
-    if (row >= c.queries) return 0xffff;
-    const int64_t words = (c.queries + 63) / 64;
-    const uint64_t word = __ldg(c.plan.dead_rows + sa_device_plane(c.plan, batch, head) * words + row / 64);
-    const uint32_t beyond = c.queries - row < 16 ? 0xffffu << (c.queries - row) : 0;
-    return (uint16_t)(word >> row % 64 | beyond);
-  }
-
   // Makes work item `work` the next of the stream, unless it sees no key.
   __device__ __forceinline__ bool publish(int work) {
     const uint32_t turn = (uint32_t)work / (uint32_t)c.group_items, i = work - turn * c.group_items;
@@ -38,33 +29,34 @@ struct forward_finder {
     const uint32_t flat = (c.ordered ? c.group_order[turn] : turn) * c.group_heads + (i - rank * c.group_heads);
     int batch = flat / (uint32_t)c.heads, head = flat - batch * c.heads;
     if (SHAPE::extras & FORWARD_BIAS && c.batches) head = flat / (uint32_t)c.batches, batch = flat - head * c.batches;
-    const int64_t rows = forward_plane_rows(c, batch, head);
-    const int tile = __ldg(c.plan.row_order + rows + rank);
-    const int64_t first = __ldg(c.plan.row_start + rows + tile);
-    const int count = (int)(__ldg(c.plan.row_start + rows + tile + 1) - first);
-    if (count == 0) return false;
+    const sa_device_row *record = c.plan.row_records + forward_plane_rows(c, batch, head) + rank;
+    static_assert(sizeof *record == 32 * sizeof(int32_t), "a word a lane");
+    const int32_t word = __ldg((const int32_t *)record + lane);  // what finding an item waits for
     forward_item &item = shared.item[number % FORWARD_ITEMS];
-    const sa_run *runs = c.plan.row_runs + first;
-    const sa_run run = lane < count ? runs[lane] : sa_run{};
-    const int tiles = __reduce_add_sync(~0u, run.count);
-    if (lane < count) shared.runs[number % 2][lane] = run;
-    const int partial = __ffs(__ballot_sync(~0u, lane < count && run.pattern < 0)) - 1;  // before the first FULL
-    if (lane < SA_TILE / 16) item.dead[lane] = dead_rows(batch, head, tile * SA_TILE + lane * 16);
     if (lane == 0) {
       item.work = work;
       item.batch = batch;
       item.head = head;
       item.key_head = head / (c.heads / c.key_heads);
-      item.tile = tile;
-      item.count = count;
-      item.tiles = tiles;
-      item.first_run = partial > 1 ? partial : 0;
-      item.runs = runs;
-      item.out = (uint16_t *)c.out.data + forward_offset(c.out, batch, head, tile);
-      item.lse = c.lse.data ? (float *)c.lse.data + forward_offset(c.lse, batch, head, tile) : NULL;
-      item.dead_rows = c.dead.data ? (uint8_t *)c.dead.data + forward_offset(c.dead, batch, head, tile) : NULL;
+      item.out = (uint16_t *)c.out.data + forward_offset(c.out, batch, head, 0);
+      item.lse = c.lse.data ? (float *)c.lse.data + forward_offset(c.lse, batch, head, 0) : NULL;
+      item.dead_rows = c.dead.data ? (uint8_t *)c.dead.data + forward_offset(c.dead, batch, head, 0) : NULL;
       if (SHAPE::extras & FORWARD_ALIBI) item.slope = hopper_slope(c.scores, head);
       item.sink = SHAPE::extras ? forward_sink(c.sinks, head, c.scores.base) : forward_sink(c.sinks, head);
+    }
+    const int count = __shfl_sync(~0u, word, offsetof(sa_device_row, runs) / 4);
+    if (count == 0) return false;
+    sa_run *const runs = shared.runs[number % 2];
+    if (lane < FORWARD_RECORDED) {
+      ((int32_t *)&item)[lane] = word;
+    } else if (lane < FORWARD_RECORD) {
+      ((int32_t *)runs)[lane - FORWARD_RECORDED] = word;
+    }
+    if (count > SA_RECORDED_RUNS) {
+      const uint32_t low = __shfl_sync(~0u, word, offsetof(sa_device_row, first) / 4);
+      const uint32_t high = __shfl_sync(~0u, word, offsetof(sa_device_row, first) / 4 + 1);
+      const int64_t first = (int64_t)((uint64_t)high << 32 | low);
+      if (lane >= SA_RECORDED_RUNS && lane < count) runs[lane] = c.plan.row_runs[first + lane];
     }
     hand_over();
     return true;
@@ -261,9 +253,9 @@ struct forward_loader {
     int owner = 0, values = -1;  // item and first key of the values that are still to be sent
     for (; begin_item(); number++) {
       send_query();
-      const int runs = item().count;
+      const int runs = item().runs;
       for (int x = 0, r = item().first_run; x < runs; x++, r = r + 1 == runs ? 0 : r + 1) {
-        const sa_run run = r < 32 ? shared.runs[number % 2][r] : item().runs[r];
+        const sa_run run = r < 32 ? shared.runs[number % 2][r] : c.plan.row_runs[item().first + r];
         const int steps = run.count * SHAPE::steps;
         for (int n = 0; n < steps; n++) {
           const int key = run.first * SA_TILE + n * SHAPE::keys;

@@ -131,6 +131,26 @@ __device__ __forceinline__ float forward_consumer<SHAPE>::exponential(int i) {
   return exp2_fast(CAREFUL && !SHAPE::extras ? x - low[i >> 1 & 1] : x);
 }
 
+// Masked scores are replaced, never added to: whatever they are, they vanish. Row by row, so that ptxas takes seven
+// bits to predicates at a time.
+template <class SHAPE>
+__device__ __forceinline__ void forward_consumer<SHAPE>::mask_scores(uint2 bits) {
+  const float lowest = c.scale_log2 * forward_minus_infinity();  // which ptxas does not know
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+#pragma unroll
+    for (int bit = 0; bit < scores / 2; bit++) {
+      const uint32_t word = r ? bits.y : bits.x;
+      float &score = s[4 * (bit >> 1) + 2 * r + (bit & 1)];
+      if constexpr (SHAPE::extras) {
+        score = word & 1u << bit ? score : forward_minus_infinity();
+      } else {
+        replace_unless(score, word, bit, c.scale_log2, lowest, bit + 32 * r);
+      }
+    }
+  }
+}
+
 // S to P (halves, as the A operand) under the row's kept maximum. Whether O must be scaled, by a.
 template <class SHAPE>
 template <bool CAREFUL>
@@ -139,13 +159,7 @@ __device__ __forceinline__ bool forward_consumer<SHAPE>::softmax(bool wary, bool
   // Of parts, the product before is done; the careful pass has no registers for P beside S.
   constexpr bool packs_here = !SHAPE::packs_late || (SHAPE::blocks > 1 && !CAREFUL);
   if constexpr (SHAPE::extras) extend_scores();
-  if (partial) {  // selected, never added: whatever a masked score is, it vanishes
-#pragma unroll
-    for (int i = 0; i < scores; i++) {
-      const uint32_t word = i & 2 ? bits.y : bits.x;
-      s[i] = word & 1u << (2 * (i >> 2) + (i & 1)) ? s[i] : forward_minus_infinity();
-    }
-  }
+  if (partial) mask_scores(bits);
   bool jumps = CAREFUL;
   if (wary || !all_seen) {
     const bool seen0 = !partial || bits.x, seen1 = !partial || bits.y;

@@ -79,12 +79,33 @@ static void count_before(int64_t *row_before, int64_t *run_before, const sa_run 
   }
 }
 
+// What the forward on Hopper asks of a row of tiles.
+static sa_device_row record_of(const sa_plan *plan, int64_t plane, int32_t tile) {
+  const int64_t *start = plan->row_start + plane * plan->row_tiles + tile;
+  const sa_run *runs = plan->row_runs + start[0];
+  sa_device_row row = {};
+  row.tile = tile;
+  row.runs = (int32_t)(start[1] - start[0]);
+  row.tiles = (int32_t)tiles_of(plan->row_runs, start);
+  row.first = start[0];
+  int partial = 0;
+  while (partial < row.runs && runs[partial].pattern != SA_FULL) partial++;
+  if (partial > 1 && partial < row.runs) row.first_run = partial;
+  for (int k = 0; k < SA_RECORDED_RUNS && k < row.runs; k++) row.run[k] = runs[k];
+  for (int k = 0; k < SA_TILE / 64; k++) {
+    const int64_t query = (int64_t)tile * SA_TILE + k * 64, left = plan->queries - query;
+    row.dead[k] = left <= 0 ? ~0ull : sa_plan_dead_rows_at(plan, plane, query) | (left < 64 ? ~0ull << left : 0);
+  }
+  return row;
+}
+
 // The arrays of an uploaded plan.
 typedef struct arrays {
   int64_t *row_start, *col_start, *row_before, *run_before;
   sa_run *row_runs, *col_runs;
   uint64_t *dead_rows, *dead_keys;
   int32_t *row_order, *col_order;
+  sa_device_row *row_records;
   sa_pattern *patterns;
   uint2 *row_bits;
   uint32_t *col_bits;
@@ -128,6 +149,7 @@ static int64_t lay_out(const sa_plan *plan, char *base, arrays *a, int64_t *byte
   place_array(&a->row_before, base, &end, n.rows + 1);
   place_array(&a->run_before, base, &end, n.row_runs);
   place_array(&a->row_order, base, &end, n.rows);
+  place_array(&a->row_records, base, &end, n.rows);
   place_array(&a->col_order, base, &end, n.cols);
   const int64_t filled = end;
   place_array(&a->patterns, base, &end, plan->pattern_count);
@@ -154,6 +176,8 @@ static void fill(const sa_plan *plan, const arrays *a, int64_t *place) {
   copy_array(a->dead_keys, plan->dead_keys, n.col_words);
   count_before(a->row_before, a->run_before, plan->row_runs, plan->row_start, n.rows);
   order_lists(a->row_order, place, plan->row_runs, plan->row_start, planes, plan->row_tiles, plan->col_tiles);
+  for (int64_t row = 0; row < n.rows; row++)
+    a->row_records[row] = record_of(plan, row / plan->row_tiles, a->row_order[row]);
   order_lists(a->col_order, place, plan->col_runs, plan->col_start, planes, plan->col_tiles, plan->row_tiles);
 }
 
@@ -193,6 +217,7 @@ static void describe(sa_device_plan *to, const sa_plan *plan, const arrays *ther
   to->dead_rows = there->dead_rows;
   to->dead_keys = there->dead_keys;
   to->row_order = there->row_order;
+  to->row_records = there->row_records;
   to->col_order = there->col_order;
   to->listed = listed;
   to->visible = plan->visible;

@@ -5,6 +5,19 @@
 
 #include "plan.h"
 
+// What a warp that takes a row of tiles has to know of it, 32 words, so that its lanes find all of it in one load.
+enum { SA_RECORDED_RUNS = 7 };
+typedef struct sa_device_row {
+  int32_t tile, runs, tiles;
+  // The run to begin with: where several PARTIAL ones come before a FULL one, as at the ends of a window, the FULL one,
+  // so that every row has a maximum after the first step.
+  int32_t first_run;
+  int64_t first;                 // its runs are row_runs[first ..]
+  uint64_t dead[SA_TILE / 64];   // a bit a query that sees no key or lies beyond the last
+  sa_run run[SA_RECORDED_RUNS];  // the first of them
+  int32_t unused;
+} sa_device_row;
+
 // The plan of plan.h, uploaded once (mask.cu) and kept with it. Every pointer is device memory. A plane is one (batch,
 // head) of the mask; batch and heads are 1 when the mask does not depend on them.
 //
@@ -34,6 +47,7 @@ typedef struct sa_device_plan {
   const int64_t *row_before;       // per row of tiles, and at the end: tiles of all rows before, one for a row of none
   const int64_t *run_before;       // per run of a row: tiles of its row before
   int64_t listed;                  // the last of row_before
+  const sa_device_row *row_records;  // per plane: its rows of tiles, in row_order
 } sa_device_plan;
 
 static __host__ __device__ inline int64_t sa_device_plane(const sa_device_plan &plan, int64_t batch, int64_t head) {

@@ -195,4 +195,8 @@ static inline float reciprocal_fast(float x) {
   return fabsf(y) < 0x1p-126f ? copysignf(0, y) : y;
 }
 
+static inline void replace_unless(float &x, uint32_t bits, int bit, float factor, float a, float term) {
+  if (!(bits >> bit & 1)) x = fmaf(factor, a, term);
+}
+
 #endif
