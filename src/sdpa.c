@@ -318,9 +318,9 @@ static bool usable_scale(const sa_problem *p) {
 static int choose_kernels(call *c, bool backward, const sa_attention_kernels **kernels) {
   const sa_backend *backend = sa_backend_of(c->function, c->a->q->device);
   if (!backend) return SA_NO_DEVICE;
-  const bool may_fuse = c->a->backend != SA_REFERENCE && usable_scale(&c->p);
+  const bool usable = usable_scale(&c->p), may_fuse = c->a->backend != SA_REFERENCE && usable;
   const sa_attention_kernels *fused = may_fuse ? backend->fused(&c->p, backward) : NULL;
-  if (!usable_scale(&c->p) && c->a->backend == SA_FUSED) {
+  if (!usable && c->a->backend == SA_FUSED) {
     const double greatest = greatest_scale(c->p.dtype);
     return sa_fail(SA_UNSUPPORTED, c->function,
                    "backend: got fused, whose kernels take scales of %s that are 0 or from %.3g to %.3g in size, for "
