@@ -17,7 +17,7 @@
 #include "kernels/cpu/real_f64.h"
 #define LANES 8
 #define TILE_VECTORS 4
-#define STRETCH SEGMENT
+#define STRETCH KEYS
 typedef __m512d vector_f64;
 static inline __m512d load_f64(const double *from) {
   return _mm512_loadu_pd(from);
