@@ -322,15 +322,17 @@ static void NAME(score_product)(const NAME(block) * block, const sa_stretch *str
 
 // What the products of the forward need in a worker's room.
 typedef struct NAME(forward_products) {
-  REAL *rows;    // [STRETCH][width, padded]: K, converted
-  REAL *values;  // [STRETCH][value width, padded]: V, converted
+  REAL *rows;    // [STRETCH][width, padded]: K, where it cannot be read in place
+  REAL *values;  // [STRETCH][value width, padded]: V, likewise
   REAL *finite;  // [STRETCH][value width, padded]: V for the careful path
 } NAME(forward_products);
 
 static NAME(forward_products) NAME(take_forward_products)(sa_room *room, const sa_problem *p) {
   const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
-  return (NAME(forward_products)){.rows = NAME(take)(room, STRETCH * width),
-                                  .values = NAME(take)(room, STRETCH * value_width),
+  const bool in_place = NAME(reads_in_place)(&p->k, (int)p->width, p->queries <= NAME(FEW));
+  const bool values_in_place = NAME(reads_in_place)(&p->v, (int)p->value_width, true);
+  return (NAME(forward_products)){.rows = NAME(take)(room, in_place ? 0 : STRETCH * width),
+                                  .values = NAME(take)(room, values_in_place ? 0 : STRETCH * value_width),
                                   .finite = NAME(take)(room, STRETCH * value_width)};
 }
 
