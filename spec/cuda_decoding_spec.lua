@@ -1,6 +1,7 @@
 -- few queries against many keys on a CUDA device: keys are split over warps and blocks, which come to the definition's
 -- results, the same bits every time, and let nothing through from behind a mask
 
+local child = require "spec.child"
 local helper = require "spec.helper"
 local sa = require "safeattn"
 local m = sa.mask
@@ -112,6 +113,22 @@ helper.describe_cuda("decoding on a CUDA device", function()
       end)
     end)
   end
+
+  -- The emulator has four multiprocessors, unless told.
+  it("adds the parts of many blocks", function()
+    child.must_run([[
+      local sa = require "safeattn"
+      for _, width in ipairs {64, 128, 256} do
+        local function random(heads, length, seed)
+          return sa.randn({1, heads, length, width}, {seed = seed, dtype = "bf16", device = "cuda"})
+        end
+        local q, k, v = random(2, 1, 1), random(1, 2600, 2), random(1, 2600, 3)
+        local run, exact = sa.forward(q, k, v), sa.forward(q, k, v, {backend = "reference"})
+        assert(sa.allclose(run.out, exact.out, {atol = 2e-2, rtol = 2e-2}), "out at width " .. width)
+        assert(sa.allclose(run.lse, exact.lse, {atol = 2e-2, rtol = 2e-2}), "lse at width " .. width)
+      end
+    ]], {environment = {SAFEATTN_EMULATED_PROCESSORS = 20}})
+  end)
 
   it("on two streams at once gives the bits of one", function()
     local q, k, v = inputs(shapes[1], {1, 8, 2, 1, 3000})
