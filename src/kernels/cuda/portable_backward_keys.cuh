@@ -120,8 +120,8 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
       multiply_rows<P, ROW, true>(weights, keys, key_scale, warp * 16, queries, query_scale);
       const bool full = step.pattern == SA_FULL;
       make_weights<GENERAL, true>(
-          rule, weights, slope, query, key, visible, full, coarse, [&](int n, int i) { return base[8 * n + i % 2]; },
-          [&](int n, int i) { return factor[8 * n + i % 2]; });
+          rule, weights, slope, query, key, visible, full, coarse || sizeof(Real) == 8,
+          [&](int n, int i) { return base[8 * n + i % 2]; }, [&](int n, int i) { return factor[8 * n + i % 2]; });
       uint32_t kept = ~0u;
       if (GENERAL && p.dropout > 0) kept = kept_pairs<true, BLOCKS>(dropout_rule_of(p, batch, step.head), query, key);
       multiply_rows<P, ROW, true>(ds, values, value_scale, warp * 16, douts, dout_scale);

@@ -35,6 +35,16 @@ static __device__ __forceinline__ Real multiply_share(const Element *a, const El
   return sum;
 }
 
+// A base of f64 becomes the nearest multiple of 64, and a factor.
+template <class Real>
+static __device__ __forceinline__ void part_base(double lse, bool natural, Real &base, Real &factor) {
+  base = 64 * rint(base / 64);
+  // ln 2 in two parts.
+  const double rest =
+      natural ? base - lse : fma((double)base, 0.6931471805599453, -lse) + base * 2.3190468138462996e-17;
+  factor = (Real)exp(rest);
+}
+
 // Block `index` of BACKWARD_BLOCK queries of a head, LANES lanes one at a time: 32 read rows at the speed of memory,
 // fewer wait for it less often. Returns whether some LSE is too coarse. All that a query needs is asked for at once.
 template <class Element, class Real, int LANES>
@@ -63,10 +73,11 @@ static __device__ __forceinline__ bool prepare_block(const sa_problem &p, const 
             (const Element *)p.dout.data + row_offset(p.dout, batch, head, query), p.value_width, aligned, lane);
     }
     product = over_lanes<LANES>(product);
-    Real base = INFINITY, delta = 0, share = 0;
+    Real base = INFINITY, factor = 1, delta = 0, share = 0;
     if (!dead) {
       // A row with scores that overflow is no dead row: it is NaN.
       base = lse - lse == 0 ? (Real)(lse * natural) : (Real)NAN;
+      if (sizeof(Element) == 8 && fabs(lse) <= COARSE_LSE) part_base(lse, natural == 1, base, factor);
       coarse |= fabs(lse) > COARSE_LSE && lse - lse == 0;
       delta = (Real)(product - dlse);
       // The sink's weight times what it costs.
@@ -77,7 +88,7 @@ static __device__ __forceinline__ bool prepare_block(const sa_problem &p, const 
     }
     if (lane) continue;
     rows.base[at] = base;
-    rows.factor[at] = 1;
+    rows.factor[at] = factor;
     rows.delta[at] = delta;
     if (rows.sink_share) rows.sink_share[at] = share;
     if (rows.slope_share) rows.slope_share[at] = 0;

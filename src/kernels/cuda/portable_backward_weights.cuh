@@ -38,11 +38,11 @@ static __device__ __forceinline__ Real weight_of(Real score, Real base, Real uni
 }
 
 // Products in place become weights. base_of and factor_of (n, i) are those of the query of element i of block n;
-// factors are only looked at in `coarse` blocks. `full`: all pairs are visible.
+// factors are only looked at when `factored`. `full`: all pairs are visible.
 template <bool GENERAL, bool TRANSPOSED, class Real, int BLOCKS, class Base, class Factor>
 static __device__ __forceinline__ void make_weights(const score_rule<Real> &rule, Real (&c)[BLOCKS][4],
                                                     Real (&slope)[GENERAL ? BLOCKS : 1][4], int64_t query, int64_t key,
-                                                    uint32_t &visible, bool full, bool coarse, const Base &base_of,
+                                                    uint32_t &visible, bool full, bool factored, const Base &base_of,
                                                     const Factor &factor_of) {
   if constexpr (GENERAL) {
     make_scores<TRANSPOSED>(rule, c, slope, query, key, visible);
@@ -60,7 +60,7 @@ static __device__ __forceinline__ void make_weights(const score_rule<Real> &rule
         c[n][i] = full || visible >> (4 * n + i) & 1 ? weight : 0;
       }
   }
-  if (!coarse) return;
+  if (!factored) return;
 #pragma unroll
   for (int n = 0; n < BLOCKS; n++)
 #pragma unroll

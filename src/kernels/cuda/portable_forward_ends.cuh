@@ -27,7 +27,8 @@ __attribute__((noinline)) static __device__ row_end end_row(double peak, double 
   row_end end;
   end.base = top == peak * natural ? peak : top / natural;
   end.factor = 1 / sum;
-  end.lse = top + log(sum);
+  // In one rounding, where the peak is the row's own.
+  end.lse = top == peak * natural ? fma(peak, natural, log(sum)) : top + log(sum);
   // A sink above the row's own peak takes what was gathered down.
   end.scale = end.factor * kept * (end.base == peak ? 1 : exp((peak - end.base) * natural));
   return end;

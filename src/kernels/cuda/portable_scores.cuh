@@ -30,7 +30,8 @@ static __device__ __forceinline__ score_rule<Real> score_rule_of(const sa_proble
   const bool plain = plain_scores(p);
   score_rule<Real> rule;
   // Without a width a product is an empty sum, whatever 1/sqrt(0) makes of the scale.
-  rule.factor = p.width ? (Real)(plain ? p.scale * log2e : p.scale) : 0;
+  const double scale = p.dtype == SA_F32 ? p.scale * uncut(p.width) : p.scale;
+  rule.factor = p.width ? (Real)(plain ? scale * log2e : scale) : 0;
   rule.unit = plain ? 1 : (Real)log2e;
   rule.softcap = (Real)p.softcap;
   rule.inside = p.softcap > 0 ? (Real)(1 / p.softcap) : 0;
