@@ -92,6 +92,7 @@ static int run_backward(const backward_job &job, const width_kernels<Real> &kern
   if (p.dsinks.data) rows.sink_share = take<Real>(&memory, count);
   if (p.dalibi.data) rows.slope_share = take<Real>(&memory, count);
   rows.coarse = take<int>(&memory, blocks);
+  rows.dweight_gain = (float)uncut(p.value_width);
   unsigned grid;
   int status = backward_grid(blocks, &grid);
   if (!status && grid)

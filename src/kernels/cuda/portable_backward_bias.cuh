@@ -77,7 +77,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
     __syncthreads();
     if constexpr (P::SPLIT) {
       split_tile<P, ROW, OWN, THREADS>(queries, scales.query, true, thread);
-      split_tile<P, ROW, OWN, THREADS>(douts, scales.dout, true, thread);
+      split_tile<P, ROW, OWN, THREADS>(douts, scales.dout, true, thread, rows.dweight_gain);
       split_tile<P, ROW, STEP, THREADS>(keys, scales.key, true, thread);
       split_tile<P, ROW, STEP, THREADS>(values, scales.value, true, thread);
       __syncthreads();

@@ -183,7 +183,7 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
       copy_async_wait<0>();
       __syncthreads();
       split_tile<P, ROW, OWN, THREADS>(keys, key_scale, careful, thread);
-      split_tile<P, ROW, OWN, THREADS>(values, value_scale, careful, thread);
+      split_tile<P, ROW, OWN, THREADS>(values, value_scale, careful, thread, rows.dweight_gain);
     }
     while (more_steps) {
       const bool again = advance(later);

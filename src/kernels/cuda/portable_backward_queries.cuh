@@ -220,7 +220,7 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
       copy_async_wait<0>();
       __syncthreads();
       split_tile<P, ROW, OWN, THREADS>(queries, scales.query, careful, thread);
-      split_tile<P, ROW, OWN, THREADS>(douts, scales.dout, careful, thread);
+      split_tile<P, ROW, OWN, THREADS>(douts, scales.dout, careful, thread, rows.dweight_gain);
     }
     while (more) {
       const bool again = next_step<STEP>(walk, p.keys, some, later, later_pattern, later_offset);

@@ -13,10 +13,11 @@ template <class Real>
 struct backward_rows {
   int64_t padded;  // queries, to whole tiles of the plan
   Real *base, *factor;
-  Real *delta;        // dO . o - dLSE
-  Real *sink_share;   // of dSinks; NULL: not wanted
-  Real *slope_share;  // of dAlibi; NULL: not wanted
-  int *coarse;        // per BACKWARD_BLOCK: whether some base is still to be found from the scores
+  Real *delta;         // dO . o - dLSE
+  Real *sink_share;    // of dSinks; NULL: not wanted
+  Real *slope_share;   // of dAlibi; NULL: not wanted
+  float dweight_gain;  // of dP: uncut
+  int *coarse;         // per BACKWARD_BLOCK: whether some base is still to be found from the scores
 };
 
 typedef struct backward_aligned {

@@ -6,7 +6,8 @@
 // f32 as a sum of two f16 after a scale: x = (big + small) scale to 2^-22 of x, and three of the four products. That is
 // half the instructions of two tf32, which hold no more digits. A tile is split in place, once for all warps: f16 has
 // no exponents to spare, so each row of it has a scale, a power of two. The hardware cuts off what a sum has beyond 24
-// bits, always towards 0: so the small products have a sum of their own, and long sums are made of fresh ones.
+// bits, always towards 0: so the small products have a sum of their own, long sums are made of fresh ones, and scores
+// and dP get back what they lose in the mean (uncut).
 struct products_f32 {
   typedef float element;
   typedef float real;
@@ -98,10 +99,10 @@ struct products_f32 {
 };
 
 // Splits the rows of a tile of products that want it, in place: the first half of a row becomes the big parts, the
-// second the small ones; scale[row] is what they are to be multiplied by. CAREFUL as in products_f32. All THREADS
-// threads call it, with a barrier before and behind.
+// second the small ones; scale[row] is what they are to be multiplied by, times `times`. CAREFUL as in
+// products_f32. All THREADS threads call it, with a barrier before and behind.
 template <class P, int ROW, int ROWS, int THREADS, bool CAREFUL>
-static __device__ __forceinline__ void split_rows(char *tile, float *scale, int thread) {
+static __device__ __forceinline__ void split_rows(char *tile, float *scale, float times, int thread) {
   // 16 elements of a row a lane: two pieces of eight.
   constexpr int LANES = ROW / 64, AT_ONCE = THREADS / LANES < ROWS ? THREADS / LANES : ROWS;
   const int part = thread % LANES, first = thread / LANES;
@@ -124,7 +125,7 @@ static __device__ __forceinline__ void split_rows(char *tile, float *scale, int 
     for (int distance = LANES / 2; distance; distance /= 2)
       top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, distance));
     const float by = P::scale_of(top), inverse = P::inverse_of(by);
-    if (part == 0) scale[row] = by;
+    if (part == 0) scale[row] = by * times;
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < 2; n++) {
@@ -142,17 +143,18 @@ static __device__ __forceinline__ void split_rows(char *tile, float *scale, int 
 }
 
 template <class P, int ROW, int ROWS, int THREADS>
-__attribute__((noinline)) static __device__ void split_rows_carefully(char *tile, float *scale, int thread) {
-  split_rows<P, ROW, ROWS, THREADS, true>(tile, scale, thread);
+__attribute__((noinline)) static __device__ void split_rows_carefully(char *tile, float *scale, float times,
+                                                                      int thread) {
+  split_rows<P, ROW, ROWS, THREADS, true>(tile, scale, times, thread);
 }
 
 template <class P, int ROW, int ROWS, int THREADS>
-static __device__ __forceinline__ void split_tile(char *tile, float *scale, bool careful, int thread) {
+static __device__ __forceinline__ void split_tile(char *tile, float *scale, bool careful, int thread, float times = 1) {
   if constexpr (P::SPLIT) {
     if (careful)
-      split_rows_carefully<P, ROW, ROWS, THREADS>(tile, scale, thread);
+      split_rows_carefully<P, ROW, ROWS, THREADS>(tile, scale, times, thread);
     else
-      split_rows<P, ROW, ROWS, THREADS, false>(tile, scale, thread);
+      split_rows<P, ROW, ROWS, THREADS, false>(tile, scale, times, thread);
   }
 }
 
