@@ -339,9 +339,10 @@ typedef struct sa_host_info {
   const char *cuda;  // what the CUDA part says: devices, or why there are none; it lasts
 } sa_host_info;
 void sa_info(sa_host_info *out);
-int sa_threads(int threads);       // > 0 sets how many the calling thread's calls may use; returns the number in force
-int sa_set_isa(const char *name);  // "generic", "avx2", "avx512", "amx" or "auto"; for tests and measurements
-int sa_device_count(int kind);     // SA_CPU: 1; SA_CUDA: devices that can be used
+int sa_threads(int threads);  // > 0 sets how many the calling thread's calls may use; returns the number in force
+// "generic", "avx2", "avx512", "amx" or "auto", for tests. SA_UNSUPPORTED: the machine has it not.
+int sa_set_isa(const char *name);
+int sa_device_count(int kind);  // SA_CPU: 1; SA_CUDA: devices that can be used
 // For prompts. While the flag is on, sa_forward and sa_backward end with SA_INTERRUPTED, those at work too, in every
 // thread; what they created is released, an output that was given is left unfinished. Safe in a signal handler. Turn it
 // off when the calls have returned.
