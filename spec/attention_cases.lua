@@ -526,8 +526,8 @@ local function tolerance(c, engine, name, dtype, magnitude)
   local norm, rounding
   if exact then
     -- dout * v and dout * out are sums of so many products, each off by 2^-53 of them, with either sign, and what is
-    -- left of a row with one key is the difference of the two.
-    norm, rounding = 1e-12, math.max(2 ^ -50, 2 ^ -52 * math.sqrt(c.value_width))
+    -- left of a row with one key is the difference of the two: of twice as many.
+    norm, rounding = 1e-12, math.max(2 ^ -50, 2 ^ -53 * math.sqrt(2 * c.value_width))
   elseif name == "out" or name == "weights" or name == "lse" then
     norm, rounding = spread and 2e-5 or 3e-6, 0
   else
