@@ -524,14 +524,15 @@ local function tolerance(c, engine, name, dtype, magnitude)
   -- Scores beyond 100 have an ulp of 8e-6 in f32; ALiBi makes such of distances.
   local spread = c.values == "spread" or c.values == "heavy" or c.alibi
   local norm, rounding
+  -- dout * v and dout * out are sums of so many products, each off by half an ulp of them, with either sign, and what
+  -- is left of a row with one key is the difference of the two: of twice as many.
+  local sums = math.max(8, math.sqrt(2 * c.value_width))
   if exact then
-    -- dout * v and dout * out are sums of so many products, each off by 2^-53 of them, with either sign, and what is
-    -- left of a row with one key is the difference of the two: of twice as many.
-    norm, rounding = 1e-12, math.max(2 ^ -50, 2 ^ -53 * math.sqrt(2 * c.value_width))
+    norm, rounding = 1e-12, half_ulp.f64 * sums
   elseif name == "out" or name == "weights" or name == "lse" then
     norm, rounding = spread and 2e-5 or 3e-6, 0
   else
-    norm, rounding = spread and 1e-4 or 5e-6, 2 ^ -21
+    norm, rounding = spread and 1e-4 or 5e-6, half_ulp.f32 * sums
     -- The gradients of the half types read `out` as the forward rounded it: the sum of dout * out is off by that.
     if c.dtype ~= "f32" then rounding = 2 * half_ulp[c.dtype] end
   end
