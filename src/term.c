@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "memory.h"
+#include "numbering.h"
 #include "random.h"
 #include "status.h"
 
@@ -43,55 +44,21 @@ static int add_band(sa_terms *all, const sa_mask *mask, sa_band band) {
       (sa_term){.kind = SA_MASK_BAND, .mask = mask, .behind = band.right + diagonal, .ahead = band.left - diagonal});
 }
 
-// The terms of masks, found by their address: a mask that is used in many places is one term.
-typedef struct found_terms {
-  struct found_term {
-    const sa_mask *mask;  // NULL: a free place
-    int64_t index;
-  } * place;
-  int64_t capacity;  // a power of two, more than twice the terms
-  int64_t count;
-} found_terms;
-
-static struct found_term *place_of_mask(const found_terms *found, const sa_mask *mask) {
-  uint64_t place = ((uint64_t)(uintptr_t)mask * 0x9e3779b97f4a7c15u) >> 32;
-  for (;; place++) {
-    struct found_term *at = &found->place[place & (uint64_t)(found->capacity - 1)];
-    if (!at->mask || at->mask == mask) return at;
-  }
-}
-
-static int note_term(sa_terms *all, found_terms *found, const sa_mask *mask, int64_t index) {
-  if (2 * (found->count + 1) > found->capacity) {
-    found_terms larger = {NULL, found->capacity ? 4 * found->capacity : 16, found->count};
-    larger.place = sa_allocate_zeroed(all->function, larger.capacity * (int64_t)sizeof *larger.place);
-    if (!larger.place) return SA_NO_MEMORY;
-    for (int64_t k = 0; k < found->capacity; k++)
-      if (found->place[k].mask) *place_of_mask(&larger, found->place[k].mask) = found->place[k];
-    sa_release(found->place);
-    *found = larger;
-  }
-  *place_of_mask(found, mask) = (struct found_term){mask, index};
-  found->count++;
-  return SA_OK;
-}
-
-static int64_t known_term(const found_terms *found, const sa_mask *mask) {
-  if (!found->capacity) return -1;
-  const struct found_term *at = place_of_mask(found, mask);
-  return at->mask ? at->index : -1;
-}
-
 static int add_mask(sa_terms *all, const sa_mask *mask, const int64_t *operands) {
   if (sa_operands(mask->kind)) return add_operator(all, mask->kind, operands[0], operands[1]);
   if (mask->kind == SA_MASK_BAND) return add_band(all, mask, mask->band);
   return add_term(all, (sa_term){.kind = mask->kind, .mask = mask});
 }
 
+// A mask that is used in many places is one term, found by the mask's address.
+static int64_t known_term(const sa_numbering *found, const sa_mask *mask) {
+  return sa_number_of(found, (int64_t)(intptr_t)mask);
+}
+
 // Adds the terms of `root`, which comes last. A list of masks to do instead of recursion: an expression may be deeper
 // than the stack. The list holds a mask's operands above it; it is looked at again when they are done.
 static int add_expression(sa_terms *all, const sa_mask *root) {
-  found_terms found = {NULL, 0, 0};
+  sa_numbering found = {NULL, 0, 0};
   const sa_mask **open = NULL;
   int64_t open_count = 0, open_room = 0;
   int status = sa_make_room(all->function, &open, open_count, &open_room, sizeof *open);
@@ -111,9 +78,9 @@ static int add_expression(sa_terms *all, const sa_mask *root) {
     open_count--;
     if (known_term(&found, mask) >= 0) continue;
     status = add_mask(all, mask, operands);
-    if (!status) status = note_term(all, &found, mask, all->count - 1);
+    if (!status) status = sa_number(&found, all->function, (int64_t)(intptr_t)mask, all->count - 1);
   }
-  sa_release(found.place);
+  sa_numbering_release(&found);
   sa_release(open);
   return status;
 }
