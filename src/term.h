@@ -62,6 +62,27 @@ static inline int64_t sa_least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
+static inline int64_t sa_most(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+// Queries [first, last) see a key; none do when first >= last.
+typedef struct sa_span {
+  int64_t first, last;
+} sa_span;
+
+static inline sa_span sa_span_of(const sa_term *t, int64_t key) {
+  if (t->kind == SA_MASK_BAND) return (sa_span){key - t->behind, key + t->ahead + 1};
+  return (sa_span){0, key < t->corner.keys ? t->corner.inside : t->corner.outside};
+}
+
+// The rows or columns of a grid that positions [first, last) lie in.
+static inline sa_span sa_grid_range(int64_t count, int64_t size, int64_t first, int64_t last) {
+  if (count == 1) return (sa_span){0, 1};
+  if (size == 1) return (sa_span){first, sa_least(last, count)};
+  return (sa_span){first / size, sa_least((last + size - 1) / size, count)};
+}
+
 // Bits [first, last) of a word, 0 <= first < last <= 64.
 static inline uint64_t sa_word_range(int64_t first, int64_t last) {
   return (~UINT64_C(0) >> (64 - (last - first))) << first;
