@@ -4,6 +4,7 @@ local ffi = require "ffi"
 local sa = require "safeattn"
 local helper = require "spec.helper"
 local child = require "spec.child"
+local files = require "spec.files"
 local colours = require "safeattn.draw.colours"
 local m = sa.mask
 
@@ -122,6 +123,26 @@ describe("a PNG file", function()
     t:heat{file = folder .. "/one/a.png"}
     t:heat{file = folder .. "/one/a.png"}
     assert.equal("a.png\n", child.command("ls " .. folder .. "/one"))
+  end)
+
+  it("is replaced beside somebody else who replaces it", function()
+    local path, loaded, replacements = folder .. "/shared.png", package.loaded["safeattn.replace"], {}
+    for n = 1, 2 do -- as two Lua states, or processes, have it
+      package.loaded["safeattn.replace"] = nil
+      replacements[n] = require "safeattn.replace"
+    end
+    package.loaded["safeattn.replace"] = loaded
+    assert(replacements[1](path, function(name)
+      files.write(name, "first")
+      assert(replacements[2](path, function(other)
+        assert.not_equal(name, other)
+        files.write(other, "second")
+        return true
+      end))
+      assert.equal("first", files.read(name))
+      return true
+    end))
+    assert.equal("first", files.read(path))
   end)
 
   it("says that it wants libpng where there is none", function()
