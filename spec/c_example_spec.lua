@@ -7,7 +7,7 @@ describe("a C program alone", function()
 
   lazy_setup(function()
     must_run("${CC:-gcc} -std=c11 -Wall -Wextra -Wpedantic -Werror -g -Isrc -o " .. program
-      .. " examples/c/minimal.c -Lbuild -lsafeattn -lm -Wl,-rpath,$PWD/build")
+      .. " examples/c/minimal.c -Lbuild -lsafeattn -lm -Wl,-rpath,\"$PWD/build\"")
   end)
 
   lazy_teardown(function() os.remove(program) end)

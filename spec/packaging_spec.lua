@@ -135,6 +135,9 @@ describe("make install", function()
     must_run("umask 077; make install " .. place)
     assert.equal("", must_run(("find '%s/of two/two words' -not -perm -444"):format(folder)))
     run_installed("'" .. folder .. "/of two/two words'")
+    assert.equal("-I/two\\ words/include -L/two\\ words/lib -lsafeattn\n", (must_run(
+      ("PKG_CONFIG_PATH='%s/of two/two words/lib/pkgconfig' pkg-config --cflags --libs safeattn"):format(folder)):gsub(
+        " +\n", "\n")))
     must_run("make uninstall " .. place)
     assert.equal("", must_run(("find '%s/of two' -not -type d"):format(folder)))
   end)
@@ -223,7 +226,7 @@ describe("what a target needs", function()
       write(tools .. "/" .. name, "#!/bin/sh\n" .. text .. "\n")
       must_run(("chmod +x %s/%s"):format(tools, name))
     end
-    return run(("PATH=%s %s/.ci/needs %s"):format(tools, root, arguments))
+    return run(("PATH=%s %s/.ci/needs %s"):format(tools, child.quoted(root), arguments))
   end
 
   it("is nothing where everything is there", function()

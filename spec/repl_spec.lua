@@ -52,7 +52,7 @@ describe("the command line", function()
   it("finds its modules from any folder", function()
     local here = child.command("pwd"):match("[^\n]+")
     local output = child.command(("cd / && env -u LUA_PATH HOME=%s %s/bin/safeattn -e 'print(sa.isa() ~= nil)'"):format(
-      folder, here))
+      folder, child.quoted(here)))
     assert.equal("true\n", output)
   end)
 end)
