@@ -111,14 +111,14 @@ documents * causal  L=5 S=5  24% visible  1 dead row
       assert.equal(lib.SA_INVALID, ffi.cast("sa_status", lib.sa_plan_coverage(...)))
       return ffi.string(lib.sa_last_error())
     end
-    assert.equal("sa_plan_coverage: plan: is NULL, wanted a plan", message(nil, 0, 0, 1, 1, counts))
-    assert.equal("sa_plan_coverage: visible: is NULL, wanted a place for the counts", message(plan, 0, 0, 1, 1, nil))
+    assert.equal("sa_plan_coverage: plan: got NULL, wanted a plan", message(nil, 0, 0, 1, 1, counts))
+    assert.equal("sa_plan_coverage: visible: got NULL, wanted a place for the counts", message(plan, 0, 0, 1, 1, nil))
     for _, size in ipairs {{0, 1}, {5, 1}, {1, 0}, {1, 6}, {-1, 1}} do
-      assert.equal(string.format("sa_plan_coverage: rows, columns: are %d, %d, wanted 1 to 4 and 1 to 5", unpack(size)),
+      assert.equal(string.format("sa_plan_coverage: rows, columns: got %d, %d, wanted 1 to 4 and 1 to 5", unpack(size)),
         message(plan, 0, 0, size[1], size[2], counts))
     end
-    assert.matches("batch: is %-1", message(plan, -1, 0, 1, 1, counts))
-    assert.matches("head: is %-1", message(plan, 0, -1, 1, 1, counts))
+    assert.matches("batch: got %-1", message(plan, -1, 0, 1, 1, counts))
+    assert.matches("head: got %-1", message(plan, 0, -1, 1, 1, counts))
     assert.equal(0, lib.sa_plan_coverage(plan, 1, 2, 4, 5, counts)) -- the mask is alike for all batches and heads
     lib.sa_plan_release(plan)
   end)

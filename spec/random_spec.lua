@@ -148,7 +148,7 @@ describe("a draw", function()
         assert.equal("safeattn." .. name .. ": dtype: got " .. dtype .. ", wanted f32, f64, f16 or bf16", message)
         local t = sa.zeros({2}, {dtype = dtype})
         assert.equal(tonumber(core.lib.SA_INVALID), core.lib["sa_" .. name](t.handle, 1))
-        assert.equal("sa_" .. name .. ": t: is " .. dtype .. ", wanted f32, f64, f16 or bf16",
+        assert.equal("sa_" .. name .. ": t: got " .. dtype .. ", wanted f32, f64, f16 or bf16",
           ffi.string(core.lib.sa_last_error()))
       end
     end

@@ -369,13 +369,13 @@ static int write_plan(compiler *c, sa_plan **out, int64_t batch, int64_t heads) 
 
 static int check_sizes(const compiler *c, int64_t batch, int64_t heads, int64_t *planes) {
   if (c->row_tiles > INT32_MAX || c->col_tiles > INT32_MAX)
-    return sa_fail(SA_INVALID, c->function, "%s: are %lld, wanted at most %lld",
+    return sa_fail(SA_INVALID, c->function, "%s: got %lld, wanted at most %lld",
                    c->row_tiles > INT32_MAX ? "queries" : "keys",
                    (long long)(c->row_tiles > INT32_MAX ? c->queries : c->keys), (long long)INT32_MAX * SA_TILE);
   int64_t pairs;
   if (__builtin_mul_overflow(batch, heads, planes) || __builtin_mul_overflow(*planes, c->queries, &pairs) ||
       __builtin_mul_overflow(pairs, c->keys, &pairs))
-    return sa_fail(SA_INVALID, c->function, "queries, keys: are %lld and %lld, wanted below 2^63 pairs in all",
+    return sa_fail(SA_INVALID, c->function, "queries, keys: got %lld and %lld, wanted below 2^63 pairs in all",
                    (long long)c->queries, (long long)c->keys);
   const int64_t most_planes = (INT64_C(1) << 40) / (c->row_tiles + c->col_tiles + 1);
   if (*planes > most_planes)

@@ -61,16 +61,16 @@ static void add_pattern(const grid *g, const sa_pattern *pattern, int64_t q0, in
 
 int sa_plan_coverage(const sa_plan *plan, int64_t batch, int64_t head, int64_t rows, int64_t columns,
                      int64_t *visible) {
-  if (!plan) return sa_fail(SA_INVALID, __func__, "plan: is NULL, wanted a plan");
-  if (!visible) return sa_fail(SA_INVALID, __func__, "visible: is NULL, wanted a place for the counts");
+  if (!plan) return sa_fail(SA_INVALID, __func__, "plan: got NULL, wanted a plan");
+  if (!visible) return sa_fail(SA_INVALID, __func__, "visible: got NULL, wanted a place for the counts");
   if (batch < 0 || (plan->batch != 1 && batch >= plan->batch))
-    return sa_fail(SA_INVALID, __func__, "batch: is %lld, wanted 0 to %lld", (long long)batch,
+    return sa_fail(SA_INVALID, __func__, "batch: got %lld, wanted 0 to %lld", (long long)batch,
                    (long long)plan->batch - 1);
   if (head < 0 || (plan->heads != 1 && head >= plan->heads))
-    return sa_fail(SA_INVALID, __func__, "head: is %lld, wanted 0 to %lld", (long long)head,
+    return sa_fail(SA_INVALID, __func__, "head: got %lld, wanted 0 to %lld", (long long)head,
                    (long long)plan->heads - 1);
   if (rows < 1 || rows > plan->queries || columns < 1 || columns > plan->keys)
-    return sa_fail(SA_INVALID, __func__, "rows, columns: are %lld, %lld, wanted 1 to %lld and 1 to %lld",
+    return sa_fail(SA_INVALID, __func__, "rows, columns: got %lld, %lld, wanted 1 to %lld and 1 to %lld",
                    (long long)rows, (long long)columns, (long long)plan->queries, (long long)plan->keys);
   const grid g = {.rows = rows, .columns = columns, .queries = plan->queries, .keys = plan->keys, .visible = visible};
   for (int64_t cell = 0; cell < rows * columns; cell++) visible[cell] = 0;

@@ -12,7 +12,7 @@
 /*  Nodes  */
 
 int sa_mask_check_out(const char *function, sa_mask **out) {
-  if (!out) return sa_fail(SA_INVALID, function, "out: is NULL, wanted a place for the mask");
+  if (!out) return sa_fail(SA_INVALID, function, "out: got NULL, wanted a place for the mask");
   return SA_OK;
 }
 
@@ -117,7 +117,7 @@ int sa_mask_none(sa_mask **out) {
 }
 
 int sa_mask_global(sa_mask **out, int64_t count) {
-  if (count < 0) return sa_fail(SA_INVALID, __func__, "count: is %lld, wanted at least 0", (long long)count);
+  if (count < 0) return sa_fail(SA_INVALID, __func__, "count: got %lld, wanted at least 0", (long long)count);
   return new_corner(out, __func__, "global", (sa_corner){sa_bounded(count), SA_UNBOUNDED, sa_bounded(count)});
 }
 
@@ -130,9 +130,9 @@ static int check_counts(const char *function, const char *argument, const int64_
 }
 
 static int check_count(const char *function, const char *argument, const int64_t *counts, int64_t count) {
-  if (count < 0) return sa_fail(SA_INVALID, function, "count: is %lld, wanted at least 0", (long long)count);
+  if (count < 0) return sa_fail(SA_INVALID, function, "count: got %lld, wanted at least 0", (long long)count);
   if (!counts && count > 0)
-    return sa_fail(SA_INVALID, function, "%s: is NULL, wanted %lld counts", argument, (long long)count);
+    return sa_fail(SA_INVALID, function, "%s: got NULL, wanted %lld counts", argument, (long long)count);
   return check_counts(function, argument, counts, count);
 }
 
@@ -166,7 +166,7 @@ static int new_band(sa_mask **out, const char *function, const char *name, int64
 int sa_mask_causal(sa_mask **out, int align) {
   if (sa_mask_check_out(__func__, out)) return SA_INVALID;
   if (align != SA_TOP_LEFT && align != SA_BOTTOM_RIGHT)
-    return sa_fail(SA_INVALID, __func__, "align: is %d, wanted SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)", align);
+    return sa_fail(SA_INVALID, __func__, "align: got %d, wanted SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)", align);
   return new_band(out, __func__, "causal", -1, 0, align);
 }
 
@@ -174,14 +174,14 @@ int sa_mask_window(sa_mask **out, int64_t left, int64_t right, int align) {
   if (sa_mask_check_out(__func__, out)) return SA_INVALID;
   if (align < SA_NO_CAUSAL || align > SA_BOTTOM_RIGHT)
     return sa_fail(SA_INVALID, __func__,
-                   "align: is %d, wanted SA_NO_CAUSAL (0), SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)", align);
+                   "align: got %d, wanted SA_NO_CAUSAL (0), SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)", align);
   return new_band(out, __func__, "window", left, right, align);
 }
 
 int sa_mask_random(sa_mask **out, double probability, uint64_t seed) {
   if (sa_mask_check_out(__func__, out)) return SA_INVALID;
   if (!(probability >= 0 && probability <= 1))
-    return sa_fail(SA_INVALID, __func__, "probability: is %g, wanted 0 to 1", probability);
+    return sa_fail(SA_INVALID, __func__, "probability: got %g, wanted 0 to 1", probability);
   sa_mask *mask = sa_mask_new(__func__, "random", SA_MASK_RANDOM);
   if (!mask) return SA_NO_MEMORY;
   // n / 2^24 < probability is n < probability * 2^24, which no rounding touches.
@@ -193,13 +193,14 @@ int sa_mask_random(sa_mask **out, double probability, uint64_t seed) {
 /*  The algebra  */
 
 static int check_operand(const char *function, const char *argument, const sa_mask *mask) {
-  if (!mask) return sa_fail(SA_INVALID, function, "%s: is NULL, wanted a mask", argument);
+  if (!mask) return sa_fail(SA_INVALID, function, "%s: got NULL, wanted a mask", argument);
   return SA_OK;
 }
 
 static int check_agree(const char *function, const char *dim, int64_t a, int64_t b) {
   if (a != 1 && b != 1 && a != b)
-    return sa_fail(SA_INVALID, function, "b: is for %lld %s, wanted 1 or %lld, as a", (long long)b, dim, (long long)a);
+    return sa_fail(SA_INVALID, function, "b: got one for %lld %s, wanted 1 or %lld, as a", (long long)b, dim,
+                   (long long)a);
   return SA_OK;
 }
 

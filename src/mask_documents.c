@@ -66,9 +66,9 @@ static int check_ids(const char *function, const char *argument, const sa_tensor
   if (sa_mask_check_tensor(function, argument, t, 2)) return SA_INVALID;
   if (t->ndim < 1) return sa_fail(SA_INVALID, function, "%s: has 0 dims, wanted 1 or 2", argument);
   if (t->dtype != SA_I32 && t->dtype != SA_I64)
-    return sa_fail(SA_INVALID, function, "%s: is %s, wanted i32 or i64", argument, sa_describe(t));
+    return sa_fail(SA_INVALID, function, "%s: got %s, wanted i32 or i64", argument, sa_describe(t));
   if (sa_tensor_numel(t) > INT32_MAX)
-    return sa_fail(SA_INVALID, function, "%s: is %s, wanted below 2^31 ids", argument, sa_describe(t));
+    return sa_fail(SA_INVALID, function, "%s: got %s, wanted below 2^31 ids", argument, sa_describe(t));
   return SA_OK;
 }
 

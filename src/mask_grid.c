@@ -164,7 +164,7 @@ static int new_grid(sa_mask **out, const char *function, const char *name, const
 
 static int check_bool(const char *function, const char *argument, const sa_tensor *t, const char *advice) {
   if (t->dtype != SA_BOOL)
-    return sa_fail(SA_INVALID, function, "%s: is %s, wanted bool%s", argument, sa_describe(t), advice);
+    return sa_fail(SA_INVALID, function, "%s: got %s, wanted bool%s", argument, sa_describe(t), advice);
   return SA_OK;
 }
 
@@ -179,7 +179,7 @@ int sa_mask_blocks(sa_mask **out, const sa_tensor *keep, int64_t size) {
   if (sa_mask_check_out(__func__, out) || sa_mask_check_tensor(__func__, "keep", keep, 4) ||
       check_bool(__func__, "keep", keep, ""))
     return SA_INVALID;
-  if (size < 1) return sa_fail(SA_INVALID, __func__, "size: is %lld, wanted at least 1", (long long)size);
+  if (size < 1) return sa_fail(SA_INVALID, __func__, "size: got %lld, wanted at least 1", (long long)size);
   return new_grid(out, __func__, "blocks", keep, size, read_bool, 0);
 }
 
@@ -187,9 +187,9 @@ int sa_mask_additive(sa_mask **out, const sa_tensor *bias, double at_most) {
   if (sa_mask_check_out(__func__, out) || sa_mask_check_tensor(__func__, "bias", bias, 4)) return SA_INVALID;
   const flag_reader read = float_reader(bias->dtype);
   if (!read)
-    return sa_fail(SA_INVALID, __func__, "bias: is %s, wanted f32, f64, f16 or bf16 (for a bool: sa_mask_dense)",
+    return sa_fail(SA_INVALID, __func__, "bias: got %s, wanted f32, f64, f16 or bf16 (for a bool: sa_mask_dense)",
                    sa_describe(bias));
-  if (isnan(at_most)) return sa_fail(SA_INVALID, __func__, "at_most: is nan, wanted a number");
+  if (isnan(at_most)) return sa_fail(SA_INVALID, __func__, "at_most: got nan, wanted a number");
   return new_grid(out, __func__, "additive", bias, 1, read, at_most);
 }
 
@@ -199,7 +199,7 @@ int sa_mask_bits(sa_mask **out, int64_t batch, int64_t heads, int64_t queries, i
   static const char *const names[4] = {"batch", "heads", "queries", "keys"};
   for (int k = 0; k < 4; k++)
     if (shape[k] < 0)
-      return sa_fail(SA_INVALID, __func__, "%s: is %lld, wanted at least 0", names[k], (long long)shape[k]);
+      return sa_fail(SA_INVALID, __func__, "%s: got %lld, wanted at least 0", names[k], (long long)shape[k]);
   sa_mask *mask = sa_mask_new(__func__, "bits", SA_MASK_GRID);
   if (!mask) return SA_NO_MEMORY;
   mask->grid.size = 1;
@@ -217,20 +217,20 @@ int sa_mask_bits(sa_mask **out, int64_t batch, int64_t heads, int64_t queries, i
 }
 
 int sa_mask_bits_row(sa_mask *mask, int64_t batch, int64_t head, int64_t query, const uint8_t *visible) {
-  if (!mask) return sa_fail(SA_INVALID, __func__, "mask: is NULL, wanted one made by sa_mask_bits");
+  if (!mask) return sa_fail(SA_INVALID, __func__, "mask: got NULL, wanted one made by sa_mask_bits");
   if (strcmp(mask->name, "bits") != 0)
-    return sa_fail(SA_INVALID, __func__, "mask: is %s, wanted one made by sa_mask_bits", mask->name);
+    return sa_fail(SA_INVALID, __func__, "mask: got %s, wanted one made by sa_mask_bits", mask->name);
   if (atomic_load(&mask->in_use))
-    return sa_fail(SA_INVALID, __func__, "mask: is in use, wanted one that is not planned or combined yet");
+    return sa_fail(SA_INVALID, __func__, "mask: got one in use, wanted one that is not planned or combined yet");
   const int64_t index[3] = {batch, head, query};
   static const char *const names[3] = {"batch", "head", "query"};
   for (int k = 0; k < 3; k++)
     if (index[k] < 0 || index[k] >= mask->grid.shape[k])
-      return sa_fail(SA_INVALID, __func__, "%s: is %lld, wanted 0 to below %lld", names[k], (long long)index[k],
+      return sa_fail(SA_INVALID, __func__, "%s: got %lld, wanted 0 to below %lld", names[k], (long long)index[k],
                      (long long)mask->grid.shape[k]);
   const int64_t keys = mask->grid.shape[3];
   if (!visible && keys > 0)
-    return sa_fail(SA_INVALID, __func__, "visible: is NULL, wanted %lld flags", (long long)keys);
+    return sa_fail(SA_INVALID, __func__, "visible: got NULL, wanted %lld flags", (long long)keys);
   uint64_t *row = grid_row(&mask->grid, batch, head, query);
   uint8_t flags[64] = {0};
   for (int64_t key = 0; key < keys; key += 64) {

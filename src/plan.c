@@ -130,14 +130,14 @@ static void keep(sa_kept_plan *plans, int count, const sa_plan_key *key, const s
 }
 
 static int check_plan_arguments(const char *function, const sa_plan **out, int causal, const int64_t sizes[4]) {
-  if (!out) return sa_fail(SA_INVALID, function, "out: is NULL, wanted a place for the plan");
+  if (!out) return sa_fail(SA_INVALID, function, "out: got NULL, wanted a place for the plan");
   if (causal < SA_NO_CAUSAL || causal > SA_BOTTOM_RIGHT)
     return sa_fail(SA_INVALID, function,
-                   "causal: is %d, wanted SA_NO_CAUSAL (0), SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)", causal);
+                   "causal: got %d, wanted SA_NO_CAUSAL (0), SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)", causal);
   static const char *const names[4] = {"batch", "heads", "queries", "keys"};
   for (int k = 0; k < 4; k++)
     if (sizes[k] < 0)
-      return sa_fail(SA_INVALID, function, "%s: is %lld, wanted at least 0", names[k], (long long)sizes[k]);
+      return sa_fail(SA_INVALID, function, "%s: got %lld, wanted at least 0", names[k], (long long)sizes[k]);
   return SA_OK;
 }
 
@@ -211,8 +211,8 @@ bool sa_plan_visible(const sa_plan *plan, int64_t batch, int64_t head, int64_t q
 }
 
 static int check_reading(const char *function, const sa_plan *plan, const sa_tensor *out) {
-  if (!plan) return sa_fail(SA_INVALID, function, "plan: is NULL, wanted a plan");
-  if (!out) return sa_fail(SA_INVALID, function, "out: is NULL, wanted a place for the tensor");
+  if (!plan) return sa_fail(SA_INVALID, function, "plan: got NULL, wanted a plan");
+  if (!out) return sa_fail(SA_INVALID, function, "out: got NULL, wanted a place for the tensor");
   return SA_OK;
 }
 

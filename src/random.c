@@ -62,7 +62,7 @@ static int draw_values(const char *function, sa_tensor *t, const draw *d, bool n
 static int check_float(const char *function, const sa_tensor *t) {
   const int status = sa_tensor_check_writable(function, "t", t);
   if (status || t->dtype <= SA_BF16) return status;
-  return sa_fail(SA_INVALID, function, "t: is %s, wanted f32, f64, f16 or bf16", sa_dtype_name(t->dtype));
+  return sa_fail(SA_INVALID, function, "t: got %s, wanted f32, f64, f16 or bf16", sa_dtype_name(t->dtype));
 }
 
 int sa_rand(sa_tensor *t, uint64_t seed) {

@@ -57,11 +57,11 @@ static int check_input(call *c, const char *name, const sa_tensor *t, int dtype,
   const int status = sa_tensor_check(c->function, name, t);
   if (status) return status;
   if (t->device != q->device) {
-    return sa_fail(SA_INVALID, c->function, "%s: is on %s, wanted %s like q", name, sa_device_name(t->device),
+    return sa_fail(SA_INVALID, c->function, "%s: got one on %s, wanted %s like q", name, sa_device_name(t->device),
                    sa_device_name(q->device));
   }
   if (t->dtype != dtype && t->dtype != other) {
-    return sa_fail(SA_INVALID, c->function, "%s: is %s, wanted %s%s%s (q is %s)", name, sa_dtype_name(t->dtype),
+    return sa_fail(SA_INVALID, c->function, "%s: got %s, wanted %s%s%s (q is %s)", name, sa_dtype_name(t->dtype),
                    sa_dtype_name(dtype), other == dtype ? "" : " or ", other == dtype ? "" : sa_dtype_name(other),
                    sa_dtype_name(q->dtype));
   }
@@ -94,9 +94,9 @@ static const char *const operand_names[3] = {"q", "k", "v"};
 static int check_operands(call *c, const sa_tensor *const t[3]) {
   for (int n = 0; n < 3; n++) {
     if (!t[n] || !t[n]->data)
-      return sa_fail(SA_INVALID, c->function, "%s: is missing, wanted a tensor", operand_names[n]);
+      return sa_fail(SA_INVALID, c->function, "%s: got nothing, wanted a tensor", operand_names[n]);
     if (!sa_is_float(t[n]->dtype)) {
-      return sa_fail(SA_INVALID, c->function, "%s: is %s, wanted f32, f64, f16 or bf16", operand_names[n],
+      return sa_fail(SA_INVALID, c->function, "%s: got %s, wanted f32, f64, f16 or bf16", operand_names[n],
                      sa_dtype_name(t[n]->dtype));
     }
     const int status = check_input(c, operand_names[n], t[n], t[0]->dtype, t[0]->dtype);
@@ -249,11 +249,11 @@ static int use_inputs(call *c) {
 // An output that was given: right in every way, and apart from all inputs.
 static int check_given(call *c, const char *name, const sa_tensor *t, int dtype, int ndim, const int64_t *shape) {
   if (t->device != c->a->q->device) {
-    return sa_fail(SA_INVALID, c->function, "%s: is on %s, wanted %s like q", name, sa_device_name(t->device),
+    return sa_fail(SA_INVALID, c->function, "%s: got one on %s, wanted %s like q", name, sa_device_name(t->device),
                    sa_device_name(c->a->q->device));
   }
   if (t->dtype != dtype) {
-    return sa_fail(SA_INVALID, c->function, "%s: is %s, wanted %s", name, sa_dtype_name(t->dtype),
+    return sa_fail(SA_INVALID, c->function, "%s: got %s, wanted %s", name, sa_dtype_name(t->dtype),
                    sa_dtype_name(dtype));
   }
   int status = check_shape(c, name, t, ndim, shape, "");
@@ -364,7 +364,7 @@ static int forward(call *c) {
   sa_attention *a = c->a;
   sa_problem *p = &c->p;
   int64_t shape[4], weights_shape[4];
-  if (!a->out) return sa_fail(SA_INVALID, c->function, "out: is NULL, wanted a descriptor to fill");
+  if (!a->out) return sa_fail(SA_INVALID, c->function, "out: got NULL, wanted a descriptor to fill");
   int status = check_inputs(c);
   if (!status) status = use_inputs(c);
   if (status) return status;
@@ -387,7 +387,7 @@ static int forward(call *c) {
 static int check_saved(call *c, const char *name, const sa_tensor *t, bool needed, int dtype, int ndim,
                        const int64_t *shape, bool rows, sa_operand *x) {
   if (!t || !t->data) {
-    if (needed) return sa_fail(SA_INVALID, c->function, "%s: is missing, wanted what sa_forward gave", name);
+    if (needed) return sa_fail(SA_INVALID, c->function, "%s: got nothing, wanted what sa_forward gave", name);
     return SA_OK;
   }
   int status = check_input(c, name, t, dtype, dtype);
@@ -453,14 +453,14 @@ static void open_call(call *c, const char *function, sa_attention *a) {
 }
 
 int sa_forward(sa_attention *a) {
-  if (!a) return sa_fail(SA_INVALID, __func__, "a: is NULL, wanted a filled sa_attention");
+  if (!a) return sa_fail(SA_INVALID, __func__, "a: got NULL, wanted a filled sa_attention");
   call c;
   open_call(&c, __func__, a);
   return close_call(&c, forward(&c));
 }
 
 int sa_backward(sa_attention *a) {
-  if (!a) return sa_fail(SA_INVALID, __func__, "a: is NULL, wanted a filled sa_attention");
+  if (!a) return sa_fail(SA_INVALID, __func__, "a: got NULL, wanted a filled sa_attention");
   call c;
   open_call(&c, __func__, a);
   return close_call(&c, backward(&c));

@@ -186,6 +186,6 @@ int sa_allclose(const sa_tensor *a, const sa_tensor *b, double atol, double rtol
   if (!(atol >= 0)) return sa_fail(SA_INVALID, __func__, "atol: got %g, wanted a number >= 0", atol);
   if (!(rtol >= 0)) return sa_fail(SA_INVALID, __func__, "rtol: got %g, wanted a number >= 0", rtol);
   if (!sa_tensor_same_shape(a, b))
-    return sa_fail(SA_INVALID, __func__, "b: is %s, wanted the shape of a, %s", sa_describe(b), sa_describe(a));
+    return sa_fail(SA_INVALID, __func__, "b: got %s, wanted the shape of a, %s", sa_describe(b), sa_describe(a));
   return compare(a, b, &(sa_tolerance){atol, rtol, equal_nan}, result);
 }

@@ -246,7 +246,7 @@ static int check_view(const char *function, const sa_tensor *out, const sa_tenso
   const int status = sa_tensor_check(function, "t", t);
   if (status) return status;
   if (!out) return sa_fail(SA_INVALID, function, "out: got NULL, wanted a descriptor");
-  if (out == t) return sa_fail(SA_INVALID, function, "out: is t itself, wanted another descriptor");
+  if (out == t) return sa_fail(SA_INVALID, function, "out: got t itself, wanted another descriptor");
   return SA_OK;
 }
 
