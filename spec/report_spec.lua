@@ -95,6 +95,18 @@ describe("look:report", function()
     assert.equal("a.html\n", child.command("ls " .. folder .. "/one"))
   end)
 
+  it("says which file the disk has no room for, and leaves nothing of it", function()
+    child.command("mkdir " .. folder .. "/full")
+    local path = folder .. "/full/too large.html"
+    local text = ([[
+local sa = require "safeattn"
+local q = sa.randn({1, 1, 64, 8}, {seed = 1})
+print(sa.inspect(q, q, q):report %q)]]):format(path)
+    assert.equal("nil\t" .. path .. ": File too large\n",
+      child.must_run(text, {before = "trap '' XFSZ; ulimit -f 8"}))
+    assert.equal("", files.names(folder .. "/full"))
+  end)
+
   it("says what is wrong with its arguments", function()
     local look = attention(1, 2)
     assert.equal("safeattn.inspect():report: path: got nil, wanted the name of a file",

@@ -18,10 +18,10 @@ local function reserve(path)
   end
 end
 
--- Who asked for `path` knows no other name.
+-- Who asked for `path` knows no other name, and wants to read that one.
 local function naming(path, name, problem)
   local first, last = problem:find(name, 1, true)
-  return first and problem:sub(1, first - 1) .. path .. problem:sub(last + 1) or problem
+  return first and problem:sub(1, first - 1) .. path .. problem:sub(last + 1) or path .. ": " .. problem
 end
 
 --- Has `write(name)` write a file beside `path`, and then gives it that name.

@@ -44,8 +44,7 @@ local function write_rgb(path, pixels, width, height)
   image.version, image.width, image.height, image.format = VERSION, width, height, RGB
   return replace(path, function(name)
     if opened.png_image_write_to_file(image, name, 0, pixels, 0, nil) ~= 0 then return true end
-    local why = image.warning_or_error % 4 >= ERROR and ffi.string(image.message) or "libpng could not write it"
-    return nil, path .. ": " .. why
+    return nil, image.warning_or_error % 4 >= ERROR and ffi.string(image.message) or "libpng could not write it"
   end)
 end
 
