@@ -57,7 +57,7 @@ static int check_input(call *c, const char *name, const sa_tensor *t, int dtype,
   const int status = sa_tensor_check(c->function, name, t);
   if (status) return status;
   if (t->device != q->device) {
-    return sa_fail(SA_INVALID, c->function, "%s: got one on %s, wanted %s like q", name, sa_device_name(t->device),
+    return sa_fail(SA_INVALID, c->function, "%s: got a tensor on %s, wanted %s like q", name, sa_device_name(t->device),
                    sa_device_name(q->device));
   }
   if (t->dtype != dtype && t->dtype != other) {
@@ -249,7 +249,7 @@ static int use_inputs(call *c) {
 // An output that was given: right in every way, and apart from all inputs.
 static int check_given(call *c, const char *name, const sa_tensor *t, int dtype, int ndim, const int64_t *shape) {
   if (t->device != c->a->q->device) {
-    return sa_fail(SA_INVALID, c->function, "%s: got one on %s, wanted %s like q", name, sa_device_name(t->device),
+    return sa_fail(SA_INVALID, c->function, "%s: got a tensor on %s, wanted %s like q", name, sa_device_name(t->device),
                    sa_device_name(c->a->q->device));
   }
   if (t->dtype != dtype) {
