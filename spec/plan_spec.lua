@@ -2,9 +2,13 @@
 
 local sa = require "safeattn"
 local core = require "safeattn.core"
+local masks = require "spec.masks"
 
 local ffi, lib = core.ffi, core.lib
 local floor, max, random = math.floor, math.max, math.random
+local check, compile, construct, try_plan = masks.check, masks.compile, masks.construct, masks.try_plan
+local counts_of, internal_bytes, last_error = masks.counts_of, masks.internal_bytes, masks.last_error
+local in_window, lengths, makers = masks.in_window, masks.lengths, masks.makers
 
 -- The fields, as plan.h declares them. Declaring a struct twice is an error.
 if not pcall(ffi.typeof, "sa_run") then
@@ -15,58 +19,6 @@ if not pcall(ffi.typeof, "sa_run") then
 end
 
 local TILE, FULL, EMPTY = tonumber(lib.SA_TILE), tonumber(lib.SA_FULL), "empty"
-
--- Masks from C, positions counted from 0 -----------------------------------------------------------------------------
-
-local function last_error()
-  return ffi.string(lib.sa_last_error())
-end
-
-local function check(status)
-  if status ~= 0 then error(last_error(), 2) end
-end
-
-local function construct(name, ...)
-  local out = ffi.new "sa_mask *[1]"
-  check(lib["sa_mask_" .. name](out, ...))
-  return ffi.gc(out[0], lib.sa_mask_release)
-end
-
--- sizes: {B, H, L, S}
-local function try_plan(mask, sizes, causal, left, right)
-  local out = ffi.new "const sa_plan *[1]"
-  local status = lib.sa_mask_plan(out, mask, causal or 0, left or -1, right or -1, unpack(sizes, 1, 4))
-  return status == 0 and ffi.gc(out[0], lib.sa_plan_release) or nil, status
-end
-
-local function compile(...)
-  local plan, status = try_plan(...)
-  check(status)
-  return plan
-end
-
-local function counts_of(plan)
-  local counts = ffi.new "sa_plan_counts"
-  lib.sa_plan_count(plan, counts)
-  local result = {}
-  for _, name in ipairs {"batch", "heads", "queries", "keys", "visible", "empty", "partial", "full", "dead_rows",
-                         "dead_keys", "bytes", "patterns"} do
-    result[name] = tonumber(counts[name])
-  end
-  return result
-end
-
-local function internal_bytes()
-  local use = ffi.new "sa_memory_use"
-  lib.sa_memory(use)
-  return tonumber(use.internal_bytes)
-end
-
-local function lengths(list)
-  local array = ffi.new("int64_t[?]", max(#list, 1))
-  for k, length in ipairs(list) do array[k - 1] = length end
-  return array
-end
 
 -- Checking a plan ----------------------------------------------------------------------------------------------------
 
@@ -213,169 +165,6 @@ local function check_plan(plan, sizes, visible)
   return dense_owner, rows_owner, keys_owner
 end
 
--- Masks with their definitions ---------------------------------------------------------------------------------------
-
-local function diagonal(align, L, S)
-  return align == lib.SA_BOTTOM_RIGHT and S - L or 0
-end
-
-local function in_window(left, right, align, L, S)
-  local d = diagonal(align, L, S)
-  return function(_, _, i, j)
-    return (left < 0 or j - i - d >= -left) and (right < 0 or j - i - d <= right)
-  end
-end
-
-local function some_lengths(count, most)
-  local list = {}
-  for k = 1, count do list[k] = random(4) == 1 and most or random(4) == 1 and 0 or random(0, most) end
-  return list
-end
-
--- Ids of `count` positions for each batch, in one of four manners: sorted, unsorted, with negative ones, sparse.
-local function some_ids(batch, count, manner)
-  local ids, id = {}, 0
-  for b = 1, batch do
-    ids[b] = {}
-    for n = 1, count do
-      if random(30) == 1 then id = random(0, 5) end
-      ids[b][n] = manner == 1 and floor(n / 50) or manner == 2 and random(0, 3) or manner == 3 and random(-2, 2)
-        or id * 1000003 - (id == 3 and 2 ^ 40 or 0)
-    end
-  end
-  return ids
-end
-
-local function ids_tensor(ids, count)
-  local t = sa.empty({#ids, count}, {dtype = "i64"})
-  for b, row in ipairs(ids) do
-    for n, id in ipairs(row) do t:data()[(b - 1) * count + n - 1] = id end
-  end
-  return t
-end
-
-local function batch_of(list, b)
-  return list[#list == 1 and 1 or b + 1]
-end
-
--- A bool tensor that broadcasts to `shape`, of some rank, layout and content; and what it says of an index from 0.
-local function some_flags(shape)
-  local rank, kept = random(0, 4), {}
-  for k = 5 - rank, 4 do kept[#kept + 1] = random(3) == 1 and 1 or shape[k] end
-  local turned = rank >= 2 and random(3) == 1
-  if turned then kept[rank - 1], kept[rank] = kept[rank], kept[rank - 1] end
-  local t = sa.empty(kept, {dtype = "bool"})
-  local manner, share, flags = random(3), random(), t:data()
-  for n = 0, t:numel() - 1 do
-    flags[n] = manner == 1 and random() < share or manner == 2 and floor(n / 77) % 2 == 0 or manner == 3
-  end
-  if turned then t = t:transpose(rank - 1, rank) end
-  local stride = {0, 0, 0, 0}
-  for k = 1, rank do stride[4 - rank + k] = t:size(k) == 1 and 0 or t:stride(k) end
-  local batch, head, query, key = unpack(stride)
-  return t, function(b, h, i, j) return flags[b * batch + h * head + i * query + j * key] end
-end
-
-local makers = {}
-
-function makers.all() return construct "all", function() return true end end
-function makers.none() return construct "none", function() return false end end
-
-function makers.causal(_, _, L, S)
-  local align = random(lib.SA_TOP_LEFT, lib.SA_BOTTOM_RIGHT)
-  return construct("causal", align), in_window(-1, 0, align, L, S)
-end
-
-function makers.window(_, _, L, S)
-  local align, left, right = random(lib.SA_NO_CAUSAL, lib.SA_BOTTOM_RIGHT), random(-30, 200), random(-30, 200)
-  return construct("window", left, right, align), in_window(left, right, align, L, S)
-end
-
-function makers.padding(B, _, L, S)
-  local count = random(2) == 1 and B or 1
-  local k, q = some_lengths(count, S), random(2) == 1 and some_lengths(count, L)
-  return construct("padding", lengths(k), q and lengths(q) or nil, count), function(b, _, i, j)
-    return j < batch_of(k, b) and (not q or i < batch_of(q, b))
-  end
-end
-
-function makers.prefix(B, _, _, S)
-  local counts = some_lengths(random(2) == 1 and B or 1, S + 9) -- there may be fewer keys
-  return construct("prefix", lengths(counts), #counts), function(b, _, _, j) return j < batch_of(counts, b) end
-end
-
-function makers.global()
-  local count = random(0, 200)
-  return construct("global", count), function(_, _, i, j) return i < count or j < count end
-end
-
-function makers.documents(B, _, L, S)
-  local manner, shared = random(4), L == S and random(2) == 1
-  local k = some_ids(random(2) == 1 and B or 1, S, manner)
-  local q = shared and k or some_ids(random(2) == 1 and B or 1, L, manner)
-  local k_tensor, q_tensor = ids_tensor(k, S), ids_tensor(q, L)
-  return construct("documents", not shared and q_tensor.handle or nil, k_tensor.handle), function(b, _, i, j)
-    local id = batch_of(q, b)[i + 1]
-    return id >= 0 and id == batch_of(k, b)[j + 1]
-  end
-end
-
-function makers.dense(B, H, L, S)
-  local t, flag = some_flags {B, H, L, S}
-  return construct("dense", t.handle), function(b, h, i, j) return t and flag(b, h, i, j) end -- t: it must live
-end
-
-function makers.blocks(B, H, L, S)
-  local size = random(2) == 1 and random(1, 20) or random(1, 200)
-  local t, flag = some_flags {B, H, math.ceil(L / size), math.ceil(S / size)}
-  return construct("blocks", t.handle, size), function(b, h, i, j)
-    return t and flag(b, h, floor(i / size), floor(j / size))
-  end
-end
-
-function makers.random(_, _, L, S)
-  local probability, seed = random(4) == 1 and random(0, 1) or random(), random(0, 2 ^ 30)
-  -- sa_rand draws from the same words
-  local u = sa.empty({max(L, 1), max(S, 1)})
-  check(lib.sa_rand(u.handle, seed))
-  return construct("random", probability, seed), function(_, _, i, j) return u:data()[i * S + j] < probability end
-end
-
-function makers.bits(B, H, L, S)
-  local batch, heads = random(2) == 1 and B or 1, random(2) == 1 and H or 1
-  local mask, flags = construct("bits", batch, heads, L, S), {}
-  local row = ffi.new("uint8_t[?]", max(S, 1))
-  for b = 0, batch - 1 do
-    for h = 0, heads - 1 do
-      for i = 0, L - 1 do
-        local filled, share = random(10) > 1, random()
-        for j = 0, S - 1 do
-          row[j] = random() < share and random(255) or 0
-          flags[((b * heads + h) * L + i) * S + j] = filled and row[j] ~= 0
-        end
-        if filled then check(lib.sa_mask_bits_row(mask, b, h, i, row)) end
-      end
-    end
-  end
-  return mask, function(b, h, i, j)
-    return flags[(((batch == 1 and 0 or b) * heads + (heads == 1 and 0 or h)) * L + i) * S + j]
-  end
-end
-
-local names = {}
-for name in pairs(makers) do names[#names + 1] = name end
-table.sort(names)
-
-local function some_mask(depth, ...)
-  if depth == 0 or random(3) == 1 then return makers[names[random(#names)]](...) end
-  local a, sees_a = some_mask(depth - 1, ...)
-  local operator = random(3)
-  if operator == 1 then return construct("not", a), function(...) return not sees_a(...) end end
-  local b, sees_b = some_mask(depth - 1, ...)
-  if operator == 2 then return construct("and", a, b), function(...) return sees_a(...) and sees_b(...) end end
-  return construct("or", a, b), function(...) return sees_a(...) or sees_b(...) end
-end
-
 local corner_sizes = {0, 1, 2, 63, 64, 65, 127, 128, 129, 192, 255, 256, 257, 300}
 
 local function some_size()
@@ -390,7 +179,7 @@ local function with_seed(seed, run)
 end
 
 describe("a compiled mask", function()
-  for number, name in ipairs(names) do
+  for number, name in ipairs(masks.names) do
     it("says of every pair what the definition says: " .. name, function()
       for case, size in ipairs {{300, 300}, {128, 256}, {129, 127}, {1, 257}, {257, 1}, {1, 1}, {0, 5}, {5, 0}} do
         with_seed(1000 * number + case, function()
@@ -407,7 +196,7 @@ describe("a compiled mask", function()
       with_seed(seed, function()
         local B, H, L = random(0, 2), random(0, 2), some_size()
         local S = random(2) == 1 and L or some_size()
-        local mask, visible = some_mask(random(0, 3), B, H, L, S)
+        local mask, visible = masks.some(random(0, 3), B, H, L, S)
         local causal = max(0, random(-1, 2))
         local left, right = random(-200, 200), random(-200, 200)
         local window = in_window(left, causal ~= 0 and 0 or right, causal, L, S)
@@ -595,25 +384,25 @@ describe("a mask", function()
     local causal = construct("causal", lib.SA_TOP_LEFT)
     local random_causal = construct("and", construct("random", 0.5, 1), causal)
     local both = construct("or", random_causal, construct("dense", flags.handle))
-    local masks = ffi.new "sa_mask *[1]"
+    local made = ffi.new "sa_mask *[1]"
     local plans = ffi.new "const sa_plan *[1]"
     for name, call in pairs {
-      documents = function() return lib.sa_mask_documents(masks, ids.handle, ids.handle), masks end,
-      dense = function() return lib.sa_mask_dense(masks, flags.handle), masks end,
-      padding = function() return lib.sa_mask_padding(masks, lengths {1, 2, 3}, nil, 3), masks end,
-      bits = function() return lib.sa_mask_bits(masks, 1, 1, 9, 9), masks end,
-      ["and"] = function() return lib.sa_mask_and(masks, causal, both), masks end,
+      documents = function() return lib.sa_mask_documents(made, ids.handle, ids.handle), made end,
+      dense = function() return lib.sa_mask_dense(made, flags.handle), made end,
+      padding = function() return lib.sa_mask_padding(made, lengths {1, 2, 3}, nil, 3), made end,
+      bits = function() return lib.sa_mask_bits(made, 1, 1, 9, 9), made end,
+      ["and"] = function() return lib.sa_mask_and(made, causal, both), made end,
       plan = function() return lib.sa_mask_plan(plans, both, 1, 9, -1, 1, 1, 300, 300), plans end,
     } do
       local failures = 0
       while true do
         local before = internal_bytes()
-        masks[0], plans[0] = nil, nil
+        made[0], plans[0] = nil, nil
         lib.sa_memory_fail(failures + 1)
         local status, out = call()
         lib.sa_memory_fail(0)
         if status == 0 then
-          if out == masks then lib.sa_mask_release(masks[0]) else lib.sa_plan_release(plans[0]) end
+          if out == made then lib.sa_mask_release(made[0]) else lib.sa_plan_release(plans[0]) end
           break
         end
         failures = failures + 1
@@ -624,151 +413,5 @@ describe("a mask", function()
       end
       assert.is_true(failures > 0)
     end
-  end)
-end)
-
-describe("wrong input", function()
-  local out, plans = ffi.new "sa_mask *[1]", ffi.new "const sa_plan *[1]"
-
-  local function assert_error(message, status)
-    assert.are_not.equal(0, status)
-    assert.equal(message, last_error())
-    assert.is_true(out[0] == nil and plans[0] == nil)
-  end
-
-  before_each(function()
-    out[0], plans[0] = nil, nil
-  end)
-
-  it("of constructors is named", function()
-    local bools, ints, floats = sa.zeros({2, 2}, {dtype = "bool"}), sa.zeros({2, 2}, {dtype = "i32"}), sa.zeros {2, 2}
-    local deep = sa.zeros({1, 1, 1, 2, 2}, {dtype = "bool"})
-    local scalar = sa.tensor(3, {dtype = "i32"})
-    local negative = ffi.new("sa_tensor", bools.handle)
-    negative.shape[0] = -1
-    for message, status in pairs {
-      ["sa_mask_causal: align: got 0, wanted SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)"] =
-        function() return lib.sa_mask_causal(out, 0) end,
-      ["sa_mask_window: align: got 3, wanted SA_NO_CAUSAL (0), SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)"] =
-        function() return lib.sa_mask_window(out, 1, 1, 3) end,
-      ["sa_mask_all: out: got NULL, wanted a place for the mask"] = function() return lib.sa_mask_all(nil) end,
-      ["sa_mask_padding: key_lengths: that of batch 2 of 3 is -1, wanted at least 0"] =
-        function() return lib.sa_mask_padding(out, lengths {1, -1, 2}, nil, 3) end,
-      ["sa_mask_padding: query_lengths: that of batch 1 of 1 is -5, wanted at least 0"] =
-        function() return lib.sa_mask_padding(out, lengths {1}, lengths {-5}, 1) end,
-      ["sa_mask_padding: key_lengths: got NULL, wanted 2 counts"] =
-        function() return lib.sa_mask_padding(out, nil, nil, 2) end,
-      ["sa_mask_prefix: count: got -1, wanted at least 0"] =
-        function() return lib.sa_mask_prefix(out, lengths {}, -1) end,
-      ["sa_mask_global: count: got -2, wanted at least 0"] = function() return lib.sa_mask_global(out, -2) end,
-      ["sa_mask_random: probability: got 1.5, wanted 0 to 1"] = function() return lib.sa_mask_random(out, 1.5, 1) end,
-      ["sa_mask_random: probability: got nan, wanted 0 to 1"] = function() return lib.sa_mask_random(out, 0 / 0, 1) end,
-      ["sa_mask_dense: visible: got NULL, wanted a tensor"] = function() return lib.sa_mask_dense(out, nil) end,
-      ["sa_mask_dense: visible: holds nothing, wanted a tensor with memory"] =
-        function() return lib.sa_mask_dense(out, ffi.new "sa_tensor") end,
-      ["sa_mask_dense: visible: has size -1 and stride 2 at dim 0, wanted neither negative"] =
-        function() return lib.sa_mask_dense(out, negative) end,
-      ["sa_mask_dense: visible: got f32[2,2], wanted bool (a float mask is a bias, or sa_mask_additive)"] =
-        function() return lib.sa_mask_dense(out, floats.handle) end,
-      ["sa_mask_dense: visible: has 5 dims, wanted at most 4"] =
-        function() return lib.sa_mask_dense(out, deep.handle) end,
-      ["sa_mask_blocks: keep: got i32[2,2], wanted bool"] =
-        function() return lib.sa_mask_blocks(out, ints.handle, 4) end,
-      ["sa_mask_blocks: size: got 0, wanted at least 1"] =
-        function() return lib.sa_mask_blocks(out, bools.handle, 0) end,
-      ["sa_mask_additive: bias: got bool[2,2], wanted f32, f64, f16 or bf16 (for a bool: sa_mask_dense)"] =
-        function() return lib.sa_mask_additive(out, bools.handle, 0) end,
-      ["sa_mask_additive: at_most: got nan, wanted a number"] =
-        function() return lib.sa_mask_additive(out, floats.handle, 0 / 0) end,
-      ["sa_mask_documents: key_ids: got f32[2,2], wanted i32 or i64"] =
-        function() return lib.sa_mask_documents(out, nil, floats.handle) end,
-      ["sa_mask_documents: key_ids: has 0 dims, wanted 1 or 2"] =
-        function() return lib.sa_mask_documents(out, nil, scalar.handle) end,
-      ["sa_mask_documents: query_ids: has 3 batches, wanted 1 or 2, as key_ids"] =
-        function() return lib.sa_mask_documents(out, sa.zeros({3, 2}, {dtype = "i32"}).handle, ints.handle) end,
-      ["sa_mask_bits: queries: got -1, wanted at least 0"] = function() return lib.sa_mask_bits(out, 1, 1, -1, 1) end,
-      ["sa_mask_not: a: got NULL, wanted a mask"] = function() return lib.sa_mask_not(out, nil) end,
-      ["sa_mask_and: b: got NULL, wanted a mask"] = function() return lib.sa_mask_and(out, construct "all", nil) end,
-      ["sa_mask_or: b: got one for 3 batches, wanted 1 or 2, as a"] = function()
-        return lib.sa_mask_or(out, construct("prefix", lengths {1, 2}, 2), construct("prefix", lengths {1, 2, 3}, 3))
-      end,
-      ["sa_mask_and: b: got one for 4 heads, wanted 1 or 2, as a"] =
-        function() return lib.sa_mask_and(out, construct("bits", 1, 2, 1, 1), construct("bits", 1, 4, 1, 1)) end,
-    } do
-      assert_error(message, status())
-    end
-    assert.equal(tonumber(lib.SA_NO_MEMORY), lib.sa_mask_bits(out, 2 ^ 40, 2 ^ 40, 2 ^ 40, 2 ^ 40))
-  end)
-
-  it("of rows of bits is named, and a mask in use no longer changes", function()
-    local mask, row = construct("bits", 2, 3, 4, 5), ffi.new "uint8_t[5]"
-    local function fill(...) return lib.sa_mask_bits_row(...) end
-    assert_error("sa_mask_bits_row: mask: got NULL, wanted one made by sa_mask_bits", fill(nil, 0, 0, 0, row))
-    assert_error("sa_mask_bits_row: mask: got causal, wanted one made by sa_mask_bits",
-      fill(construct("causal", 1), 0, 0, 0, row))
-    assert_error("sa_mask_bits_row: batch: got 2, wanted 0 to below 2", fill(mask, 2, 0, 0, row))
-    assert_error("sa_mask_bits_row: head: got -1, wanted 0 to below 3", fill(mask, 0, -1, 0, row))
-    assert_error("sa_mask_bits_row: query: got 4, wanted 0 to below 4", fill(mask, 0, 0, 4, row))
-    assert_error("sa_mask_bits_row: visible: got NULL, wanted 5 flags", fill(mask, 0, 0, 0, nil))
-    local message = "sa_mask_bits_row: mask: got one in use, wanted one that is not planned or combined yet"
-    compile(mask, {2, 3, 4, 5})
-    assert_error(message, fill(mask, 0, 0, 0, row))
-    local operand = construct("bits", 2, 3, 4, 5)
-    construct("not", operand)
-    assert_error(message, fill(operand, 0, 0, 0, row))
-  end)
-
-  it("of plans is named", function()
-    local function plan(mask, ...) return (lib.sa_mask_plan(plans, mask, ...)) end
-    local padding = construct("padding", lengths {3, 5}, lengths {2, 4}, 2)
-    assert_error("sa_mask_plan: out: got NULL, wanted a place for the plan",
-      lib.sa_mask_plan(nil, nil, 0, -1, -1, 1, 1, 1, 1))
-    assert_error("sa_mask_plan: causal: got 3, wanted SA_NO_CAUSAL (0), SA_TOP_LEFT (1) or SA_BOTTOM_RIGHT (2)",
-      plan(nil, 3, -1, -1, 1, 1, 1, 1))
-    assert_error("sa_mask_plan: keys: got -1, wanted at least 0", plan(nil, 0, -1, -1, 1, 1, 1, -1))
-    assert_error("sa_mask_plan: mask: padding has 2 lengths, wanted 1 or as many as batches: 4",
-      plan(padding, 0, -1, -1, 4, 1, 8, 8))
-    assert_error("sa_mask_plan: mask: padding: batch 2 of 2 has 5 keys, wanted at most 4",
-      plan(construct("not", padding), 0, -1, -1, 2, 1, 8, 4))
-    assert_error("sa_mask_plan: mask: padding: batch 2 of 2 has 4 queries, wanted at most 3",
-      plan(padding, 0, -1, -1, 2, 1, 3, 8))
-    local ids = sa.zeros({2, 6}, {dtype = "i32"})
-    local documents = construct("documents", nil, ids.handle)
-    assert_error("sa_mask_plan: mask: documents has 2 rows of ids, wanted 1 or as many as batches: 3",
-      plan(documents, 0, -1, -1, 3, 1, 6, 6))
-    assert_error("sa_mask_plan: mask: documents has ids of 6 keys, wanted 7", plan(documents, 0, -1, -1, 2, 1, 6, 7))
-    assert_error("sa_mask_plan: mask: documents has ids of 6 queries (the same as of keys), wanted 5",
-      plan(documents, 0, -1, -1, 2, 1, 5, 6))
-    assert_error("sa_mask_plan: mask: documents has ids of 6 queries, wanted 5",
-      plan(construct("documents", ids.handle, ids.handle), 0, -1, -1, 2, 1, 5, 6))
-    local flags = sa.zeros({3, 1, 4, 5}, {dtype = "bool"})
-    assert_error("sa_mask_plan: mask: dense has shape [3,1,4,5], wanted [2,2,4,5], or 1 for any of its dims",
-      plan(construct("dense", flags.handle), 0, -1, -1, 2, 2, 4, 5))
-    assert_error("sa_mask_plan: mask: blocks has shape [3,1,4,5], wanted [3,2,3,5], or 1 for any of its dims",
-      plan(construct("blocks", flags.handle, 4), 0, -1, -1, 3, 2, 12, 17))
-    assert_error("sa_mask_plan: keys: got 274877906817, wanted at most 274877906816",
-      plan(nil, 0, -1, -1, 1, 1, 1, 2 ^ 38 - 127))
-    assert_error("sa_mask_plan: queries, keys: got 4294967296 and 4294967296, wanted below 2^63 pairs in all",
-      plan(nil, 0, -1, -1, 1, 1, 2 ^ 32, 2 ^ 32))
-  end)
-
-  it("of what is asked of a plan is named, and harmless where nothing can be said", function()
-    local t = ffi.new "sa_tensor"
-    assert_error("sa_plan_dense: plan: got NULL, wanted a plan", lib.sa_plan_dense(nil, t))
-    assert_error("sa_plan_dead_rows: out: got NULL, wanted a place for the tensor",
-      lib.sa_plan_dead_rows(compile(nil, {1, 1, 1, 1}), nil))
-    local counts = ffi.new "sa_plan_counts"
-    counts.visible = 7
-    lib.sa_plan_count(nil, counts)
-    assert.equal(0, tonumber(counts.visible))
-    assert.is_false(lib.sa_plan_visible(nil, 0, 0, 0, 0))
-    local plan = compile(construct("padding", lengths {3, 5}, nil, 2), {2, 1, 4, 8})
-    for _, place in ipairs {{2, 0, 0, 0}, {-1, 0, 0, 0}, {0, 0, 4, 0}, {0, 0, 0, 8}, {0, 0, -1, 0}, {0, -1, 0, 0}} do
-      assert.is_false(lib.sa_plan_visible(plan, unpack(place)))
-    end
-    assert.is_true(lib.sa_plan_visible(plan, 1, 9, 3, 4))
-    lib.sa_plan_release(nil)
-    lib.sa_mask_release(nil)
-    lib.sa_mask_retain(nil)
   end)
 end)
