@@ -80,6 +80,19 @@ describe("the prompt through a pipe", function()
     assert.not_matches("xpcall", output)
   end)
 
+  it("goes on after values and errors that cannot be printed", function()
+    local output = piped([[
+broken = setmetatable({}, {__tostring = function() error("no words", 0) end})
+mute = setmetatable({}, {__tostring = function() error {} end})
+broken
+mute
+{broken}
+error(broken)
+7
+]])
+    assert.equal("no text: no words\nno text: table\n{a table}\nno text: no words\n7\n", (output))
+  end)
+
   it("shows the documentation of functions", function()
     for name, text in pairs {
       sdpa = "k", ["sa.zeros"] = "Every element 0", ["m.causal"] = "Query i sees",

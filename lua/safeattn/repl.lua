@@ -117,13 +117,19 @@ local function shown(value)
   return #line <= 100 and line or "{\n  " .. table.concat(texts, ",\n  ") .. "\n}"
 end
 
+-- to_text(value), or why it has none: a value's own __tostring may raise.
+local function text_of(to_text, value)
+  local succeeded, text = pcall(to_text, value)
+  return succeeded and text or "no text: " .. (type(text) == "string" and text or type(text))
+end
+
 local function print_results(succeeded, ...)
   if not succeeded then
     io.stdout:flush()
-    io.stderr:write(tostring((...)), "\n")
+    io.stderr:write(text_of(tostring, (...)), "\n")
     return false
   end
-  for n = 1, select("#", ...) do print(shown((select(n, ...)))) end
+  for n = 1, select("#", ...) do print(text_of(shown, (select(n, ...)))) end
   return true
 end
 
