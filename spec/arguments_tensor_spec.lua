@@ -459,6 +459,11 @@ describe("a call that fails", function()
     assert.is_nil(leaf.grad)
   end)
 
+  it("says what came without asking the caller's classes", function()
+    local Model = {describe = function(model) return model.name:upper() end}
+    assert.equal("safeattn.matmul: a: got a table, wanted a tensor",
+      helper.message_of(sa.matmul, setmetatable({}, Model), t))
+  end)
 end)
 
 describe("a function of the C face that gives back no status", function()

@@ -14,7 +14,7 @@ local M = {}
 
 local Handle = {}
 Handle.__index = Handle
-Handle.describe = function() return "the handle of a hook" end
+Handle.__describe = function() return "the handle of a hook" end
 
 --- Takes the hook off its tensor; doing so again is fine.
 function Handle:remove()

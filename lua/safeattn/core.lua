@@ -107,10 +107,10 @@ function core.call(fname, f, ...)
   if status ~= 0 then core.check(status, fname) end
 end
 
--- The `describe` of the library's objects.
+-- The `__describe` of the library's objects.
 local function describer(value)
   local metatable = type(value) == "table" and getmetatable(value)
-  return type(metatable) == "table" and rawget(metatable, "describe")
+  return type(metatable) == "table" and rawget(metatable, "__describe")
 end
 
 --- Whether a value is a table that is none of the library's objects.
@@ -118,7 +118,8 @@ function core.is_plain(value)
   return type(value) == "table" and not describer(value)
 end
 
---- What came, for a message: `f32[2,3]`, `"abc"`, `a table`. Objects whose metatable has `describe` say it themselves.
+--- What came, for a message: `f32[2,3]`, `"abc"`, `a table`. The library's objects, whose metatables have `__describe`,
+-- say it themselves.
 function core.describe(value)
   local describe = describer(value)
   if describe then return describe(value) end

@@ -132,7 +132,7 @@ function Stream:release()
   call("stream:release", lib.sa_cuda_stream_release, self.code, pointer)
 end
 
-function Stream.describe(stream)
+function Stream.__describe(stream)
   return "a stream of " .. stream.device
 end
 

@@ -17,7 +17,7 @@ local steps = {f64 = 1e-6, f32 = 1e-2}
 
 local Report = {}
 Report.__index = Report
-Report.describe = function() return "a gradcheck report" end
+Report.__describe = function() return "a gradcheck report" end
 
 local function element_text(worst, against)
   return string.format("[%s]: analytic %.10g, %s %.10g, error %.3g, allowed %.3g", table.concat(worst.index, ","),

@@ -27,7 +27,7 @@ function M.problem(look, fname)
 end
 local problem = M.problem
 
-function Look.describe(look)
+function Look.__describe(look)
   local p = look.problem
   return string.format("an inspection of B=%d H=%d L=%d S=%d", p.B, p.H, p.L, p.S)
 end

@@ -35,7 +35,7 @@ function metatable.__tostring(mask)
 end
 
 --- For messages.
-function metatable.describe(mask)
+function metatable.__describe(mask)
   return "the mask " .. mask.text
 end
 

@@ -11,7 +11,7 @@ local optim = {}
 
 local AdamW = {}
 AdamW.__index = AdamW
-AdamW.describe = function() return "an adamw" end
+AdamW.__describe = function() return "an adamw" end
 
 local adamw_options = {lr = true, betas = true, eps = true, weight_decay = true}
 

@@ -22,7 +22,7 @@ local DEFAULT_BYTES = 256 * 2 ^ 20
 
 local Tap = {}
 Tap.__index = Tap
-Tap.describe = function() return "a tap" end
+Tap.__describe = function() return "a tap" end
 
 -- The tap that is on, or nil: only one at a time.
 local current
@@ -175,7 +175,7 @@ end
 -- Reading
 
 local List = {}
-List.describe = function(list) return string.format("a list of %d recorded attentions", #list) end
+List.__describe = function(list) return string.format("a list of %d recorded attentions", #list) end
 
 function List.__tostring(list)
   if #list == 0 then return "nothing recorded" end

@@ -278,7 +278,7 @@ end
 --- "f32[2,8,128,64]", for messages and print.
 -- @param t a tensor
 -- @param located whether the CPU is named too, as other devices are
-function Tensor.describe(t, located)
+function Tensor.__describe(t, located)
   local handle = t.handle
   if not handle then return "a tensor that was freed" end
   local name = core.dtype_names[handle.dtype] .. "[" .. table.concat(list(handle.shape, handle.ndim), ",") .. "]"
@@ -290,7 +290,7 @@ end
 -- they differ.
 function tensor.describe_both(came, wanted)
   local apart = came.handle.device ~= wanted.handle.device
-  return Tensor.describe(came, apart), Tensor.describe(wanted, apart)
+  return Tensor.__describe(came, apart), Tensor.__describe(wanted, apart)
 end
 
 -- Print and arithmetic are other modules' work: they fill in what the metatable wants.

@@ -163,7 +163,7 @@ end
 
 local Comparison = {}
 Comparison.__index = Comparison
-Comparison.describe = function() return "a comparison of back ends and stances" end
+Comparison.__describe = function() return "a comparison of back ends and stances" end
 
 local function place_text(at)
   return string.format("%.3g at [%s]: %.9g, %.9g", at.difference, table.concat(at.index, ","), at.fused, at.reference)

@@ -386,7 +386,7 @@ end
 
 local Trace = {}
 Trace.__index = Trace
-Trace.describe = function() return "a trace of non-finite numbers" end
+Trace.__describe = function() return "a trace of non-finite numbers" end
 
 function Trace.__tostring(trace)
   if trace.clean then return "everything is finite: " .. table.concat(trace.looked_at, ", ") end

@@ -128,7 +128,7 @@ local function where(entry)
   return string.format(" of batch %d, head %d", entry.b, entry.h)
 end
 
-function List.describe(list)
+function List.__describe(list)
   return string.format("a list of %d dead %s", #list, list.axis.plural)
 end
 

@@ -292,7 +292,7 @@ local function shown_places(row)
   return places
 end
 
-Row.describe = function(row)
+Row.__describe = function(row)
   return string.format("row (%d,%d,%d) of an inspection", row.b, row.h, row.i)
 end
 
