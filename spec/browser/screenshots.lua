@@ -25,5 +25,4 @@ local images = "docs/images/"
 chromium.screenshot(page, "h=5&i=112&j=96&show=weights", images .. "report.png", 1180, 930)
 chromium.screenshot(page, "h=3&i=84&j=77&show=dS", images .. "report-dark.png", 1180, 930,
   "--blink-settings=preferredColorScheme=0")
-chromium.screenshot(page, "h=3&i=57&j=40&show=dS", images .. "report-phone.png", 420, 1100)
 os.remove(page)
