@@ -15,11 +15,21 @@ setup(function() folder = files.folder() end)
 teardown(function() files.remove(folder) end)
 
 describe("the README's example", function()
-  local code, shown = read("README.md"):match("```lua\n(.-)```.-```text\n(.-)```")
+  local code, shown, more = read("README.md"):match("```lua\n(.-)```.-```text\n(.-)```.-```lua\n(.-)```")
 
   it("prints what is shown below it", function()
     write(folder .. "/readme.lua", code)
     assert.equal(shown, run("luajit " .. folder .. "/readme.lua"))
+  end)
+
+  it("goes on to look inside", function()
+    local page = folder .. "/report.html"
+    write(folder .. "/readme.lua", code .. more:gsub("report%.html", page))
+    local output = run("luajit " .. folder .. "/readme.lua")
+    assert.matches("documents * causal  L=6 S=6", output, 1, true)
+    assert.matches("\nf32[1,2,6,8][1,2,:,:]  min", output, 1, true)
+    assert.matches("\ndscores  b=1 h=2  L=6 S=6\n", output, 1, true)
+    assert.matches("^<!doctype html>", read(page))
   end)
 
   it("is short", function()
