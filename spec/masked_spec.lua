@@ -3,6 +3,8 @@
 local sa = require "safeattn"
 local cases = require "spec.attention_cases"
 
+local m = sa.mask
+
 local inf, nan = math.huge, 0 / 0
 local dtypes = cases.dtypes
 local wanted = cases.every(cases.fewer > 3 and 3 or 1)  -- coprime to the number of dtypes
@@ -323,6 +325,33 @@ describe("what is visible reaches exactly who sees it:", function()
       local run = sa.forward(q, k, v, options)
       local problem = cases.difference(exact(run.out:to {device = "cpu"}), want, 0, 0, 0)
       if problem then error(dtype .. " " .. run.kernel .. ": " .. problem, 0) end
+    end)
+  end)
+
+  it("no bit of rows beside those whose scores are huge", function()
+    everywhere(function(dtype, engine)
+      local of = {dtype = dtype, device = engine.device, seed = 1}
+      local bias = sa.zeros({1, 60}, {dtype = dtype, device = engine.device})
+      bias:set(1, 2, 2000)
+      -- Rows 1 to 10 see keys 1 to 30, the others see the others.
+      local ids = {}
+      for n = 1, 60 do ids[n] = n > 30 and 1 or 0 end
+      local mask = m.documents({0, 0, 0, 0, 0, 0, 0, 0, 0, 0, unpack(ids, 31, 55)}, ids)
+      for _, width in ipairs {8, 64} do
+        local q, k, v = sa.randn({35, width}, of), sa.randn({60, width}, of), sa.randn({60, width}, of)
+        local function results()
+          local run = sa.forward(q, k, v, {backend = engine.backend, bias = bias, mask = mask})
+          local g = run:backward(q)
+          return {out = run.out:narrow(1, 11, 25), lse = run.lse:narrow(1, 11, 25), dq = g.dq:narrow(1, 11, 25),
+            dk = g.dk:narrow(1, 31, 30), dv = g.dv:narrow(1, 31, 30)}, run
+        end
+        local want, run = results()
+        k:select(1, 5):fill(nan)
+        for name, t in pairs(results()) do
+          local problem = cases.difference(t, want[name]:to("f64"), 0, 0, 0)
+          if problem then error(("%s %s, width %d: %s: %s"):format(dtype, run.kernel, width, name, problem), 0) end
+        end
+      end
     end)
   end)
 

@@ -77,9 +77,11 @@ static void NAME(prepare_block)(const NAME(backward_job) * job, const NAME(block
   REAL dots[QUERIES], sink = 0;
   if (p->sinks.data) NAME(read_row)(sa_at(&p->sinks, 0, block->head, 0, 0), p->sinks.dtype, 1, &sink);
   // An LSE beyond 1024 has an error of 6e-5 in float, which the weights would inherit (and one of -3e38, the bias's
-  // doing, has no digit for the number of keys): those blocks get peaks and sums afresh.
-  bool coarse = false;
-  for (int i = 0; i < block->count; i++) coarse |= fabs(lse[i * lse_row]) > 1024 && !(dead_rows >> i & 1);
+  // doing, has no digit for the number of keys): those rows, and only those, as another's may be NaN next time, get
+  // peaks and sums afresh.
+  uint64_t coarse = 0;
+  for (int i = 0; i < block->count; i++) coarse |= (uint64_t)(fabs(lse[i * lse_row]) > 1024) << i;
+  coarse &= ~dead_rows;
   if (coarse) NAME(gather_again)(job, block, room);
   if (p->dout.data) NAME(output_dots)(block, dots);
   const double advance = NAME(scale_in_advance)(p);
@@ -88,7 +90,7 @@ static void NAME(prepare_block)(const NAME(backward_job) * job, const NAME(block
     const bool dead = dead_rows >> i & 1;
     // A row that sees only its sink gives it all its weight.
     NAME(row_scale) scale = {INFINITY, 1, sink, 1};
-    if (!dead && coarse) {
+    if (coarse >> i & 1) {
       scale = NAME(scale_row)(block, i, room->again.peak[i], room->again.sum[i]);
     } else if (!dead) {
       const double known = lse[i * lse_row];
