@@ -100,7 +100,8 @@ for _, dtype in ipairs(dtypes) do
       add {dropout = 0.9, weights = true}
       add {dropout = 0.1, bias = "bhls", bias_values = "inf", mask = "dead"}
       add {sinks = true, mask = "none"}
-      add {sinks = "huge", mask = "dense", extras_dtype = dtype == "f64" and "f64" or "f32"}
+      -- Of many sizes: not all come back as they were from logarithms of base 2.
+      add {sinks = "huge", mask = "dense", heads = 16, extras_dtype = dtype == "f64" and "f64" or "f32"}
       add {sinks = true, alibi = true, bias = "ls", extras_dtype = dtype == "f64" and "f64" or "f32"}
       add {sinks = true, bias = "1hl1", bias_values = "inf", mask = "dense", weights = true}
       add {sinks = true, alibi = true, softcap = 2, window = {60, 60}, causal = "bottom-right", bias = "b1ls",

@@ -217,6 +217,13 @@ static __device__ __forceinline__ float hopper_backward_sink(const hopper_backwa
                                  : hopper_low<T>(((const uint16_t *)c.sinks.data)[at]);
 }
 
+// A sink's share of a row that sees keys. The LSE is off by up to 2^-21 of itself, so a sink that near has all of it: a
+// huge one would have got 0, or Inf.
+static __device__ __forceinline__ float hopper_backward_share(float sink, float lse) {
+  const float above = sink - lse;
+  return fabsf(above) <= fabsf(lse) * 0x1p-21f ? 1.f : expf(above);
+}
+
 // Whether the rows of a tile see no key.
 static __device__ __forceinline__ bool hopper_backward_no_key(const hopper_backward_call &c, int batch, int head,
                                                               int row) {
@@ -313,15 +320,16 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
     if (c.sink_part && !beyond) {
       // A dead row is all sink, if there is one.
       const float sink = hopper_backward_sink<T>(c, head);
-      const float share = !is_dead ? expf(sink - lse) : sink == -INFINITY ? 0.f : 1.f;
+      const float share = !is_dead ? hopper_backward_share(sink, lse) : sink == -INFINITY ? 0.f : 1.f;
       sink_sum = -share * delta;
     }
     const int64_t at = (int64_t)flat * c.padded + hopper_backward_slot(row);
     // Visible scores that are all -inf are NaN; a dead row has no pair that is not masked, this only keeps it tidy.
-    c.lse_log2[at] = is_dead ? -INFINITY : lse == -INFINITY ? NAN : -lse * c.lse_unit;
+    const float scaled = lse * c.lse_unit;
+    c.lse_log2[at] = is_dead ? -INFINITY : lse == -INFINITY ? NAN : -scaled;
     c.delta[at] = is_dead ? 0.f : delta;
     if (c.log2_sum) c.log2_sum[at] = 0;
-    coarse = !is_dead && fabsf(lse) > HOPPER_BACKWARD_COARSE;
+    coarse = !is_dead && fabsf(scaled) > HOPPER_BACKWARD_COARSE;
   }
   if (c.coarse) {
     coarse = __syncthreads_or(coarse);

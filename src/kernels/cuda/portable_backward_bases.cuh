@@ -2,9 +2,10 @@
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_BASES_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_BASES_CUH
 #include "kernels/cuda/portable_backward_queries.cuh"
+#include "kernels/cuda/portable_backward_rows.cuh"
 
-// Bases of block `index` of queries, if some LSE there is too coarse: peaks and sums of its rows, as the forward found
-// them.
+// Bases of block `index` of queries, if some LSE there is too coarse: peaks and sums of those rows, as the forward
+// found them. The others keep what they have, so that a NaN in one row's LSE changes no bit of its neighbours.
 template <class P, int ROW, int WARPS, int STEP>
 static __device__ __forceinline__ void make_bases(const sa_problem &p, const sa_device_plan &plan,
                                                   const backward_rows<typename P::real> &rows,
@@ -75,8 +76,9 @@ static __device__ __forceinline__ void make_bases(const sa_problem &p, const sa_
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
     const int64_t at = head * rows.padded + query + 8 * half;
-    // Rows without a key keep their base.
+    // So do rows without a key.
     if (t || query + 8 * half >= p.queries || rows.base[at] == (Real)INFINITY) continue;
+    if (!is_coarse(read_operand(p.lse, row_offset(p.lse, block.batch, block.head, query + 8 * half)))) continue;
     // In natural units, in which a sink near the dtype's largest number does not overflow.
     const double natural = plain_scores(p) ? 0.6931471805599453 : 1;
     double top = peak[half] * natural, base = peak[half], own = 0, sink = -INFINITY;

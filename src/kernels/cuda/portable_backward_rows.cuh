@@ -4,9 +4,11 @@
 #include "kernels/cuda/portable_backward_steps.cuh"
 #include "kernels/cuda/portable_scores.cuh"
 
-// An LSE beyond this has an error of 6e-5 in f32, which the weights would inherit (and one of -3e38, the bias's doing,
+// An LSE beyond 1024 has an error of 6e-5 in f32, which the weights would inherit (and one of -3e38, the bias's doing,
 // has no digit for the number of keys).
-#define COARSE_LSE 1024
+static __device__ __forceinline__ bool is_coarse(double lse) {
+  return fabs(lse) > 1024 && lse - lse == 0;
+}
 
 // Sums over LANES neighbouring lanes, in one order for all.
 template <int LANES, class Real>
@@ -77,8 +79,8 @@ static __device__ __forceinline__ bool prepare_block(const sa_problem &p, const 
     if (!dead) {
       // A row with scores that overflow is no dead row: it is NaN.
       base = lse - lse == 0 ? (Real)(lse * natural) : (Real)NAN;
-      if (sizeof(Element) == 8 && fabs(lse) <= COARSE_LSE) part_base(lse, natural == 1, base, factor);
-      coarse |= fabs(lse) > COARSE_LSE && lse - lse == 0;
+      if (sizeof(Element) == 8 && !is_coarse(lse)) part_base(lse, natural == 1, base, factor);
+      coarse |= is_coarse(lse);
       delta = (Real)(product - dlse);
       // The sink's weight times what it costs.
       if (sink != -INFINITY) share = (Real)(-delta * exp(sink - lse));
