@@ -9,11 +9,12 @@ local m = sa.mask
 local quick = os.getenv "SAFEATTN_QUICK"
 
 -- Batch, heads, key heads, queries, keys: whole tiles and tails; an item a block, many blocks an item, blocks and warps
--- that end one item and begin the next, more items than blocks; up to 64 rows that share a key head, and more.
+-- that end one item and begin the next, more items than blocks, items whose keys their blocks cannot share out equally;
+-- up to 64 rows that share a key head, and more.
 local sizes = {
   {1, 4, 1, 1, 2000}, {2, 8, 2, 1, 3000}, {3, 8, 8, 1, 333}, {2, 8, 2, 2, 1100}, {1, 8, 1, 5, 1280}, {3, 16, 4, 2, 129},
   {1, 33, 1, 1, 1500}, {30, 8, 8, 1, 1100}, {1, 2, 1, 1, 17}, {2, 6, 2, 7, 1030}, {1, 8, 2, 16, 1500},
-  {1, 8, 2, 17, 1100},
+  {1, 8, 2, 17, 1100}, {1, 16, 4, 1, 8200},
 }
 if quick then sizes = {sizes[2], sizes[5], sizes[6], {5, 4, 4, 1, 150}, {3, 2, 1, 9, 1025}} end
 

@@ -7,8 +7,8 @@
 // A kernel's width: those of q and v are rounded up to it with zeros, which TMA adds.
 typedef struct decoding_entry {
   int width, keys;  // of a step
-  int (*bf16)(const char *, const decoding_job &, int, cudaStream_t);
-  int (*f16)(const char *, const decoding_job &, int, cudaStream_t);
+  int (*bf16)(const char *, const decoding_job &, dim3, cudaStream_t);
+  int (*f16)(const char *, const decoding_job &, dim3, cudaStream_t);
 } decoding_entry;
 
 #define WIDTHS(X) X(64) X(128) X(256)
@@ -62,9 +62,8 @@ static int64_t even_blocks(int64_t items, int64_t blocks) {
   return blocks;
 }
 
-// What are the items, and how their units are shared out among at most so many blocks; returns how many.
-static int64_t share_items(const sa_problem *p, const sa_device_plan *plan, int pieces, int64_t blocks,
-                           decoding_job *d) {
+// What are the items, and how their units are shared out among at most so many blocks; returns the grid of these.
+static dim3 share_items(const sa_problem *p, const sa_device_plan *plan, int pieces, int64_t blocks, decoding_job *d) {
   forward_job &job = d->forward;
   job.group = p->heads / p->key_heads;
   job.packed = plan->heads == 1;
@@ -82,13 +81,16 @@ static int64_t share_items(const sa_problem *p, const sa_device_plan *plan, int 
   const int64_t units = items / (d->planes * d->repeats) * d->cycle;
   if (d->planes == 1 && units / blocks <= DECODING_EVEN_SHARE) blocks = even_blocks(items, blocks);
   if (blocks > units) blocks = units;
-  d->share = (int32_t)(units / blocks);
-  d->longer = (int32_t)(units % blocks);
+  d->together = d->planes == 1 && blocks > items && blocks % items == 0;
+  const int64_t spans = d->together ? items : 1, sharers = blocks / spans;
+  d->span = (int32_t)(units / spans);
+  d->share = (int32_t)(d->span / sharers);
+  d->longer = (int32_t)(d->span % sharers);
   if (d->planes == 1 && p->plan->row_start[1] <= DECODING_RUNS) {
     d->run_count = (int32_t)p->plan->row_start[1];
     memcpy(d->runs, p->plan->row_runs, d->run_count * sizeof *d->runs);
   }
-  return blocks;
+  return dim3((unsigned)sharers, (unsigned)spans);
 }
 
 int sa_cuda_hopper_decoding(const sa_problem *p) {
@@ -105,7 +107,7 @@ int sa_cuda_hopper_decoding(const sa_problem *p) {
   d.forward.out_aligned = rows_aligned(p->out, 2);
   d.factor = (float)(p->scale * 1.4426950408889634);
   const int64_t processors = sa_cuda_properties_of(p->device)->processors;
-  const int64_t blocks = share_items(p, plan, SA_TILE / entry->keys, processors, &d);
+  const dim3 grid = share_items(p, plan, SA_TILE / entry->keys, processors, &d);
   // 256 bytes at a time take 8 % longer than 128, with which memory is read as fast as it can be.
   const CUtensorMapL2promotion fetched = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   status = hopper_map(forward_name, p, &d.k, &p->k, p->key_heads, p->keys, p->width, entry->keys, &d.k_batch_step,
@@ -117,5 +119,5 @@ int sa_cuda_hopper_decoding(const sa_problem *p) {
     status =
         sa_cuda_zeros(forward_name, p->device, processors * DECODING_ROWS * DECODING_ROW_WORDS, (uint32_t **)&d.parts);
   if (status) return status;
-  return (p->dtype == SA_BF16 ? entry->bf16 : entry->f16)(forward_name, d, (int)blocks, stream);
+  return (p->dtype == SA_BF16 ? entry->bf16 : entry->f16)(forward_name, d, grid, stream);
 }

@@ -1,13 +1,16 @@
 // attention of few queries over many keys on Hopper: bound by memory, so one ring of copies that never runs dry
 //
 // A block per multiprocessor has an equal share of all keys and values of all heads, wherever heads begin and end in
-// it (unless a few blocks less can have whole heads, or heads whole blocks). Two warps copy its share by TMA to a ring
-// of 128 KiB, in steps of 16 KiB, in one stream across the heads: one K, one V. Eight others multiply by mma.sync, a
-// step each in turn, every one with a softmax of its own: the queries of all heads that share a key head are the 16
-// rows of a product. Up to 64 rows are groups of 16, which as many warps multiply with the same step. At a head's end
-// each hands its sums over in shared memory and goes on. More warps add them. Of a head that several blocks have, the
-// one that begins it adds what the others leave in memory, word by word as it comes: nobody counts, and no fence is
-// needed.
+// it (unless a few blocks less can have whole heads, or heads blocks of their own). Two warps copy its share by TMA to
+// a ring of 128 KiB, in steps of 16 KiB, in one stream across the heads: one K, one V. Eight others multiply by
+// mma.sync, a step each in turn, every one with a softmax of its own: the queries of all heads that share a key head
+// are the 16 rows of a product. Up to 64 rows are groups of 16, which as many warps multiply with the same step. At a
+// head's end each hands its sums over in shared memory and goes on. More warps add them. Of a head that several blocks
+// have, the one that begins it adds what the others leave in memory, word by word as it comes: nobody counts, and no
+// fence is needed.
+//
+// Keys that live in the second-level cache come faster than a block goes through cold code: a hundred instructions
+// between what a warp waits for and what others wait for are 0.3 us. So addresses are found before waits, not behind.
 //
 // What is masked cannot leak: a step that a mask cuts is looked through for what is not finite in V. If there is, these
 // elements are 0 in the same products, and are then given to the rows that see them.
@@ -15,10 +18,10 @@
 //   widths up to  keys a step  registers: O, Q                     warps that load, that end heads  shared memory
 //   64            64           32, 16                              2, 6                             163 KiB
 //   128           32           64, 32                              2, 6                             195 KiB
-//   256           16           128, none: Q is in shared memory    1, 3                             226 KiB
+//   256           16           128, none: Q is in shared memory    2, 2                             226 KiB
 //
-// One query of 32:8 heads at width 128 on an H200, calls in a row and in a CUDA graph: 8192 keys in 12.7 and 11.5 us,
-// 131072 in 127 and 124, 4.3 TB/s; 4 x 131072 in 470 and 467, 4.6. Reading alone takes 6, 120 and 471.
+// One query of 32:8 heads at width 128 on an H200, calls in a row and in a CUDA graph: 8192 keys in 12.0 and 10.5 us
+// (cuDNN 11.1 in a graph), 131072 in 129 and 126 (127 to 129), 4.3 TB/s; 4 x 131072 in 487 and 486, 4.4.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #include "kernels/cuda/hopper_decoding_loads.cuh"
@@ -41,27 +44,39 @@ struct decoding_queries<C, true> {
   __device__ __forceinline__ typename C::products::left &step(int n) { return staged[n][threadIdx.x & 31]; }
 };
 
-template <class C>
-static __device__ __forceinline__ void decoding_load_queries(const decoding_job &d, int item, int group,
-                                                             decoding_queries<C> &q) {
-  const sa_problem &p = d.forward.p;
-  const int g = (threadIdx.x & 31) / 4, t = threadIdx.x & 3;
-  const uint16_t *from[2];
+// Where a lane's rows of queries are, from its first column on; NULL where there is no row.
+typedef struct decoding_rows {
+  const uint16_t *half[2];
+} decoding_rows;
+
+static __device__ __forceinline__ decoding_rows decoding_rows_of(const decoding_job &d, int item, int group) {
+  const sa_operand &q = d.forward.p.q;
+  decoding_rows rows;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const int row = group * 16 + g + 8 * half;
+    const int row = group * 16 + (threadIdx.x & 31) / 4 + 8 * half;
     const decoding_query at = decoding_query_of(d, item, row);
-    from[half] = row < d.rows ? (const uint16_t *)p.q.data + row_offset(p.q, at.batch, at.head, at.query) : NULL;
+    const int64_t first = row_offset(q, at.batch, at.head, at.query) + 2 * (threadIdx.x & 3);
+    rows.half[half] = row < d.rows ? (const uint16_t *)q.data + first : NULL;
   }
+  return rows;
+}
+
+// The width is a multiple of 8: all lanes have columns at the same places.
+template <class C>
+static __device__ __forceinline__ void decoding_load_queries(const decoding_job &d, const decoding_rows &rows,
+                                                             decoding_queries<C> &q) {
+  const int width = (int)d.forward.p.width;
 #pragma unroll
-  for (int step = 0; step < C::WIDTH / 16; step++) {
-    typename C::products::left a;
+  for (int half = 0; half < 2; half++) {
+    uint32_t x[C::WIDTH / 8] = {};
+    if (rows.half[half]) {
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-      const int column = 16 * step + r / 2 * 8 + 2 * t;
-      a.r[r] = from[r % 2] && column < p.width ? *(const uint32_t *)(from[r % 2] + column) : 0;
+      for (int n = 0; n < C::WIDTH / 8; n++)
+        if (8 * n < width) x[n] = *(const uint32_t *)(rows.half[half] + 8 * n);
     }
-    q.step(step) = a;
+#pragma unroll
+    for (int n = 0; n < C::WIDTH / 8; n++) q.step(n / 2).r[n % 2 * 2 + half] = x[n];
   }
 }
 
@@ -215,7 +230,7 @@ static __device__ __forceinline__ void decoding_multiply(const decoding_job &d, 
     for (int half = 0; half < 2; half++) {
       const uint32_t *words = (const uint32_t *)d.forward.plan.row_bits + (int64_t)at.pattern * 512;
       const uint32_t word = bits.word[half] < 0 ? 0 : words[bits.word[half]];
-      seen[0][half] = word >> at.piece * (C::KEYS / 4) & (uint32_t)((1ull << C::KEYS / 4) - 1);
+      seen[0][half] = word >> at.key % SA_TILE / 4 & (uint32_t)((1ull << C::KEYS / 4) - 1);
     }
     // For rows that see nothing here, nothing changes.
     if (!__any_sync(~0u, (seen[0][0] | seen[0][1]) != 0)) return;
@@ -226,7 +241,14 @@ static __device__ __forceinline__ void decoding_multiply(const decoding_job &d, 
   if (seen[0][0]) got.alive |= 1;
   if (seen[0][1]) got.alive |= 2;
   const float exponent[1][2] = {{d.factor, d.factor}};
-  soften<C>(exponent, s, got, factor);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    factor[0][half] = 1;
+    if (half && d.rows <= 8) break;  // there is no such row
+    const bool first = got.peak[0][half] == -INFINITY;
+    soften_half<C>(0, half, exponent, s, got, factor);
+    if (first) factor[0][half] = 1;  // there is nothing to be scaled
+  }
   typename P::left weights[C::STEPS];
 #pragma unroll
   for (int n = 0; n < C::STEPS; n++) P::template left_of<false>(weights[n], &s[0][2 * n]);
@@ -266,49 +288,49 @@ static __device__ __forceinline__ void decoding_clear(gathered<C> &got) {
 // the same team's: one that came to another's could take the end of a phase before for that of its own.
 template <class C>
 static __device__ __forceinline__ void decoding_consume(const decoding_job &d, decoding_shared<C> &shared, int item) {
-  const int warp = threadIdx.x / 32, group = warp % d.groups;
+  const int group = decoding_group(d);
   const decoding_bits bits = decoding_bits_of(d, group);
-  const int steps = decoding_first_unit(d, decoding_stretch() + 1) - decoding_first_unit(d, decoding_stretch());
+  const decoding_units units = decoding_units_of(d);
+  const int steps = units.end - units.first;
   uint32_t handed = 0;
-  // At once: behind the keys that are called for meanwhile they would take longer.
-  bool entered = true;
   gathered<C> got;
   decoding_queries<C> q(shared, group);
   decoding_clear(got);
-  for (int step = warp / d.groups;;) {
-    if (entered) {
-      // Where the warps share the queries, all must have ended the item before.
-      if (C::STAGES_QUERIES) mbarrier_wait(shared_address(&shared.summed), handed ^ 1);
-      decoding_load_queries<C>(d, item, group, q);
-      entered = false;
-    }
+  const decoding_rows rows = decoding_rows_of(d, item, group);
+  dependency_wait();
+  // At once: behind the keys that are called for meanwhile they would take longer.
+  decoding_load_queries<C>(d, rows, q);
+  for (int step = decoding_team(d);; step += d.teams) {
     const int slot = step % C::SLOTS;
-    decoding_step at = {0, 0, shared.last_item + 1, 0};
+    decoding_step at = {0, 0, shared.last_item + 1};
     if (step < steps) {
       mbarrier_wait(shared_address(&shared.full[slot]), step / C::SLOTS & 1);
       at = shared.step[slot];
     }
-    for (; item < at.item; item++) {
-      decoding_hand_over<C>(d, shared, group, got, handed);
-      decoding_clear(got);
-      entered = true;
+    if (item < at.item) {
+      do {
+        decoding_hand_over<C>(d, shared, got, handed);
+        decoding_clear(got);
+      } while (++item < at.item);
+      if (step >= steps) break;
+      // Where the warps share the queries, all must have ended the item before.
+      if (C::STAGES_QUERIES) mbarrier_wait(shared_address(&shared.summed), handed ^ 1);
+      decoding_load_queries<C>(d, decoding_rows_of(d, item, group), q);
     }
-    if (step >= steps) break;
-    if (entered) continue;
     if (at.pattern != DECODING_NOTHING) decoding_multiply<C>(d, q, bits, at, (const char *)shared.ring[slot], got);
     __syncwarp();
     if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared_address(&shared.empty[slot]));
-    step += d.teams;
   }
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::ALL_THREADS, 1) hopper_decoding_kernel(const __grid_constant__ decoding_job d) {
   decoding_shared<C> &shared = *dynamic_shared<decoding_shared<C>>();
-  const decoding_place place = decoding_find_place<C>(d, decoding_first_unit(d, decoding_stretch()));
+  const decoding_units units = decoding_units_of(d);
+  const decoding_place place = decoding_find_place<C>(d, units.first);
   // By warps that have nothing else to do before the first copy.
   if (threadIdx.x == 0) {
-    hopper_block_mbarriers(shared_address(shared.full), C::SLOTS, C::LOADING_WARPS);
+    hopper_block_mbarriers(shared_address(shared.full), C::SLOTS, DECODING_LOADERS);
     hopper_block_mbarriers(shared_address(shared.empty), C::SLOTS, d.groups);
     mbarrier_init(shared_address(&shared.summed), DECODING_WARPS);
     mbarrier_init(shared_address(&shared.taken), d.rows < C::ENDING_WARPS ? d.rows : C::ENDING_WARPS);
@@ -317,7 +339,7 @@ __global__ void __launch_bounds__(C::ALL_THREADS, 1) hopper_decoding_kernel(cons
     tma_prefetch(&d.k);
     tma_prefetch(&d.v);
   } else if (threadIdx.x >= C::ALL_THREADS - 32) {
-    const int last_item = decoding_find_place<C>(d, decoding_first_unit(d, decoding_stretch() + 1) - 1).item;
+    const int last_item = decoding_find_place<C>(d, units.end - 1).item;
     if (threadIdx.x % 32 == 0) {
       shared.split[place.item % DECODING_ITEMS] = decoding_split_of(d, place.first, place.end);
       shared.last_item = last_item;
@@ -328,11 +350,10 @@ __global__ void __launch_bounds__(C::ALL_THREADS, 1) hopper_decoding_kernel(cons
   dependents_launch();
   if (threadIdx.x < DECODING_THREADS) {
     registers_take<C::MULTIPLYING_REGISTERS>();
-    dependency_wait();
     decoding_consume<C>(d, shared, place.item);
   } else {
     registers_give_back<C::ENDING_REGISTERS>();
-    if (threadIdx.x < DECODING_THREADS + 32 * C::LOADING_WARPS) {
+    if (threadIdx.x < DECODING_THREADS + 32 * DECODING_LOADERS) {
       decoding_load<C>(d, shared, place);
     } else {
       dependency_wait();
@@ -343,8 +364,8 @@ __global__ void __launch_bounds__(C::ALL_THREADS, 1) hopper_decoding_kernel(cons
 }
 
 template <class C>
-int hopper_decoding_launch(const char *function, const decoding_job &d, int blocks, cudaStream_t stream) {
-  return sa_cuda_launch<true>(function, hopper_decoding_kernel<C>, dim3(blocks), dim3(C::ALL_THREADS),
+int hopper_decoding_launch(const char *function, const decoding_job &d, dim3 grid, cudaStream_t stream) {
+  return sa_cuda_launch<true>(function, hopper_decoding_kernel<C>, grid, dim3(C::ALL_THREADS),
                               sizeof(decoding_shared<C>), stream, d);
 }
 

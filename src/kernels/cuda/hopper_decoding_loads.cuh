@@ -40,6 +40,14 @@ static __device__ __forceinline__ int decoding_plane_units(const decoding_job &d
 template <class C>
 static __device__ __forceinline__ decoding_place decoding_find_place(const decoding_job &d, int unit) {
   decoding_place place;
+  if (d.together) {
+    place.item = place.repeat = decoding_own_item();
+    place.plane = 0;
+    place.first = place.item * d.span;
+    place.end = place.first + d.span;
+    decoding_place_head(d, place);
+    return place;
+  }
   const int cycle = d.planes > 1 ? unit / d.cycle : 0, rest = unit - cycle * d.cycle;
   int before = 0;
   place.plane = 0;
@@ -100,48 +108,79 @@ static __device__ __forceinline__ void decoding_copy(const CUtensorMap *map, uin
     tma_load(to, map, panel * SA_PANEL, key, head, batch, full);
 }
 
-// By each of the warps that load: the first has K, and says what a step is; the last has V.
+// What a warp that loads copies of an item: a head of K's map, or of V's.
+typedef struct decoding_half {
+  const CUtensorMap *map;
+  int head, batch;
+} decoding_half;
+
+static __device__ __forceinline__ decoding_half decoding_half_of(const decoding_job &d, const decoding_place &place,
+                                                                 bool keys) {
+  if (keys) return {&d.k, place.key_head * d.k_head_step, place.batch * d.k_batch_step};
+  return {&d.v, place.key_head * d.v_head_step, place.batch * d.v_batch_step};
+}
+
+// Steps with the same pattern, by the first thread of a warp that loads. What it goes through for one takes as long as
+// TMA takes for 16 KiB from the second-level cache, 0.28 us, so there must be no more of it.
+template <class C>
+static __device__ __forceinline__ void decoding_load_steps(const decoding_job &d, decoding_shared<C> &shared,
+                                                           const decoding_half &half, bool keys, decoding_step at,
+                                                           int count, hopper_ring<C::SLOTS> &ring) {
+  const int all = (int)d.forward.p.keys;
+#pragma unroll 1
+  for (; count; count--, at.key += C::KEYS) {
+    const uint32_t full = shared_address(&shared.full[ring.at]);
+    const uint32_t to = shared_address(shared.ring[ring.at]) + (keys ? 0 : C::STEP_BYTES / 2);
+    mbarrier_wait(shared_address(&shared.empty[ring.at]), ring.parity ^ 1);
+    if (at.key >= all) at.pattern = DECODING_NOTHING;
+    if (keys) shared.step[ring.at] = at;
+    if (at.pattern == DECODING_NOTHING) {
+      mbarrier_arrive(full);
+    } else {
+      mbarrier_arrive_expect(full, C::STEP_BYTES / 2);
+      decoding_copy<C>(half.map, to, at.key, half.head, half.batch, full);
+    }
+    ring.next();
+  }
+}
+
+// By each of the warps that load: the first has K, and says what a step is; the other has V.
 template <class C>
 static __device__ __forceinline__ void decoding_load(const decoding_job &d, decoding_shared<C> &shared,
                                                      decoding_place place) {
-  const int last = decoding_first_unit(d, decoding_stretch() + 1), warp = threadIdx.x / 32 - DECODING_WARPS;
-  const bool keys = warp == 0, values = warp == C::LOADING_WARPS - 1, leads = (threadIdx.x & 31) == 0;
-  int unit = decoding_first_unit(d, decoding_stretch());
+  const decoding_units units = decoding_units_of(d);
+  const bool leads = (threadIdx.x & 31) == 0, keys = threadIdx.x / 32 == DECODING_WARPS;
+  int unit = units.first;
   tile_walk walk = decoding_walk<C>(d, place, unit);
+  decoding_half half = decoding_half_of(d, place, keys);
   hopper_ring<C::SLOTS> ring;
   dependency_wait();
   for (;;) {
-    const int end = place.end < last ? place.end : last;
+    const int end = place.end < units.end ? place.end : units.end;
     if (leads) {
-      const int batch = place.batch, key_head = place.key_head;
       int piece = (unit - place.first) % C::PIECES;
-      for (; unit < end; unit++) {
-        const int key = walk.tile * SA_TILE + piece * C::KEYS;
-        const bool nothing = !walk.left || key >= d.forward.p.keys;
-        const uint32_t full = shared_address(&shared.full[ring.at]), to = shared_address(shared.ring[ring.at]);
-        mbarrier_wait(shared_address(&shared.empty[ring.at]), ring.parity ^ 1);
-        if (keys) shared.step[ring.at] = {key, nothing ? DECODING_NOTHING : walk.pattern, place.item, piece};
-        if (nothing) {
-          mbarrier_arrive(full);
-        } else {
-          mbarrier_arrive_expect(full, C::STEP_BYTES / C::LOADING_WARPS);
-          if (keys) decoding_copy<C>(&d.k, to, key, key_head * d.k_head_step, batch * d.k_batch_step, full);
-          if (values)
-            decoding_copy<C>(&d.v, to + C::STEP_BYTES / 2, key, key_head * d.v_head_step, batch * d.v_batch_step, full);
+      while (unit < end) {
+        int count = end - unit;
+        decoding_step at = {0, DECODING_NOTHING, place.item};
+        if (walk.left) {
+          const int of_run = walk.in_run * C::PIECES - piece;
+          if (count > of_run) count = of_run;
+          at.key = walk.tile * SA_TILE + piece * C::KEYS;
+          at.pattern = walk.pattern;
         }
-        ring.next();
-        if (++piece == C::PIECES) {
-          piece = 0;
-          if (walk.left) walk_advance(walk);
-        }
+        decoding_load_steps<C>(d, shared, half, keys, at, count, ring);
+        unit += count;
+        piece = 0;
+        if (walk.left -= walk.in_run) walk_take_run(walk);
       }
     }
     __syncwarp();
     unit = end;
-    if (unit == last) break;
+    if (unit == units.end) break;
     decoding_next_place<C>(d, place);
     if (keys && leads) shared.split[place.item % DECODING_ITEMS] = decoding_split_of(d, place.first, place.end);
     walk = decoding_walk<C>(d, place, unit);
+    half = decoding_half_of(d, place, keys);
   }
 }
 

@@ -49,42 +49,47 @@ static __device__ __forceinline__ void exponent_units(const score_rule<typename 
     }
 }
 
-// Scores into weights relative to the peak; factor is what a new peak costs the old sums. A peak is kept until a score
-// exceeds it by a factor of 16 in the weights: so o is seldom rescaled. A NaN that the maximum passes over comes back
-// with its power.
+// Scores of the rows g (half 0) or g + 8 (half 1) of a fold into weights relative to the peak; factor is what a new
+// peak costs the old sums. A peak is kept until a score exceeds it by a factor of 16 in the weights: so o is seldom
+// rescaled. A NaN that the maximum passes over comes back with its power.
+template <class C>
+static __device__ __forceinline__ void soften_half(int f, int half, const typename C::real (&unit)[C::FOLD][2],
+                                                   typename C::real (&s)[C::FOLD][C::BLOCKS][4], gathered<C> &got,
+                                                   typename C::real (&factor)[C::FOLD][2]) {
+  typedef typename C::real real;
+  real peak = s[f][0][2 * half];
+#pragma unroll
+  for (int n = 0; n < C::BLOCKS; n++) peak = larger(peak, larger(s[f][n][2 * half], s[f][n][2 * half + 1]));
+  peak = over_quad_max(peak);
+  const real old = got.peak[f][half];
+  if (!((peak - old) * unit[f][half] > 4)) peak = old;
+  // A row that has seen nothing yet, or nothing but -inf, must not compute -inf - -inf.
+  const real base = peak == -(real)INFINITY ? 0 : peak;
+  factor[f][half] = peak == old ? 1 : exp2_of((old - base) * unit[f][half]);
+  // One multiply-add; extras may hold numbers whose product with the unit overflows.
+  const real top = base * unit[f][half];
+  real sum = 0;
+#pragma unroll
+  for (int n = 0; n < C::BLOCKS; n++)
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      const real x = s[f][n][2 * half + c];
+      const real weight = exp2_of(C::EXTRAS ? (x - base) * unit[f][half] : x * unit[f][half] - top);
+      s[f][n][2 * half + c] = weight;
+      sum += weight;
+    }
+  got.sum[f][half] = got.sum[f][half] * factor[f][half] + sum;
+  got.peak[f][half] = peak;
+}
+
 template <class C>
 static __device__ __forceinline__ void soften(const typename C::real (&unit)[C::FOLD][2],
                                               typename C::real (&s)[C::FOLD][C::BLOCKS][4], gathered<C> &got,
                                               typename C::real (&factor)[C::FOLD][2]) {
-  typedef typename C::real real;
 #pragma unroll
   for (int f = 0; f < C::FOLD; f++)
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      real peak = s[f][0][2 * half];
-#pragma unroll
-      for (int n = 0; n < C::BLOCKS; n++) peak = larger(peak, larger(s[f][n][2 * half], s[f][n][2 * half + 1]));
-      peak = over_quad_max(peak);
-      const real old = got.peak[f][half];
-      if (!((peak - old) * unit[f][half] > 4)) peak = old;
-      // A row that has seen nothing yet, or nothing but -inf, must not compute -inf - -inf.
-      const real base = peak == -(real)INFINITY ? 0 : peak;
-      factor[f][half] = peak == old ? 1 : exp2_of((old - base) * unit[f][half]);
-      // One multiply-add; extras may hold numbers whose product with the unit overflows.
-      const real top = base * unit[f][half];
-      real sum = 0;
-#pragma unroll
-      for (int n = 0; n < C::BLOCKS; n++)
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-          const real x = s[f][n][2 * half + c];
-          const real weight = exp2_of(C::EXTRAS ? (x - base) * unit[f][half] : x * unit[f][half] - top);
-          s[f][n][2 * half + c] = weight;
-          sum += weight;
-        }
-      got.sum[f][half] = got.sum[f][half] * factor[f][half] + sum;
-      got.peak[f][half] = peak;
-    }
+    for (int half = 0; half < 2; half++) soften_half<C>(f, half, unit, s, got, factor);
 }
 
 // A dropped weight is 0 whatever it was, NaN too. Two blocks are drawn at a time: all of them at once are a tenth of a
