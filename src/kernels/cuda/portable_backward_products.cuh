@@ -9,32 +9,38 @@ template <class P, int ROW, bool SWAPPED, int BLOCKS>
 static __device__ __forceinline__ void multiply_rows(typename P::real (&c)[BLOCKS][4], const char *own,
                                                      const float *own_scale, int row, const char *other,
                                                      const float *other_scale) {
-  constexpr int STEPS = ROW / (int)sizeof(typename P::element) / P::DEPTH;
-  typename P::sum sum[BLOCKS];
-  clear_sum(sum);
+  constexpr int STEPS = ROW / (int)sizeof(typename P::element) / P::DEPTH, CHAIN = P::CHAIN ? P::CHAIN : STEPS;
+  const int lane = threadIdx.x & 31;
+  if (CHAIN < STEPS) clear_sum(c);
+#pragma unroll 1
+  for (int first = 0; first < STEPS; first += CHAIN) {
+    typename P::sum sum[BLOCKS];
+    clear_sum(sum);
 #pragma unroll 4
-  for (int step = 0; step < STEPS; step++) {
-    typename P::left a;
-    typename P::right b[BLOCKS];
-    P::template left_rows<ROW>(a, own + row * ROW, 0, step);
+    for (int step = first; step < first + CHAIN; step++) {
+      typename P::left a;
+      typename P::right b[BLOCKS];
+      P::template left_rows<ROW>(a, own + row * ROW, 0, step);
 #pragma unroll
-    for (int n = 0; n < BLOCKS; n += 2) {
-      typename P::right pair[2];
-      P::template right_rows<ROW>(pair, other, 8 * n, step);
-      b[n] = pair[0], b[n + 1] = pair[1];
+      for (int n = 0; n < BLOCKS; n += 2) {
+        typename P::right pair[2];
+        P::template right_rows<ROW>(pair, other, 8 * n, step);
+        b[n] = pair[0], b[n + 1] = pair[1];
+      }
+#pragma unroll
+      for (int term = 0; term < P::TERMS; term++)
+#pragma unroll
+        for (int n = 0; n < BLOCKS; n++) P::template multiply_term<SWAPPED>(sum[n], a, b[n], term);
     }
 #pragma unroll
-    for (int term = 0; term < P::TERMS; term++)
+    for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-      for (int n = 0; n < BLOCKS; n++) P::template multiply_term<SWAPPED>(sum[n], a, b[n], term);
+      for (int i = 0; i < 4; i++) {
+        const typename P::real made = unsplit<P>(sum[n].value(i), own_scale, row + lane / 4 + i / 2 * 8, other_scale,
+                                                 8 * n + 2 * (lane & 3) + i % 2);
+        c[n][i] = CHAIN < STEPS ? c[n][i] + made : made;
+      }
   }
-  const int lane = threadIdx.x & 31;
-#pragma unroll
-  for (int n = 0; n < BLOCKS; n++)
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      c[n][i] = unsplit<P>(sum[n].value(i), own_scale, row + lane / 4 + i / 2 * 8, other_scale,
-                           8 * n + 2 * (lane & 3) + i % 2);
 }
 
 // to += pairs rows: accumulator blocks against all rows of a tile, for SLICE of its columns from `column` on.

@@ -11,43 +11,48 @@ static __device__ __forceinline__ void multiply_keys(char *shared, const char *k
   typedef typename C::products P;
   typedef typename C::real real;
   const int row = (int)(threadIdx.x / 32) * 16 * C::FOLD, column = 2 * (int)(threadIdx.x & 3);
+  constexpr int STEPS = C::WIDTH / P::DEPTH, CHAIN = P::CHAIN ? P::CHAIN : STEPS;
+  if (CHAIN < STEPS) clear_sum(s);
 #pragma unroll
-  for (int first = 0; first < C::BLOCKS; first += C::ABREAST) {
-    typename P::sum sum[C::FOLD][C::ABREAST];
-    clear_sum(sum);
-    // Unrolled as far as the swizzle repeats itself, or twice that: more is code, not speed.
+  for (int first = 0; first < C::BLOCKS; first += C::ABREAST)
+#pragma unroll 1
+    for (int start = 0; start < STEPS; start += CHAIN) {
+      typename P::sum sum[C::FOLD][C::ABREAST];
+      clear_sum(sum);
+      // Unrolled as far as the swizzle repeats itself, or twice that: more is code, not speed.
 #pragma unroll C::UNROLLED
-    for (int step = 0; step < C::WIDTH / P::DEPTH; step++) {
-      typename P::left a[C::FOLD];
+      for (int step = start; step < start + CHAIN; step++) {
+        typename P::left a[C::FOLD];
 #pragma unroll
-      for (int f = 0; f < C::FOLD; f++) P::template left_rows<C::ROW>(a[f], shared + row * C::ROW, 16 * f, step);
+        for (int f = 0; f < C::FOLD; f++) P::template left_rows<C::ROW>(a[f], shared + row * C::ROW, 16 * f, step);
 #pragma unroll
-      for (int n = 0; n < C::ABREAST; n += 2) {
-        typename P::right b[2];
-        P::template right_rows<C::ROW>(b, keys, 8 * (first + n), step);
+        for (int n = 0; n < C::ABREAST; n += 2) {
+          typename P::right b[2];
+          P::template right_rows<C::ROW>(b, keys, 8 * (first + n), step);
 #pragma unroll
-        for (int term = 0; term < P::TERMS; term++)
+          for (int term = 0; term < P::TERMS; term++)
 #pragma unroll
-          for (int f = 0; f < C::FOLD; f++) {
-            P::template multiply_term<false>(sum[f][n], a[f], b[0], term);
-            P::template multiply_term<false>(sum[f][n + 1], a[f], b[1], term);
-          }
-      }
-    }
-#pragma unroll
-    for (int f = 0; f < C::FOLD; f++)
-#pragma unroll
-      for (int n = 0; n < C::ABREAST; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          real &to = s[f][first + n][e];
-          to = sum[f][n].value(e);
-          if constexpr (P::SPLIT) {
-            const real scale = key_scales<C>(shared)[8 * (first + n) + column + e % 2];
-            to *= C::EXTRAS ? scale * query_scales<C>(shared)[lane_row<C>(f, e / 2)] : scale;
-          }
+            for (int f = 0; f < C::FOLD; f++) {
+              P::template multiply_term<false>(sum[f][n], a[f], b[0], term);
+              P::template multiply_term<false>(sum[f][n + 1], a[f], b[1], term);
+            }
         }
-  }
+      }
+#pragma unroll
+      for (int f = 0; f < C::FOLD; f++)
+#pragma unroll
+        for (int n = 0; n < C::ABREAST; n++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            real made = sum[f][n].value(e);
+            if constexpr (P::SPLIT) {
+              const real scale = key_scales<C>(shared)[8 * (first + n) + column + e % 2];
+              made *= C::EXTRAS ? scale * query_scales<C>(shared)[lane_row<C>(f, e / 2)] : scale;
+            }
+            real &to = s[f][first + n][e];
+            to = CHAIN < STEPS ? to + made : made;
+          }
+    }
 }
 
 // o = o * factor + weights * values of the tile; weights come in units.

@@ -25,6 +25,9 @@
  *      `row` is a multiple of 8, `column` of 16; both are best constant, the warp's own rows in the address of the
  * tile.
  *
+ *      CHAIN       how many steps of rows times rows are one sum, added to those before it; 0: all. In f64 a chain
+ *                  of 128 terms errs twice as much as four of 32
+ *
  *      stored      what a tile's elements are when they are multiplied: SPLIT products want split_tile first
  *
  *  CAREFUL is for operands that may hold NaN or Inf: f32 alone needs it (products_f32); without it such operands give
@@ -80,7 +83,7 @@ struct products_16 {
   typedef Half element;
   typedef float real;
   typedef element stored;
-  enum { DEPTH = 16, FRESH = 0, SPLIT = 0, TERMS = 1 };
+  enum { DEPTH = 16, FRESH = 0, SPLIT = 0, TERMS = 1, CHAIN = 0 };
 
   struct left {
     uint32_t r[4];
@@ -142,7 +145,7 @@ struct products_f64 {
   typedef double element;
   typedef double real;
   typedef double stored;
-  enum { DEPTH = 8, FRESH = 0, SPLIT = 0, TERMS = 2 };
+  enum { DEPTH = 8, FRESH = 0, SPLIT = 0, TERMS = 2, CHAIN = 4 };
 
   struct left {
     double r[4];

@@ -12,7 +12,7 @@ struct products_f32 {
   typedef float element;
   typedef float real;
   typedef __half stored;
-  enum { DEPTH = 16, FRESH = 1, SPLIT = 1, TERMS = 3 };
+  enum { DEPTH = 16, FRESH = 1, SPLIT = 1, TERMS = 3, CHAIN = 0 };
 
   struct left {
     uint32_t big[4], small[4];
