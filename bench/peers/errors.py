@@ -8,7 +8,9 @@ are no larger. Half types stand against the math path as it comes, which compute
 against the one that computes in the dtype (allow_fp16_bf16_reduction_math_sdp). PyTorch gives no LSE: it is what its
 logsumexp makes of scores in the dtype that ours has. On a GPU, SAFEATTN_CUDA_KERNELS=portable leaves out Hopper's
 kernels; PyTorch runs on it where it can, and on the CPU otherwise. --only: the cases whose name the expression finds.
+Random masks show half of the keys. The last lines name what is above 1.
 """
+import ctypes
 import math
 import os
 import re
@@ -23,7 +25,7 @@ try:
 except ImportError as missing:
     sys.exit(f"errors: {missing}; PyTorch 2.6 or newer and NumPy are needed")
 
-from library import Call
+from library import Call, Mask, view
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -43,7 +45,16 @@ def product(a, b):
     return np.concatenate(list(done)).reshape(*a.shape[:2], b.shape[2])
 
 
-def definition(q, k, v, dout, causal):
+def visible(kind, length):
+    """Which keys a query sees, [N, N], or None for all."""
+    if kind == "dense":
+        return None
+    if kind == "causal":
+        return torch.ones(length, length, dtype=torch.bool).tril()
+    return (torch.rand(length, length) < 0.5).logical_or(torch.eye(length, dtype=torch.bool))
+
+
+def definition(q, k, v, dout, seen):
     """Out, LSE and gradients of heads [H, N, E] in the wider type: tensors of f64, or arrays of long doubles."""
     wide = isinstance(q, np.ndarray)
     multiply = product if wide else torch.matmul
@@ -52,10 +63,8 @@ def definition(q, k, v, dout, causal):
     turn = (lambda x: np.swapaxes(x, -1, -2)) if wide else (lambda x: x.mT)
     scale = 1 / (np.sqrt(np.longdouble(q.shape[-1])) if wide else math.sqrt(q.shape[-1]))
     scores = multiply(q, turn(k)) * scale
-    if causal:
-        seen = np.tri(q.shape[1], dtype=bool)
-        scores = np.where(seen, scores, -np.inf) if wide else scores.masked_fill(~torch.from_numpy(seen).to(q.device),
-                                                                                 -math.inf)
+    if seen is not None:
+        scores = np.where(seen, scores, -np.inf) if wide else scores.masked_fill(~seen.to(q.device), -math.inf)
     top = scores.max(-1, keepdims=True) if wide else scores.amax(-1, keepdim=True)
     lse = top + log(exp(scores - top).sum(-1)[..., None])
     weights = exp(scores - lse)
@@ -65,9 +74,10 @@ def definition(q, k, v, dout, causal):
             "dv": multiply(turn(weights), dout)}
 
 
-def ours(tensors, causal, device):
+def ours(tensors, kind, seen, device):
     """What the library makes of tensors [1, H, N, E] of the CPU, and the kernel's name."""
-    call = Call(*tensors, causal, None, device)
+    mask = Mask("sa_mask_dense", ctypes.byref(view(seen))) if kind == "random" else None
+    call = Call(*tensors, kind == "causal", mask, device)
     call.forward()
     forward = call.attention.kernel.decode()
     call.backward()
@@ -75,17 +85,19 @@ def ours(tensors, causal, device):
     return {"out": call.out, "lse": call.lse, "dq": call.dq, "dk": call.dk, "dv": call.dv}, forward
 
 
-def math_path(tensors, causal, reduced):
+def math_path(tensors, kind, seen, reduced):
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(reduced)
     q, k, v = (t.detach().requires_grad_() for t in tensors[:3])
+    seen = None if seen is None else seen.to(q.device)
     with sdpa_kernel(SDPBackend.MATH):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen if kind == "random" else None,
+                                                               is_causal=kind == "causal")
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), tensors[3])
     with torch.no_grad():
         wide = q.dtype if q.dtype == torch.float64 else torch.float32
         scores = q.to(wide) @ k.to(wide).mT / math.sqrt(q.shape[-1])
-        if causal:
-            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -math.inf)
     return {"out": out.detach(), "lse": torch.logsumexp(scores, -1), "dq": dq, "dk": dk, "dv": dv}
 
 
@@ -106,7 +118,7 @@ def errors(results, truth):
     return found
 
 
-def compare(dtype, width, length, causal, seeds, device):
+def compare(dtype, width, length, kind, seeds, device):
     """Errors of ours and of PyTorch's math path by its kind, summed over seeds, and the kernel."""
     sums, peers = {}, {"math": False}
     if dtype in ("bf16", "f16"):
@@ -116,14 +128,16 @@ def compare(dtype, width, length, causal, seeds, device):
         torch.manual_seed(seed)
         tensors = [torch.randn(1, max(1, ROWS // length), length, width, dtype=torch.float64).to(DTYPES[dtype])
                    for _ in range(4)]
+        seen = visible(kind, length)
         if dtype == "f64":
-            truth = definition(*(t[0].numpy().astype(np.longdouble) for t in tensors), causal)
+            truth = definition(*(t[0].numpy().astype(np.longdouble) for t in tensors),
+                               None if seen is None else seen.numpy())
         else:
-            truth = definition(*(t[0].to(where).double() for t in tensors), causal)
-        results, kernel = ours(tensors, causal, device)
+            truth = definition(*(t[0].to(where).double() for t in tensors), seen)
+        results, kernel = ours(tensors, kind, seen, device)
         runs = {"ours": results}
         for name, reduced in peers.items():
-            runs[name] = math_path([t.to(where) for t in tensors], causal, reduced)
+            runs[name] = math_path([t.to(where) for t in tensors], kind, seen, reduced)
         for name, run in runs.items():
             for what, error in errors(run, truth).items():
                 sums[name, what] = sums.get((name, what), 0) + error
@@ -135,20 +149,24 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = False
     warnings.simplefilter("ignore")  # the first gradient on a GPU says that its thread had no context yet
     only, seeds = re.compile(option("only", "")), int(option("seeds", "3"))
+    above = []
     print(f"PyTorch {torch.__version__}; error over the math path's: largest, norm ({seeds} seeds)")
     print(f"{'':48}" + "".join(f"{name:>13}" for name in NAMES))
     for dtype in DTYPES:
-        for causal in (False, True):
+        for kind in ("dense", "causal", "random"):
             for length in (128, 512, 2048):
                 for width in (64, 128):
-                    name = f"{dtype} {'causal' if causal else 'dense'} N{length} D{width}"
+                    name = f"{dtype} {kind} N{length} D{width}"
                     if not only.search(name):
                         continue
-                    sums, peers, kernel = compare(dtype, width, length, causal, seeds, device)
+                    sums, peers, kernel = compare(dtype, width, length, kind, seeds, device)
                     for peer in peers:
-                        ratios = (sums["ours", what] / sums[peer, what] for what in NAMES)
+                        ratios = [sums["ours", what] / sums[peer, what] for what in NAMES]
+                        above += [f"{name} {what} {norm:4.2f} of {peer}'s norm" for what, (_, norm) in
+                                  zip(NAMES, ratios) if norm > 1]
                         cells = "".join(f"   {largest:4.2f}  {norm:4.2f}" for largest, norm in ratios)
                         print(f"{name:23} {kernel.replace('fused-', ''):13} {peer:10} {cells}", flush=True)
+    print("\n".join(above))
 
 
 main()
