@@ -12,6 +12,9 @@
 // a third of the first's work, but beside it would wait for it at every block, and 2 threads were 1.33 times as fast as
 // 1.
 //
+// Heads that share dBias are one item's, and some of them take turns at every block of queries, so that its rows of the
+// bias and of dBias are in the second cache for all but the first.
+//
 // 0 * NaN could leak through the products that sum over pairs: dS K into dQ, P^T dO into dV, dS^T Q into dK. What is
 // not finite in K, Q or dO is known before (a look at a row of K when the chunk first meets it, at others once a
 // block); tiles that it touches use copies with 0 in its place and then give it to the pairs that see it. Rows without
@@ -24,6 +27,7 @@ typedef struct NAME(backward_job) {
   int64_t whole;                      // chunks before the last, which are as long as that; the others are halves
   int stretch;                        // keys that a block looks at together, at most
   int64_t batch_groups, head_groups;  // items per chunk: planes that share a dBias are one item's, in order
+  int together;                       // key heads of an item that take turns at every block of queries
   int workers;
   char *memory;  // a room for each worker, then what follows
   int64_t room_bytes;
@@ -48,7 +52,7 @@ typedef struct NAME(backward_room) {
   NAME(gathered) again;         // peaks and sums of rows whose LSE is too coarse
   REAL *dscores;                // [stretch][ROW]: dP^T, then dS^T
   REAL *dquery;                 // [QUERIES][width, padded]
-  REAL *dkey, *dvalue;          // [chunk]: rows, or tails, of dK and dV, where they are not gathered in place
+  REAL *dkey, *dvalue;          // [together][chunk]: rows, or tails, of dK and dV that are not gathered in place
   NAME(stretch_room) stretch;
 } NAME(backward_room);
 
@@ -63,12 +67,13 @@ typedef struct NAME(chunk) {
   NAME(gradient) dkey, dvalue;
 } NAME(chunk);
 
-enum { NAME(UNSEEN) = -1 };
+enum { NAME(UNSEEN) = -1, NAME(TOGETHER) = 8 };
 
-// A gradient of keys is gathered in place, but for what is beyond its last whole vector, unless it has another dtype.
-static REAL *NAME(take_gradient)(sa_room *room, const sa_operand *x, int64_t chunk, int64_t width) {
+// A gradient of a chunk's keys is gathered in place, but for what is beyond its last whole vector, unless it has
+// another dtype.
+static int64_t NAME(gradient_room)(const NAME(backward_job) * job, const sa_operand *x, int64_t width) {
   const int64_t row = x->dtype != DTYPE ? NAME(padded)(width) : width % LANES ? LANES : 0;
-  return NAME(take)(room, x->data ? chunk * row : 0);
+  return x->data ? job->chunk * row : 0;
 }
 
 static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backward_job) * job) {
@@ -85,8 +90,8 @@ static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backwar
       .delta = NAME(take)(room, QUERIES),
       .dscores = NAME(take)(room, job->stretch * NAME(ROW)),
       .dquery = NAME(take)(room, QUERIES * width),
-      .dkey = NAME(take_gradient)(room, &p->dk, job->chunk, p->width),
-      .dvalue = NAME(take_gradient)(room, &p->dv, job->chunk, p->value_width),
+      .dkey = NAME(take)(room, job->together * NAME(gradient_room)(job, &p->dk, p->width)),
+      .dvalue = NAME(take)(room, job->together * NAME(gradient_room)(job, &p->dv, p->value_width)),
       .stretch = NAME(take_stretch)(room, p, job->stretch, true),
   };
 }
@@ -174,22 +179,24 @@ static void NAME(add_dquery)(const NAME(backward_job) * job, const NAME(block) *
   atomic_store_explicit(turn, mine + 1, memory_order_release);
 }
 
-static sa_walk NAME(walk_chunk)(const NAME(backward_job) * job, const NAME(block) * block, const NAME(chunk) * chunk) {
-  return sa_walk_start(job->p->plan, block->plane, block->query, block->count,
-                       NAME(chunk_start)(job, chunk->index) / SA_TILE,
-                       NAME(chunk_start)(job, chunk->index + 1) / SA_TILE, job->stretch);
+static sa_walk NAME(walk_chunk)(const NAME(backward_job) * job, const NAME(block) * block, int64_t chunk) {
+  return sa_walk_start(job->p->plan, block->plane, block->query, block->count, NAME(chunk_start)(job, chunk) / SA_TILE,
+                       NAME(chunk_start)(job, chunk + 1) / SA_TILE, job->stretch);
 }
 
-// The keys that the block `after` will be the first to look at, and the rows of their gradients.
+// The keys of a chunk that the block `after` will be the first to look at, and the rows of their gradients; `block` is
+// what looks at keys now, maybe those of another head.
 static void NAME(foresee_fresh)(sa_forecast *forecast, const NAME(backward_job) * job, const NAME(block) * block,
                                 const NAME(block) * after, NAME(chunk) * chunk) {
   const sa_problem *p = job->p;
   const int segments = (chunk->count + SEGMENT - 1) / SEGMENT;
   if (!(~(chunk->met | chunk->called) & ~UINT64_C(0) >> (64 - segments))) return;
   sa_stretch stretch;
-  sa_walk walk = NAME(walk_chunk)(job, block, chunk);
-  while (sa_walk_next(&walk, &stretch)) chunk->called |= NAME(segments_of)(chunk, &stretch);
-  walk = NAME(walk_chunk)(job, after, chunk);
+  sa_walk walk = NAME(walk_chunk)(job, block, chunk->index);
+  while (block->key_head == after->key_head && sa_walk_next(&walk, &stretch)) {
+    chunk->called |= NAME(segments_of)(chunk, &stretch);
+  }
+  walk = NAME(walk_chunk)(job, after, chunk->index);
   while (sa_walk_next(&walk, &stretch)) {
     const uint64_t fresh = NAME(segments_of)(chunk, &stretch) & ~(chunk->met | chunk->called);
     if (!fresh) continue;
@@ -205,10 +212,24 @@ static void NAME(foresee_fresh)(sa_forecast *forecast, const NAME(backward_job) 
   }
 }
 
-// What will be wanted while a block is at work and after it: the rows of dQ and the block `after` (may be NULL), which
-// is of the same chunk or, when it is the chunk's `last`, of another.
+// The block that is at work in a turn of so many key heads.
+static NAME(block)
+    NAME(block_of_turn)(const NAME(backward_job) * job, int64_t batch, int64_t key_head, int together, int64_t turn) {
+  const int64_t group = job->p->heads / job->p->key_heads, at = turn / together;
+  const int64_t head = (key_head + turn % together) * group + at / job->blocks;
+  return NAME(block_at)(job->p, batch, head, at % job->blocks, 1);
+}
+
+// What comes after a block: another (NULL: none) with its chunk, of which keys are called for when it is `near`.
+typedef struct NAME(following) {
+  const NAME(block) * block;
+  int64_t index;
+  NAME(chunk) * near;
+} NAME(following);
+
+// What will be wanted while a block is at work and after it: the rows of dQ and the block that follows.
 static sa_forecast NAME(foresee_block)(const NAME(backward_job) * job, const NAME(block) * block,
-                                       const NAME(block) * after, NAME(chunk) * chunk, bool last) {
+                                       const NAME(following) * following) {
   const sa_problem *p = job->p;
   sa_forecast forecast = {0};
   if (job->dq && !NAME(looks_alone)(job, block)) {
@@ -217,13 +238,14 @@ static sa_forecast NAME(foresee_block)(const NAME(backward_job) * job, const NAM
   } else if (p->dq.data) {
     NAME(foresee)(&forecast, &p->dq, NAME(row_at)(&p->dq, block, 0), p->width, block->count);
   }
+  const NAME(block) *after = following->block;
   if (after) {
     const sa_operand *dout = &p->dout, *out = &p->out;
     NAME(foresee)(&forecast, &p->q, NAME(row_at)(&p->q, after, 0), p->width, after->count);
     if (dout->data) NAME(foresee)(&forecast, dout, NAME(row_at)(dout, after, 0), p->value_width, after->count);
     if (NAME(looks_alone)(job, after))
       NAME(foresee)(&forecast, out, NAME(row_at)(out, after, 0), p->value_width, after->count);
-    if (!last) NAME(foresee_fresh)(&forecast, job, block, after, chunk);
+    if (following->near) NAME(foresee_fresh)(&forecast, job, block, after, following->near);
   }
   return forecast;
 }
@@ -231,8 +253,10 @@ static sa_forecast NAME(foresee_block)(const NAME(backward_job) * job, const NAM
 // What the next chunk begins with, and the gradients: its own where they are gathered in place, else this chunk's,
 // which are to be written. Long chunks have other things to call for.
 static sa_forecast NAME(foresee_chunk)(const NAME(backward_job) * job, const NAME(block) * keys, int64_t index,
-                                       const NAME(block) * next, int64_t next_index) {
+                                       const NAME(following) * following) {
   const sa_problem *p = job->p;
+  const NAME(block) *next = following->block;
+  const int64_t next_index = following->index;
   sa_forecast forecast = {0};
   if (!next || job->chunk > 2 * SA_TILE) return forecast;
   NAME(foresee_keys)
@@ -289,13 +313,31 @@ static bool NAME(sees_one_stretch)(const NAME(backward_job) * job, const NAME(bl
   return NAME(looks_alone)(job, block) && sa_walk_next(&walk, &stretch) && !sa_walk_next(&walk, &stretch);
 }
 
+// Where dBias is gathered in place, by rows of each query's own, who comes first to a block's part of a chunk clears
+// it, which is in the caches then.
+static bool NAME(clears_dbias)(const sa_problem *p) {
+  const int64_t *shape = p->bias_shape;
+  return p->dbias.data && p->dbias.dtype == DTYPE && shape[2] != 1 && shape[3] != 1 && p->batch && p->heads;
+}
+
+static void NAME(clear_dbias)(const NAME(backward_job) * job, const NAME(block) * block, const NAME(chunk) * chunk) {
+  const int64_t *shape = job->p->bias_shape;
+  if (!NAME(clears_dbias)(job->p) || (shape[0] == 1 && block->batch) || (shape[1] == 1 && block->head)) return;
+  for (int i = 0; i < block->count; i++) {
+    REAL *row = NAME(dbias_row)(job, block->batch, block->head, block->query + i);
+    memset(row + chunk->first, 0, sizeof *row * chunk->count);
+  }
+}
+
 // One block of queries of one head against a whole chunk.
 static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(block) * block, NAME(chunk) * chunk,
-                                 sa_forecast *forecast, const NAME(backward_room) * room, double *dslope) {
+                                 const NAME(following) * following, sa_forecast *forecast,
+                                 const NAME(backward_room) * room, double *dslope) {
   const sa_problem *p = job->p;
   // Whether the row of tiles looks at this chunk is the plan's word, the same for both halves of a tile.
   const bool looks = NAME(turns_of)(job, block)[chunk->index] != NAME(UNSEEN);
   if (job->chunks == 1 || (looks && NAME(looks_alone)(job, block))) NAME(prepare_block)(job, block, room);
+  NAME(clear_dbias)(job, block, chunk);
   if (!looks) return;
   const uint64_t dead = NAME(dead_rows)(block);
   const bool factor = NAME(take_rows)(job, block, room);
@@ -305,12 +347,23 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   NAME(open_queries)(block, dead, query.rows, dout.rows, &room->products);
   const NAME(gradient) dquery = NAME(open_dquery)(job, block, room);
   bool first = true;
-  sa_walk walk = NAME(walk_chunk)(job, block, chunk);
+  sa_walk walk = NAME(walk_chunk)(job, block, chunk->index);
   const bool whole = NAME(sees_one_stretch)(job, block, walk);
-  for (sa_stretch stretch; sa_walk_next(&walk, &stretch); first = false) {
-    stretch.forecast = forecast;
+  const NAME(block) *after = following->block;
+  sa_stretch stretch, coming;
+  for (bool more = sa_walk_next(&walk, &stretch); more; first = false, stretch = coming) {
+    sa_forecast biases, *scoring = stretch.forecast = forecast;
+    more = sa_walk_next(&walk, &coming);
+    if (forecast && p->bias.data) {
+      sa_walk beyond;
+      sa_stretch start = coming;
+      if (!more && after) beyond = NAME(walk_chunk)(job, after, following->index);
+      const bool starts = !more && after && sa_walk_next(&beyond, &start);
+      biases = NAME(foresee_biases)(job, block, &stretch, more ? block : starts ? after : NULL, &start);
+      scoring = &biases;
+    }
     NAME(backward_stretch)
-    (job, block, &stretch, chunk, dead, factor, &query, &dout, first, whole, &dquery, room, dslope);
+    (job, block, &stretch, scoring, chunk, dead, factor, &query, &dout, first, whole, &dquery, room, dslope);
   }
   if (!p->dq.data) return;
   if (first)
@@ -351,44 +404,57 @@ static void NAME(close_gradient)(const sa_operand *x, const NAME(block) * keys, 
   }
 }
 
-// A chunk of one key head: all query heads that read it, all blocks of queries.
-static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, int64_t key_head, int64_t index,
-                                 const NAME(block) * next, int64_t next_chunk, const NAME(backward_room) * room) {
+static void NAME(close_chunk)(const NAME(backward_job) * job, const NAME(block) * keys, NAME(chunk) * chunk) {
+  const sa_problem *p = job->p;
+  // Keys that nobody sees, though there may be no query heads at all, have gradients of zeros.
+  for (int at = 0; at < chunk->count; at += SEGMENT) {
+    const int left = chunk->count - at < SEGMENT ? chunk->count - at : SEGMENT;
+    if (!(chunk->met >> (at / SEGMENT) & 1)) NAME(clear_gradients)(chunk, at, left);
+  }
+  if (p->dk.data) NAME(close_gradient)(&p->dk, keys, chunk, (int)p->width, NAME(scale_left)(p), &chunk->dkey);
+  if (p->dv.data) NAME(close_gradient)(&p->dv, keys, chunk, (int)p->value_width, 1, &chunk->dvalue);
+}
+
+// A chunk of `together` key heads from `key_head` on, which take turns at every block of queries; of each key head, all
+// query heads that read it, one after the other.
+static void NAME(backward_chunk)(const NAME(backward_job) * job, int64_t batch, int64_t key_head, int together,
+                                 int64_t index, const NAME(following) * next, const NAME(backward_room) * room) {
   const sa_problem *p = job->p;
   const int width = (int)p->width, value_width = (int)p->value_width;
   const int64_t group = p->heads / p->key_heads, first = NAME(chunk_start)(job, index);
   const int count = (int)NAME(chunk_length)(job, index);
-  const NAME(block) keys = {.p = p, .batch = batch, .key_head = key_head};
-  NAME(chunk)
-  chunk = {.index = index,
-           .first = first,
-           .count = count,
-           .dkey = NAME(open_gradient)(&p->dk, &keys, first, width, room->dkey),
-           .dvalue = NAME(open_gradient)(&p->dv, &keys, first, value_width, room->dvalue)};
-  sa_forecast far = NAME(foresee_chunk)(job, &keys, index, next, next_chunk);
-  for (int64_t head = key_head * group; head < (key_head + 1) * group; head++) {
-    double dslope = 0;
-    for (int64_t at = 0; at < job->blocks && !sa_interrupt_pending(); at++) {
-      const NAME(block) block = NAME(block_at)(p, batch, head, at, 1);
-      const bool last = at + 1 == job->blocks, last_of_all = last && head + 1 == (key_head + 1) * group;
-      NAME(block) after;
-      if (!last_of_all) after = NAME(block_at)(p, batch, head + last, last ? 0 : at + 1, 1);
-      sa_forecast forecast = NAME(foresee_block)(job, &block, last_of_all ? next : &after, &chunk, last_of_all);
-      const int near = forecast.parts;
-      sa_forecast_append(&forecast, &far, 0);
-      NAME(backward_block)(job, &block, &chunk, block.few ? NULL : &forecast, room, &dslope);
-      far.parts = 0;
-      sa_forecast_append(&far, &forecast, near);
+  NAME(block) keys[NAME(TOGETHER)];
+  NAME(chunk) chunks[NAME(TOGETHER)];
+  for (int n = 0; n < together; n++) {
+    keys[n] = (NAME(block)){.p = p, .batch = batch, .key_head = key_head + n};
+    REAL *dkey = room->dkey + n * NAME(gradient_room)(job, &p->dk, width);
+    REAL *dvalue = room->dvalue + n * NAME(gradient_room)(job, &p->dv, value_width);
+    chunks[n] = (NAME(chunk)){.index = index,
+                              .first = first,
+                              .count = count,
+                              .dkey = NAME(open_gradient)(&p->dk, &keys[n], first, width, dkey),
+                              .dvalue = NAME(open_gradient)(&p->dv, &keys[n], first, value_width, dvalue)};
+  }
+  sa_forecast far = NAME(foresee_chunk)(job, &keys[0], index, next);
+  const int64_t turns = group * job->blocks * together;
+  for (int64_t turn = 0; turn < turns && !sa_interrupt_pending(); turn++) {
+    const NAME(block) block = NAME(block_of_turn)(job, batch, key_head, together, turn);
+    NAME(chunk) *chunk = &chunks[turn % together];
+    NAME(following) following = *next;
+    NAME(block) after;
+    if (turn + 1 < turns) {
+      after = NAME(block_of_turn)(job, batch, key_head, together, turn + 1);
+      following = (NAME(following)){&after, index, &chunks[(turn + 1) % together]};
     }
-    if (job->dalibi) job->dalibi[(head * p->batch + batch) * job->chunks + index] = dslope;
+    sa_forecast forecast = NAME(foresee_block)(job, &block, &following);
+    const int near = forecast.parts;
+    sa_forecast_append(&forecast, &far, 0);
+    double *dslope = job->dalibi ? &job->dalibi[(block.head * p->batch + batch) * job->chunks + index] : NULL;
+    NAME(backward_block)(job, &block, chunk, &following, block.few ? NULL : &forecast, room, dslope);
+    far.parts = 0;
+    sa_forecast_append(&far, &forecast, near);
   }
-  // Keys that nobody sees, though there may be no query heads at all, have gradients of zeros.
-  for (int at = 0; at < count; at += SEGMENT) {
-    const int left = count - at < SEGMENT ? count - at : SEGMENT;
-    if (!(chunk.met >> (at / SEGMENT) & 1)) NAME(clear_gradients)(&chunk, at, left);
-  }
-  if (p->dk.data) NAME(close_gradient)(&p->dk, &keys, &chunk, width, NAME(scale_left)(p), &chunk.dkey);
-  if (p->dv.data) NAME(close_gradient)(&p->dv, &keys, &chunk, value_width, 1, &chunk.dvalue);
+  for (int n = 0; n < together; n++) NAME(close_chunk)(job, &keys[n], &chunks[n]);
 }
 
 // The planes that are an item's: [batch, batch_end) and [head, head_end) of the key heads, and its chunk of keys.
@@ -414,12 +480,14 @@ static void NAME(backward_item)(void *argument, int64_t item, int worker) {
   const bool goes_on =
       p->heads && job->blocks && item + job->workers < job->batch_groups * job->head_groups * job->chunks;
   const NAME(backward_share) following = NAME(share_of)(job, goes_on ? item + job->workers : item);
-  NAME(block) next;
-  if (goes_on) next = NAME(block_at)(p, following.batch, following.head * (p->heads / p->key_heads), 0, 1);
+  NAME(block) first;
+  if (goes_on) first = NAME(block_at)(p, following.batch, following.head * (p->heads / p->key_heads), 0, 1);
   for (int64_t batch = share.batch; batch < share.batch_end; batch++) {
-    for (int64_t head = share.head; head < share.head_end; head++) {
-      const bool last = batch + 1 == share.batch_end && head + 1 == share.head_end;
-      NAME(backward_chunk)(job, batch, head, share.chunk, last && goes_on ? &next : NULL, following.chunk, &room);
+    for (int64_t head = share.head, together; head < share.head_end; head += together) {
+      together = share.head_end - head < job->together ? share.head_end - head : job->together;
+      const bool last = batch + 1 == share.batch_end && head + together == share.head_end;
+      const NAME(following) next = {last && goes_on ? &first : NULL, following.chunk, NULL};
+      NAME(backward_chunk)(job, batch, head, (int)together, share.chunk, &next, &room);
     }
   }
 }
@@ -459,12 +527,13 @@ static void NAME(clear_unseen)(const NAME(backward_job) * job) {
   }
 }
 
-// A copy in its final dtype, or, gathered in place, nothing to do; and before the work, zeros.
+// A copy in its final dtype, or, gathered in place, nothing to do; and before the work, zeros, unless blocks are
+// cleared.
 static void NAME(write_dbias)(const NAME(backward_job) * job, bool before) {
   const sa_problem *p = job->p;
   const int64_t *shape = p->bias_shape;
   const int64_t parts = shape[3] == 1 ? job->chunks : 1;
-  if (!before == !job->dbias) return;
+  if (!before == !job->dbias || (before && NAME(clears_dbias)(p))) return;
   for (int64_t row = 0; row < shape[0] * shape[1] * shape[2]; row++) {
     const int64_t batch = row / (shape[1] * shape[2]), head = row / shape[2] % shape[1], query = row % shape[2];
     REAL *sum = NAME(dbias_row)(job, batch, head, query);
@@ -516,15 +585,32 @@ static void NAME(count_chunks)(NAME(backward_job) * job, int64_t items) {
   for (; left > 2; left /= 2) job->chunks++;
 }
 
+// How many key heads take turns: where they share dBias, as many as have their rows of a chunk, and of the gradients,
+// in the second cache together. Else one.
+static int NAME(choose_together)(const NAME(backward_job) * job) {
+  enum { ENOUGH = 1 << 20 };
+  const sa_problem *p = job->p;
+  const int64_t *shape = p->bias_shape;
+  if (!p->dbias.data || shape[1] != 1 || shape[2] == 1 || shape[3] == 1) return 1;
+  const int64_t row = 2 * (NAME(padded)(p->width) + NAME(padded)(p->value_width)) * (int64_t)sizeof(REAL);
+  int together = 1;
+  while (together < NAME(TOGETHER) && together < p->key_heads && (together + 1) * job->chunk * row <= ENOUGH)
+    together++;
+  return together;
+}
+
 // What a worker needs. It is to be no more than 1 MiB, and gradients that are gathered in it are most of it: then
-// chunks are shorter.
+// fewer heads take turns, or chunks are shorter.
 static int64_t NAME(measure_room)(NAME(backward_job) * job) {
   enum { ENOUGH = 1 << 20 };
   for (;;) {
     sa_room measure = {0};
     NAME(take_backward)(&measure, job);
-    if (measure.used <= ENOUGH || job->chunk <= SA_TILE) return measure.used;
-    job->chunk = (job->chunk / SA_TILE + 1) / 2 * SA_TILE;
+    if (measure.used <= ENOUGH || (job->together == 1 && job->chunk <= SA_TILE)) return measure.used;
+    if (job->together > 1)
+      job->together--;
+    else
+      job->chunk = (job->chunk / SA_TILE + 1) / 2 * SA_TILE;
   }
 }
 
@@ -569,6 +655,7 @@ static int NAME(backward)(const sa_problem *p) {
   const bool fits = sizeof(REAL) == 4 && NAME(padded)(p->width) + NAME(padded)(p->value_width) <= WIDE;
   job.stretch = fits ? STRETCH : SEGMENT;
   job.chunk = NAME(choose_chunk)(p, groups);
+  job.together = NAME(choose_together)(&job);
   job.room_bytes = NAME(measure_room)(&job);
   NAME(count_chunks)(&job, groups);
   const double flops = 2 * sa_visible_pairs(p) * (3.0 * p->width + 2.0 * p->value_width);

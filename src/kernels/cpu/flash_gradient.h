@@ -127,18 +127,22 @@ static REAL *NAME(dbias_row)(const NAME(backward_job) * job, int64_t batch, int6
   return job->dbias + ((batch * shape[1] + head) * shape[2] + query) * shape[3];
 }
 
-// The rows of dBias that a stretch adds to, and those of the bias that the keys behind it read.
+// The rows of dBias that a stretch adds to, and those of the bias that `coming` reads, which the block `after` looks at
+// next; NULL: no block does. Of heads that take turns, all but the first find both in the second cache.
 static sa_forecast NAME(foresee_biases)(const NAME(backward_job) * job, const NAME(block) * block,
-                                        const sa_stretch *stretch) {
+                                        const sa_stretch *stretch, const NAME(block) * after,
+                                        const sa_stretch *coming) {
   const int64_t *shape = job->p->bias_shape;
   sa_forecast forecast = {0};
-  if (job->p->dbias.data && shape[2] != 1 && shape[3] != 1) {
+  if (job->p->dbias.data && shape[2] != 1 && shape[3] != 1 && block->key_head % job->together == 0) {
     const REAL *rows = NAME(dbias_row)(job, block->batch, block->head, block->query);
     const int64_t stride = job->dbias ? shape[3] : job->p->dbias.stride[2];
     sa_forecast_add(&forecast, rows + stretch->first, stride * (int64_t)sizeof *rows,
                     stretch->count * (int64_t)sizeof *rows, block->count);
   }
-  NAME(foresee_bias)(&forecast, block, stretch->first + stretch->count, stretch->count);
+  if (after && after->key_head % job->together == 0) {
+    NAME(foresee_bias)(&forecast, after, coming->first, coming->count);
+  }
   return forecast;
 }
 
@@ -224,11 +228,13 @@ static bool NAME(meet_keys)(const NAME(block) * block, const sa_stretch *stretch
   return false;
 }
 
-// One block of queries against one stretch of a chunk's keys.
+// One block of queries against one stretch of a chunk's keys. `scoring`: what to call for during the products of dP and
+// the scores.
 static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(block) * block, sa_stretch *stretch,
-                                   NAME(chunk) * chunk, uint64_t dead, bool factor, const NAME(query_rows) * query,
-                                   const NAME(query_rows) * dout, bool first, bool whole, const NAME(gradient) * dquery,
-                                   const NAME(backward_room) * room, double *dslope) {
+                                   sa_forecast *scoring, NAME(chunk) * chunk, uint64_t dead, bool factor,
+                                   const NAME(query_rows) * query, const NAME(query_rows) * dout, bool first,
+                                   bool whole, const NAME(gradient) * dquery, const NAME(backward_room) * room,
+                                   double *dslope) {
   const sa_problem *p = job->p;
   const int width = (int)p->width, keys = stretch->count;
   int64_t key_stride;
@@ -236,11 +242,7 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
       NAME(rows_of)(&p->k, block, stretch->first, keys, width, true, room->products.key_rows, &key_stride);
   stretch->outline = NAME(outline)(block, stretch, &room->stretch);
   sa_stretch scored = *stretch;
-  sa_forecast forecast;
-  if (p->bias.data && stretch->forecast) {
-    forecast = NAME(foresee_biases)(job, block, stretch);
-    scored.forecast = &forecast;
-  }
+  scored.forecast = scoring;
   const uint64_t *visible = NAME(score)(block, &scored, key, key_stride, room->packed_query, &room->stretch, NULL);
   REAL *weights = room->stretch.scores, *dscores = room->dscores;
   const int64_t offset = stretch->first - chunk->first;
