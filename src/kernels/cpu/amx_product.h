@@ -145,20 +145,29 @@ static inline void amx_turn(const void *from, int64_t from_row, uint16_t *tile) 
 }
 
 // Rows of Q or dO as B of products along the width: [step][AMX_QUERY_TILES][AMX_TILE], 0 beyond the block and the width
-// and in the rows whose bit is set in `skip`.
+// and in the rows whose bit is set in `skip`. Whole tiles of rows are read where they lie: copied first they took three
+// times as long.
 static void amx_pack(const sa_operand *x, const NAME(block) * block, int width, uint64_t skip, uint16_t *to) {
   _Alignas(64) uint16_t rows[AMX_SIDE][SA_FUSED_WIDTH];
   const int steps = amx_steps(width);
+  const bool in_place = block->each == block->count && width % AMX_DEPTH == 0 && x->stride[2] % 2 == 0;
   for (int tile = 0; tile < amx_query_tiles(block); tile++) {
-    for (int i = 0; i < AMX_SIDE; i++) {
-      const int query = tile * AMX_SIDE + i;
+    const int first = tile * AMX_SIDE;
+    const uint16_t *from = rows[0];
+    int64_t row = SA_FUSED_WIDTH / 2;  // in words of two elements
+    if (in_place && first + AMX_SIDE <= block->count && !(skip >> first & 0xffff)) {
+      from = NAME(row_at)(x, block, first);
+      row = x->stride[2] / 2;
+    }
+    for (int i = 0; i < AMX_SIDE && from == rows[0]; i++) {
+      const int query = first + i;
       const bool absent = query >= block->count || skip >> query & 1;
       if (!absent) memcpy(rows[i], NAME(row_at)(x, block, query), sizeof **rows * width);
-      const int from = absent ? 0 : width;
-      memset(rows[i] + from, 0, sizeof **rows * (steps * AMX_DEPTH - from));
+      const int end = absent ? 0 : width;
+      memset(rows[i] + end, 0, sizeof **rows * (steps * AMX_DEPTH - end));
     }
     for (int step = 0; step < steps; step++) {
-      amx_turn(rows[0] + step * AMX_DEPTH, SA_FUSED_WIDTH / 2, to + (step * AMX_QUERY_TILES + tile) * AMX_TILE);
+      amx_turn(from + step * AMX_DEPTH, row, to + (step * AMX_QUERY_TILES + tile) * AMX_TILE);
     }
   }
 }
@@ -184,23 +193,32 @@ static void amx_finite_part(const uint16_t *from, int64_t count, uint16_t *to) {
 }
 
 // 32 keys of K or V from `first` on as A with the keys along the rows, a step of each tile; 0 beyond the keys and the
-// width.
+// width. Two tiles at a time: what the two keys of a pair have, interleaved in quarters of vectors, is 16 columns of
+// either half of the quarters.
 static void amx_turn_keys(const sa_operand *x, int64_t batch, int64_t key_head, int64_t first, int count, int width,
                           uint16_t *to) {
-  _Alignas(64) uint16_t pairs[AMX_SIDE][AMX_DEPTH];
-  for (int d = 0; d < width; d += AMX_SIDE, to += AMX_STEPS * AMX_TILE) {
-    const __mmask16 within = width - d < AMX_SIDE ? (__mmask16)((1 << (width - d)) - 1) : (__mmask16)~0;
+  _Alignas(64) uint16_t pairs[2][AMX_SIDE][AMX_DEPTH];
+  const uint16_t *rows = sa_at(x, batch, key_head, first, 0);
+  const int64_t stride = x->stride[2];
+  for (int d = 0; d < width; d += AMX_DEPTH, to += 2 * AMX_STEPS * AMX_TILE) {
+    const __mmask32 within = width - d < AMX_DEPTH ? (__mmask32)((1u << (width - d)) - 1) : ~(__mmask32)0;
     for (int i = 0; i < AMX_SIDE; i++) {
-      __m512i half[2];
-      for (int n = 0; n < 2; n++) {
-        const int r = 2 * i + n;
-        const __mmask16 lanes = r < count ? within : 0;
-        const uint16_t *row = sa_at(x, batch, key_head, first + (r < count ? r : 0), d);
-        half[n] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, row));
-      }
-      _mm512_store_si512(pairs[i], _mm512_or_si512(half[0], _mm512_slli_epi32(half[1], 16)));
+      const uint16_t *even = rows + 2 * i * stride + d;
+      const __m512i a = _mm512_maskz_loadu_epi16(2 * i < count ? within : 0, even);
+      const __m512i b = _mm512_maskz_loadu_epi16(2 * i + 1 < count ? within : 0, even + stride);
+      _mm512_store_si512(pairs[0][i], _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(pairs[1][i], _mm512_unpackhi_epi16(a, b));
     }
-    amx_turn(pairs, AMX_SIDE, to);
+    for (int half = 0; half < 2; half++) {
+      NAME(vector) column[LANES];
+      NAME(columns_of)((const REAL *)(const void *)pairs[half], LANES, column);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) {
+        const int at = i / 4 * 8 + half * 4 + i % 4, tile = at / AMX_SIDE;
+        if (d + tile * AMX_SIDE >= width) continue;
+        NAME(store)((REAL *)(void *)(to + tile * AMX_STEPS * AMX_TILE + at % AMX_SIDE * AMX_DEPTH), column[i]);
+      }
+    }
   }
 }
 
@@ -215,6 +233,16 @@ static const uint16_t *amx_turned_at(const NAME(block) * block, int64_t first) {
 static amx_operand amx_turned(const uint16_t *turned, int steps, int64_t first) {
   enum { BYTES = AMX_TILE * sizeof *turned };
   return (amx_operand){turned + first % KEYS / AMX_DEPTH * AMX_TILE, BYTES / AMX_SIDE, steps * BYTES, BYTES, 0};
+}
+
+// What products read of keys besides K: what is turned, and of the backward V.
+static void NAME(foresee_values)(sa_forecast *forecast, const NAME(block) * block, int64_t first, int64_t count) {
+  const sa_problem *p = block->p;
+  const int64_t bytes = amx_problem_of(block)->tiles * AMX_STEPS * AMX_TILE * (int64_t)sizeof(uint16_t);
+  sa_forecast_add(forecast, amx_turned_at(block, first), bytes, bytes, (count + KEYS - 1) / KEYS);
+  if (!p->dout.data) return;
+  sa_forecast_add(forecast, sa_at(&p->v, block->batch, block->key_head, first, 0),
+                  p->v.stride[2] * (int64_t)sizeof(uint16_t), p->value_width * (int64_t)sizeof(uint16_t), count);
 }
 
 // Two vectors as the halves of each other's words: `high` has both rounded to bf16, `low` what that left off, again as
@@ -491,6 +519,7 @@ static bool NAME(pass_whole)(const NAME(block) * block, const sa_stretch *stretc
       .value_tiles = amx_tiles(block->p->value_width),
       .steps = amx_steps(block->p->width),
       .started = started,
+      .forecast = stretch->forecast,
       .strips = {room->strips[0], room->strips[1]},
       .weights = {room->weights[0], room->weights[1]},
   };
@@ -552,6 +581,46 @@ static void NAME(close_values)(const NAME(block) * block, const NAME(forward_pro
   memcpy(room->turned, o, sizeof *o * amx_tiles(width) * AMX_SIDE * NAME(ROW));
   amx_turn_back(block, room->turned, width, false, o);
   amx_note(block, AMX_OUT, o, NAME(padded)(width), block->count, width);
+}
+
+static bool NAME(sums_nonfinite)(const NAME(block) * block, const REAL *o) {
+  return NAME(has_nonfinite)(o, NAME(ROW), (int)block->p->value_width, block->count);
+}
+
+// A vector as bf16, rounded as sa_f32_to_bf16 does it.
+static inline __m256i amx_rounded(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16));
+}
+
+// Outputs from the transposed sums, turned, scaled and rounded in registers: by way of rows in float it took twice as
+// long. Dead rows are 0.
+static bool NAME(write_sums)(const NAME(block) * block, const NAME(gathered) * gathered, const REAL *scale) {
+  const sa_operand *out = &block->p->out;
+  const int width = (int)block->p->value_width;
+  if (block->each != block->count) return false;
+  amx_note(block, AMX_OUT, gathered->o, NAME(ROW), width, block->count);
+  for (int first = 0; first < block->count; first += LANES) {
+    const int rows = block->count - first < LANES ? block->count - first : LANES;
+    for (int d = 0; d < width; d += AMX_SIDE) {
+      const __mmask16 within = width - d < AMX_SIDE ? (__mmask16)((1 << (width - d)) - 1) : (__mmask16)~0;
+      uint16_t *to = (uint16_t *)NAME(row_at)(out, block, first) + d;
+      NAME(vector) column[LANES];
+      NAME(columns_of)(gathered->o + d * NAME(ROW) + first, NAME(ROW), column);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++, to += out->stride[2]) {
+        if (i >= rows) break;
+        const __mmask16 alive = (__mmask16)(0 - (gathered->alive >> (first + i) & 1));
+        const __m512 scaled = _mm512_maskz_mul_ps(alive, column[i], NAME(set)(scale[first + i]));
+        _mm256_mask_storeu_epi16(to, within, amx_rounded(scaled));
+      }
+    }
+  }
+  return true;
 }
 
 // Backward

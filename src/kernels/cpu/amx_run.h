@@ -24,8 +24,9 @@ typedef struct amx_run {
   int first;        // among the KEYS keys that `values` begin with
   int tiles, value_tiles, steps;
   bool started;
-  REAL *strips[2];       // [tile of queries][AMX_STRIP][LANES]: S^T of the even and the odd strips
-  uint16_t *weights[2];  // [AMX_PASS][part][tile of queries][AMX_TILE]: P^T of the even and the odd passes
+  sa_forecast *forecast;  // may be NULL
+  REAL *strips[2];        // [tile of queries][AMX_STRIP][LANES]: S^T of the even and the odd strips
+  uint16_t *weights[2];   // [AMX_PASS][part][tile of queries][AMX_TILE]: P^T of the even and the odd passes
   // The strip whose weights are being made, and how many pairs of its keys, tile by tile, have theirs.
   const REAL *scores;
   uint16_t *to;
@@ -63,6 +64,13 @@ static inline __attribute__((always_inline)) void amx_weigh(amx_run *run, const 
   atomic_signal_fence(memory_order_seq_cst);
 }
 
+// Calls for what will be wanted, twelve lines beside four products.
+static inline __attribute__((always_inline)) void amx_call(amx_run *run) {
+  if (!run->forecast || run->forecast->next == run->forecast->parts) return;
+  sa_forecast_call(run->forecast);
+  sa_forecast_call(run->forecast);
+}
+
 // Four tiles of A and B into four of C.
 #define AMX_MULTIPLY(a, a_row, a_tile, b)              \
   _tile_loadd(4, a, a_row);                            \
@@ -87,6 +95,7 @@ static inline __attribute__((always_inline)) void amx_strip(amx_run *run, const 
     _tile_zero(3);
     for (int step = 0; step < run->steps; step++, query += AMX_QUERY_TILES * AMX_TILE) {
       AMX_MULTIPLY(key + step * 64, run->key_row, AMX_SIDE * run->key_row, query)
+      amx_call(run);
       amx_weigh(run, visible, scale, times);
     }
     _tile_stored(0, to, 64);
@@ -130,6 +139,7 @@ static inline __attribute__((always_inline)) void amx_values(amx_run *run, const
       const uint16_t *value = run->values + key / KEYS * group + (d * AMX_STEPS + key % KEYS / AMX_STRIP) * AMX_TILE;
       const uint16_t *weights = amx_weights_of(run, n) + j * AMX_TILE, *low = weights + run->tiles * AMX_TILE;
       AMX_MULTIPLY(value, 64, AMX_STEPS * AMX_TILE * 2, weights)
+      amx_call(run);
       amx_weigh(run, visible, scale, times);
       _tile_loadd(6, low, 64);
       _tile_dpbf16ps(0, 4, 6);

@@ -74,7 +74,7 @@ static int NAME(item_blocks)(const NAME(forward_job) * job, int64_t item, NAME(b
 static void NAME(close_passage)(const NAME(forward_job) * job, NAME(passage) * passage, NAME(held_keys) * held,
                                 const NAME(forward_room) * room) {
   NAME(end_passage)(passage, 0, job->p->plan->col_tiles, held, room);
-  NAME(finish)(passage->block, passage->gathered);
+  NAME(finish)(passage->block, passage->gathered, passage, room);
   if (!job->p->weights.data) return;
   NAME(write_weights)(passage->block, passage->query, room, passage->gathered);
   held->stretch.count = 0;  // the room for rows of K has others
@@ -133,6 +133,7 @@ static void NAME(forward_part)(void *argument, int64_t item, int worker) {
   NAME(begin)(&passage, room.query[0], &gathered, &room);
   while (passage.more) NAME(advance)(&passage, NULL, false, &held, &forecast, &room);
   NAME(end_passage)(&passage, tile, end, &held, &room);
+  if (!passage.closed) NAME(arrive)(&passage, &room);
   *alive = gathered.alive;
 }
 
@@ -148,7 +149,7 @@ static void NAME(forward_join)(void *argument, int64_t item, int worker) {
     gathered.alive = *alive;
     NAME(join)(&block, &whole, &gathered);
   }
-  NAME(finish)(&block, &whole);
+  NAME(finish)(&block, &whole, NULL, NULL);
   if (!job->p->weights.data) return;
   const NAME(forward_room) room = NAME(worker_room)(job, worker);
   NAME(pack_query)(&block, 0, room.query[0]);

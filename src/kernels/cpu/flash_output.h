@@ -115,8 +115,10 @@ static void NAME(write_out)(const NAME(block) * block, const NAME(gathered) * ga
   }
 }
 
-// Writes out, LSE and dead rows of a block; leaves in gathered->peak and sum each row's base and factor.
-static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered) {
+// Writes out, LSE and dead rows of a block; leaves in gathered->peak and sum each row's base and factor. `passage`:
+// whose block it is, in `room`; NULL: o is closed.
+static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered, NAME(passage) * passage,
+                         const NAME(forward_room) * room) {
   const sa_problem *p = block->p;
   const uint64_t own = block->count < QUERIES ? (UINT64_C(1) << block->count) - 1 : ~UINT64_C(0);
   REAL scale[QUERIES], lse[QUERIES];
@@ -127,8 +129,10 @@ static void NAME(finish)(const NAME(block) * block, NAME(gathered) * gathered) {
     gathered->peak[i] = (REAL)INFINITY;
     gathered->sum[i] = 0;
   }
+  const bool written = passage && !passage->closed && NAME(write_sums)(block, gathered, scale);
+  if (passage && !passage->closed && !written) NAME(arrive)(passage, room);
   for (int first = 0; first < block->count; first += block->each) {
-    NAME(write_out)(block, gathered, first, scale);
+    if (!written) NAME(write_out)(block, gathered, first, scale);
     REAL *to_lse = p->lse.data ? NAME(row_at)(&p->lse, block, first) : NULL;
     bool *to_dead = p->dead.data ? NAME(row_at)(&p->dead, block, first) : NULL;
     for (int i = 0; to_lse && i < block->each; i++) to_lse[i * p->lse.stride[2]] = lse[first + i];

@@ -22,7 +22,8 @@ typedef struct NAME(passage) {
   const NAME(block) * after;   // whose queries are wanted next; may be NULL
   const NAME(block) * beyond;  // of the last passage: what the worker will have next; may be NULL
   bool more, careful, started;
-  bool leaks;  // a non-finite value can have leaked
+  bool leaks;   // a non-finite value can have leaked
+  bool closed;  // o is rows of queries, with all that they see
 } NAME(passage);
 
 // The stretch that was looked at last, its rows of K, and the keys that were called for or looked at lately.
@@ -139,7 +140,7 @@ static void NAME(foresee_keys)(sa_forecast *forecast, const NAME(block) * block,
   const sa_problem *p = block->p;
   if (count > p->keys - first) count = p->keys - first;
   NAME(foresee)(forecast, &p->k, sa_at(&p->k, block->batch, block->key_head, first, 0), p->width, count);
-  NAME(foresee)(forecast, &p->v, sa_at(&p->v, block->batch, block->key_head, first, 0), p->value_width, count);
+  NAME(foresee_values)(forecast, block, first, count);
 }
 
 // The part of the bias that a block reads with keys [first, first + count). Its rows are pages apart, too far for the
@@ -211,16 +212,16 @@ static int NAME(advance)(NAME(passage) * passage, const NAME(passage) * other, b
     held->key = NAME(key_rows)(block, stretch.first, stretch.count, room->products.rows, &held->stride);
   }
   const int share = (stretch.count + STRETCH - 1) / STRETCH;
+  if (forecast && !block->few) {
+    if (!last && passage->more) other = passage;
+    NAME(foresee_all)(forecast, passage, held, &stretch, other);
+    stretch.forecast = forecast;
+  }
   if (NAME(pass_whole)(block, &stretch, held->key, held->stride, passage->query, &room->products, room->stretch.scores,
                        room->factor, passage->started, gathered, passage->careful ? room->leaked : NULL)) {
     passage->leaks |= NAME(WHOLE_LEAKS);
     passage->started = true;
     return share;
-  }
-  if (forecast && !block->few) {
-    if (!last && passage->more) other = passage;
-    NAME(foresee_all)(forecast, passage, held, &stretch, other);
-    stretch.forecast = forecast;
   }
   stretch.outline = NAME(outline)(block, &stretch, &room->stretch);
   memcpy(room->peak, gathered->peak, sizeof *room->peak * block->vectors * LANES);
@@ -240,7 +241,7 @@ static int NAME(advance)(NAME(passage) * passage, const NAME(passage) * other, b
   return share;
 }
 
-static void NAME(arrive)(const NAME(passage) * passage, const NAME(forward_room) * room) {
+static void NAME(arrive)(NAME(passage) * passage, const NAME(forward_room) * room) {
   const NAME(block) *block = passage->block;
   const int64_t padded = NAME(padded)(block->p->value_width);
   REAL *o = passage->gathered->o;
@@ -249,6 +250,7 @@ static void NAME(arrive)(const NAME(passage) * passage, const NAME(forward_room)
   else
     memset(o, 0, sizeof(REAL) * block->count * padded);
   for (int64_t d = 0; passage->careful && d < block->count * padded; d++) o[d] += room->leaked[d];
+  passage->closed = true;
 }
 
 // Whether what came out not finite can have leaked to rows that do not see it. Where a key is NaN that none of a
@@ -262,13 +264,13 @@ static bool NAME(has_leaked)(const NAME(block) * block, int64_t tile_first, int6
   return false;
 }
 
-// A block that has seen all its keys: what it gathered is finite, or not finite by what its rows see.
+// A block that has seen all its keys: what it gathered, which may not be closed yet, is finite, or not finite by what
+// its rows see.
 static void NAME(end_passage)(NAME(passage) * passage, int64_t tile_first, int64_t tile_end, NAME(held_keys) * held,
                               const NAME(forward_room) * room) {
   const NAME(block) *block = passage->block;
-  const int width = (int)block->p->value_width;
-  NAME(arrive)(passage, room);
-  if (!passage->leaks || !NAME(has_nonfinite)(passage->gathered->o, NAME(padded)(width), block->count, width)) return;
+  if (!passage->started) NAME(arrive)(passage, room);
+  if (!passage->leaks || !NAME(sums_nonfinite)(block, passage->gathered->o)) return;
   if (!NAME(has_leaked)(block, tile_first, tile_end)) return;
   const NAME(passage) before = *passage;
   *passage = NAME(set_out)(block, tile_first, tile_end, true);

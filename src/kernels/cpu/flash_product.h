@@ -320,6 +320,14 @@ static void NAME(score_product)(const NAME(block) * block, const sa_stretch *str
                      (int)block->p->width, SA_FROM_ZERO, NULL, peak, stretch->forecast);
 }
 
+// What products read of keys besides K.
+static void NAME(foresee_values)(sa_forecast *forecast, const NAME(block) * block, int64_t first, int64_t count) {
+  const sa_operand *v = &block->p->v;
+  const int64_t size = sa_size_of(v->dtype);
+  sa_forecast_add(forecast, sa_at(v, block->batch, block->key_head, first, 0), v->stride[2] * size,
+                  block->p->value_width * size, count);
+}
+
 // What the products of the forward need in a worker's room.
 typedef struct NAME(forward_products) {
   REAL *rows;    // [STRETCH][width, padded]: K, where it cannot be read in place
@@ -429,6 +437,17 @@ static void NAME(close_values)(const NAME(block) * block, const NAME(forward_pro
   const int width = (int)block->p->value_width;
   if (!block->few || !NAME(split)(&block->p->v, width)) return;
   for (int i = 0; i < block->count; i++) NAME(join_row)(o + i * NAME(padded)(width), width);
+}
+
+// Whether something that products gathered for o is not finite.
+static bool NAME(sums_nonfinite)(const NAME(block) * block, const REAL *o) {
+  const int width = (int)block->p->value_width;
+  return NAME(has_nonfinite)(o, NAME(padded)(width), block->count, width);
+}
+
+// Writes outputs straight from what products gathered; false: they are to be closed, which here is little work.
+static bool NAME(write_sums)(const NAME(block) * block, const NAME(gathered) * gathered, const REAL *scale) {
+  return false;
 }
 
 // What the products of the backward need in a worker's room. V is done with before K's finite part is wanted.
