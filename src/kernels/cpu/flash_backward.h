@@ -350,7 +350,7 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   sa_walk walk = NAME(walk_chunk)(job, block, chunk->index);
   const bool whole = NAME(sees_one_stretch)(job, block, walk);
   const NAME(block) *after = following->block;
-  sa_stretch stretch, coming;
+  sa_stretch stretch, coming = {0};
   for (bool more = sa_walk_next(&walk, &stretch); more; first = false, stretch = coming) {
     sa_forecast biases, *scoring = stretch.forecast = forecast;
     more = sa_walk_next(&walk, &coming);

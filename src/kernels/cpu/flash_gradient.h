@@ -150,7 +150,6 @@ static sa_forecast NAME(foresee_biases)(const NAME(backward_job) * job, const NA
 static void NAME(add_dbias)(const NAME(backward_job) * job, const NAME(block) * block, const sa_stretch *stretch,
                             int64_t chunk, const REAL *dscores) {
   const bool broadcast = job->p->bias_shape[3] == 1;
-  REAL square[LANES * LANES];
   for (int first = 0; first < block->count; first += LANES) {
     REAL *rows[LANES];
     const int queries = block->count - first < LANES ? block->count - first : LANES;
@@ -160,9 +159,11 @@ static void NAME(add_dbias)(const NAME(backward_job) * job, const NAME(block) * 
     }
     int r = 0;
     for (; !broadcast && r + LANES <= stretch->count; r += LANES) {
-      NAME(transpose)(dscores + r * NAME(ROW) + first, NAME(ROW), 1, square, LANES);
-      for (int i = 0; i < queries; i++) {
-        NAME(store)(rows[i] + r, NAME(load)(rows[i] + r) + NAME(load)(square + i * LANES));
+      NAME(vector) column[LANES];
+      NAME(columns_of)(dscores + r * NAME(ROW) + first, NAME(ROW), column);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) {
+        if (i < queries) NAME(store)(rows[i] + r, NAME(load)(rows[i] + r) + column[i]);
       }
     }
     for (int i = 0; i < queries; i++) {

@@ -375,6 +375,7 @@ static bool NAME(add_bias)(const NAME(block) * block, int keys, const REAL *rows
         NAME(hide)(rows + r, row, first, square, visible + r);
         for (int i = 0; i < LANES; i++) column[i] = NAME(load)(square + i * NAME(ROW));
       }
+      if (!peak) continue;
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; i++) top = NAME(max)(column[i], top);
     }
