@@ -11,6 +11,7 @@
 #include "kernels/cuda/hopper_backward_wide.cuh"
 #include "kernels/cuda/hopper_bias_gradient.cuh"
 #include "kernels/cuda/hopper_operands.cuh"
+#include "kernels/cuda/score_scale.cuh"
 
 static const char function[] = "sa_backward";
 
@@ -418,7 +419,7 @@ int sa_cuda_hopper_backward(const sa_problem *p) {
   c.group = (int32_t)(p->heads / p->key_heads);
   c.padded = (int32_t)padded_queries(p);
   c.scale = (float)p->scale;
-  c.scale_log2 = (float)(p->scale * 1.4426950408889634);
+  c.scale_log2 = (float)(score_scale(*p) * 1.4426950408889634);
   c.lse_unit = 1.44269504f;
   if (hopper_has_extras(p)) {
     c.scores = hopper_scores_of(p);

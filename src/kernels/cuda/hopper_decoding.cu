@@ -105,7 +105,7 @@ int sa_cuda_hopper_decoding(const sa_problem *p) {
   d.forward.plan = *plan;
   d.forward.v = tile_source_of(p->v, 2, 0, 0, p->keys, p->value_width, true);
   d.forward.out_aligned = rows_aligned(p->out, 2);
-  d.factor = (float)(p->scale * 1.4426950408889634);
+  d.factor = (float)(score_scale(*p) * 1.4426950408889634);
   const int64_t processors = sa_cuda_properties_of(p->device)->processors;
   const dim3 grid = share_items(p, plan, SA_TILE / entry->keys, processors, &d);
   // 256 bytes at a time take 8 % longer than 128, with which memory is read as fast as it can be.

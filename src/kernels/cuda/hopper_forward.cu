@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/attention.cuh"
 #include "kernels/cuda/hopper_operands.cuh"
+#include "kernels/cuda/score_scale.cuh"
 
 // A kernel's widths: those of q and v are rounded up to them with zeros, which TMA adds.
 typedef struct shape_entry {
@@ -174,7 +175,7 @@ int sa_cuda_hopper_forward(const sa_problem *p) {
   c.queries = (int32_t)p->queries;
   c.keys = (int32_t)p->keys;
   c.value_width = (int32_t)p->value_width;
-  c.scale_log2 = (float)(p->scale * 1.4426950408889634);
+  c.scale_log2 = (float)(score_scale(*p) * 1.4426950408889634);
   c.scores = hopper_scores_of(p);
   const bool one_plane = p->plan->batch * p->plan->heads == 1, one_bias = p->bias.data && p->bias.stride[0] == 0;
   if (one_plane && one_bias && p->bias.stride[1] != 0) c.batches = (int32_t)p->batch;

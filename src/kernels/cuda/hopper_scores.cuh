@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/operand.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/score_scale.cuh"
 #include "random.h"
 
 /*  A score is
@@ -64,13 +65,13 @@ static inline hopper_scores hopper_scores_of(const sa_problem *p) {
   rule.bias = p->bias;
   rule.alibi = p->alibi;
   rule.capped = !(p->softcap > 0) ? 0 : p->softcap <= HOPPER_SOFTCAP ? 1 : 2;
-  rule.factor = (float)((rule.capped ? p->softcap : p->scale) * base);
+  rule.factor = (float)((rule.capped ? p->softcap : score_scale(*p)) * base);
   rule.unit = p->bias.data ? (float)log2e : 1.f;
   rule.octave = p->bias.data ? 0.69314718f : 1.f;
   rule.natural = p->bias.data ? 1.f : 0.69314718f;
   rule.base = (float)base;
   rule.bias_pairs = hopper_bias_pairs(p);
-  if (rule.capped) rule.inside = (float)(p->scale / p->softcap * (rule.capped == 1 ? 2 * log2e : 1));
+  if (rule.capped) rule.inside = (float)(score_scale(*p) / p->softcap * (rule.capped == 1 ? 2 * log2e : 1));
   rule.diagonal = (int32_t)p->diagonal;
   rule.threshold = sa_dropout_threshold(p->dropout);
   rule.seed = p->seed;

@@ -155,7 +155,7 @@ static int launch_once(const backward_job &job, const backward_rows<float> &rows
   sums.mixed = sa_cuda_properties_of(p.device)->processors * (sums.descending ? C::RESIDENT : 1) / 8;
   if (sums.mixed < 1) sums.mixed = 1;
   // Without a width a product is an empty sum, whatever 1/sqrt(0) makes of the scale.
-  sums.scale_log2 = p.width ? (float)(p.scale * 1.4426950408889634) : 0;
+  sums.scale_log2 = p.width ? (float)(score_scale(p) * 1.4426950408889634) : 0;
   unsigned grid;
   int status = backward_grid(sums.jobs, &grid);
   if (status) return status;

@@ -3,6 +3,7 @@
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_SCORES_CUH
 #include "kernels/cuda/operand.cuh"
 #include "kernels/cuda/portable_numbers.cuh"
+#include "kernels/cuda/score_scale.cuh"
 #include "random.h"
 
 // How the products q.k of one head become scores: in base 2 when scale is all there is (`plain`), so that 2^x gives
@@ -30,7 +31,7 @@ static __device__ __forceinline__ score_rule<Real> score_rule_of(const sa_proble
   const bool plain = plain_scores(p);
   score_rule<Real> rule;
   // Without a width a product is an empty sum, whatever 1/sqrt(0) makes of the scale.
-  const double scale = p.dtype == SA_F32 ? p.scale * uncut(p.width) : p.scale;
+  const double scale = score_scale(p);
   rule.factor = p.width ? (Real)(plain ? scale * log2e : scale) : 0;
   rule.unit = plain ? 1 : (Real)log2e;
   rule.softcap = (Real)p.softcap;
