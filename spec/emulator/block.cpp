@@ -247,10 +247,8 @@ bool arrive(barrier *b, int expected) {
 static void syncthreads_complete(block *b) {
   b->syncthreads.arrived = 0;
   b->vote_results[0] = b->vote_count;
-  b->vote_results[1] = b->vote_and;
-  b->vote_results[2] = b->vote_or;
+  b->vote_results[1] = b->vote_or;
   b->vote_count = b->vote_or = 0;
-  b->vote_and = 1;
   wake(b, &b->syncthreads);
 }
 
@@ -441,7 +439,6 @@ static void run_block(block *b, const memory &m, uint3 index) {
   b->live = b->count;
   b->idle = 0;
   b->vote_count = b->vote_or = 0;
-  b->vote_and = 1;
   b->syncthreads.arrived = 0;
   for (barrier &x : b->named) x.arrived = 0;
   for (barrier &x : b->warpgroups) x.arrived = 0;

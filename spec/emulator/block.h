@@ -101,8 +101,8 @@ struct block {
   thread *threads;
   warp warps[WARP];
   barrier syncthreads, named[NAMED_BARRIERS], warpgroups[8];
-  int vote_count, vote_and, vote_or;  // of __syncthreads_count and its like
-  int vote_results[3];
+  int vote_count, vote_or;  // of __syncthreads_count and its like
+  int vote_results[2];
   unsigned char *dynamic, *statics;
   size_t dynamic_bytes, statics_bytes;
   thread *ready[MAX_THREADS];  // a ring: ready_first, ready_first + 1, ..., ready_count of them

@@ -30,14 +30,12 @@ struct alignas(2) __nv_bfloat16 {
   operator float() const { return emulator::from_bf16(bits); }
   operator __nv_bfloat16_raw() const { return {bits}; }
 };
-typedef __nv_bfloat16 nv_bfloat16;
 
 struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
   __nv_bfloat162() = default;
   __nv_bfloat162(__nv_bfloat16 x_, __nv_bfloat16 y_) : x(x_), y(y_) {}
 };
-typedef __nv_bfloat162 nv_bfloat162;
 
 static inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return __nv_bfloat16(x);
@@ -45,22 +43,10 @@ static inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 static inline __nv_bfloat16 __float2bfloat16(float x) {
   return __nv_bfloat16(x);
 }
-static inline __nv_bfloat16 __double2bfloat16(double x) {
-  return __nv_bfloat16(x);
-}
 static inline float __bfloat162float(__nv_bfloat16 x) {
   return (float)x;
 }
 static inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
-  return __nv_bfloat162(x, y);
-}
-static inline __nv_bfloat162 __float22bfloat162_rn(float2 x) {
-  return __nv_bfloat162(x.x, x.y);
-}
-static inline float2 __bfloat1622float2(__nv_bfloat162 x) {
-  return make_float2(x.x, x.y);
-}
-static inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) {
   return __nv_bfloat162(x, y);
 }
 static inline float __low2float(__nv_bfloat162 x) {
@@ -71,9 +57,6 @@ static inline float __high2float(__nv_bfloat162 x) {
 }
 static inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) {
   return x.bits;
-}
-static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short x) {
-  return __nv_bfloat16_raw{x};
 }
 static inline bool __hisnan(__nv_bfloat16 x) {
   return (x.bits & 0x7fff) > 0x7f80;

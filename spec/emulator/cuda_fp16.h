@@ -44,7 +44,6 @@ struct alignas(4) __half2 {
   __half2() = default;
   __half2(__half x_, __half y_) : x(x_), y(y_) {}
 };
-typedef __half2 half2;
 
 static inline __half __float2half_rn(float x) {
   return __half(x);
@@ -56,15 +55,6 @@ static inline float __half2float(__half x) {
   return (float)x;
 }
 static inline __half2 __floats2half2_rn(float x, float y) {
-  return __half2(x, y);
-}
-static inline __half2 __float22half2_rn(float2 x) {
-  return __half2(x.x, x.y);
-}
-static inline float2 __half22float2(__half2 x) {
-  return make_float2(x.x, x.y);
-}
-static inline __half2 __halves2half2(__half x, __half y) {
   return __half2(x, y);
 }
 static inline float __low2float(__half2 x) {

@@ -123,11 +123,6 @@ template <class T>
 static inline cudaError_t cudaMallocHost(T **memory, size_t bytes) {
   return cudaMallocHost((void **)memory, bytes);
 }
-template <class T>
-static inline cudaError_t cudaGetSymbolAddress(void **address, const T &symbol) {
-  *address = (void *)&symbol;
-  return cudaSuccess;
-}
 
 // Streams and events
 
