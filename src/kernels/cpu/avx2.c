@@ -1,7 +1,7 @@
 // the fused kernels with AVX2 and FMA: vectors of 32 bytes, register tiles of 6 x 2
 //
-// 12 sums, 2 vectors of the right side and a broadcast are 15 of the 16 registers. f32 reaches 82 to 85 % of the
-// 256-bit peak forward and 86 to 89 % backward.
+// 12 sums, 2 vectors of the right side and a broadcast are 15 of the 16 registers. f32 reaches 81 to 85 % of the
+// 256-bit peak forward and 81 to 90 % backward.
 #if defined(__AVX2__)
 #include <immintrin.h>
 
