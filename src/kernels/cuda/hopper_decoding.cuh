@@ -20,8 +20,8 @@
 //   128           32           64, 32                              2, 6                             195 KiB
 //   256           16           128, none: Q is in shared memory    2, 2                             226 KiB
 //
-// One query of 32:8 heads at width 128 on an H200, calls in a row and in a CUDA graph: 8192 keys in 12.0 and 10.5 us
-// (cuDNN 11.1 in a graph), 131072 in 129 and 126 (127 to 129), 4.3 TB/s; 4 x 131072 in 487 and 486, 4.4.
+// One query of 32:8 heads at width 128 on an H200, calls in a row and in a CUDA graph: 8192 keys in 11.8 and 10.2 us
+// (cuDNN 11.2 in a graph), 131072 in 128 and 126 (127 to 129), 4.3 TB/s; 4 x 131072 in 478 and 477, 4.5.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_DECODING_CUH
 #include "kernels/cuda/hopper_decoding_loads.cuh"

@@ -127,6 +127,7 @@ static __device__ __forceinline__ void decoding_load_steps(const decoding_job &d
                                                            const decoding_half &half, bool keys, decoding_step at,
                                                            int count, hopper_ring<C::SLOTS> &ring) {
   const int all = (int)d.forward.p.keys;
+  dependency_wait();  // here, as what comes before it the first time is in nobody's way
 #pragma unroll 1
   for (; count; count--, at.key += C::KEYS) {
     const uint32_t full = shared_address(&shared.full[ring.at]);
@@ -154,7 +155,6 @@ static __device__ __forceinline__ void decoding_load(const decoding_job &d, deco
   tile_walk walk = decoding_walk<C>(d, place, unit);
   decoding_half half = decoding_half_of(d, place, keys);
   hopper_ring<C::SLOTS> ring;
-  dependency_wait();
   for (;;) {
     const int end = place.end < units.end ? place.end : units.end;
     if (leads) {
