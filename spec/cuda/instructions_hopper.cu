@@ -256,6 +256,30 @@ static void check_ring() {
   }
 }
 
+// Sums below the smallest normal number.
+__global__ void small_sums(float *to) {
+  float *from = dynamic_shared<float>();
+  from[threadIdx.x] = (threadIdx.x + 1) * 0x1p-140f;
+  async_proxy_fence();
+  __syncwarp();
+  if (threadIdx.x == 0) {
+    bulk_add(to, shared_address(from), 32 * 4);
+    bulk_commit();
+    bulk_wait<0>();
+  }
+}
+
+static void check_small_sums() {
+  both<float> to(32);
+  for (int i = 0; i < 32; i++) to.host[i] = i % 2 ? -0x1p-130f : 0x1p-126f;
+  to.send();
+  sa_cuda_launch("small sums", small_sums, dim3(1), dim3(32), (size_t)32 * 4, (cudaStream_t)0, to.device);
+  to.fetch();
+  for (int i = 0; i < 32; i++) {
+    compare("small sums", i, to.host[i], (i % 2 ? -0x1p-130 : 0x1p-126) + (i + 1) * 0x1p-140, 0);
+  }
+}
+
 __global__ void matrices(uint16_t *stored) {
   uint16_t *tile = dynamic_shared<uint16_t>();
   const int lane = threadIdx.x;
@@ -287,6 +311,7 @@ int main() {
   check_moves();
   check_meetings();
   check_ring();
+  check_small_sums();
   check_matrices();
   return report();
 }

@@ -165,10 +165,10 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float4 x = __ldcg(from + i * 128);
-        dq[4 * i] = add_flushed(x.x, dq[4 * i]);
-        dq[4 * i + 1] = add_flushed(x.y, dq[4 * i + 1]);
-        dq[4 * i + 2] = add_flushed(x.z, dq[4 * i + 2]);
-        dq[4 * i + 3] = add_flushed(x.w, dq[4 * i + 3]);
+        dq[4 * i] += x.x;
+        dq[4 * i + 1] += x.y;
+        dq[4 * i + 2] += x.z;
+        dq[4 * i + 3] += x.w;
       }
     }
     // store_row counts from the rows of both warpgroups.

@@ -194,18 +194,11 @@ static __device__ __forceinline__ void bulk_store(void *to, uint32_t from, int b
                : "memory");
 }
 
-// Adds to the floats at `to`, in any order.
+// Adds to the floats at `to`, in any order. Numbers below the smallest normal one stay what they are.
 static __device__ __forceinline__ void bulk_add(float *to, uint32_t from, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
                "r"(bytes)
                : "memory");
-}
-
-// The sum that bulk_add makes: numbers below the smallest normal one are zeros.
-static __device__ __forceinline__ float add_flushed(float a, float b) {
-  float sum;
-  asm("add.rn.ftz.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
-  return sum;
 }
 
 // Closes the thread's bulk group of stores.

@@ -121,9 +121,6 @@ static inline void bulk_store(void *to, uint32_t from, int bytes) {
 static inline void bulk_add(float *to, uint32_t from, int bytes) {
   emulator::bulk_add(to, from, bytes);
 }
-static inline float add_flushed(float a, float b) {
-  return a + b;
-}
 static inline void bulk_commit() {
   emulator::current()->stores.commit();
 }
