@@ -170,13 +170,16 @@ helper.describe_cuda("attention on a CUDA device", function()
     ["of heads that are grouped and see columns of keys that get shorter"] = {heads = many and 256 or 8,
       key_heads = many and 128 or 4, width = 128, queries = 2040, keys = 250,
       mask = shrinking(16) * sa.mask.padding({200}, {1990})},
+    -- Hopper begins with columns of long heads and of short ones.
+    ["of a padded batch"] = {batch = 4, heads = many and 16 or 1, key_heads = many and 16 or 1, width = 128,
+      queries = 512, keys = 512, mask = sa.mask.padding({460, 440, 120, 100}, {450, 462, 128, 100})},
     ["of long columns of keys that get shorter"] = {heads = 1, width = 128, queries = 4090, keys = 250,
       mask = shrinking(32) * sa.mask.padding({200}, {4040})},
   } do
     it(name .. ", with NaN behind the mask, gives the bits of a clean run", function()
       local function attend(dirt, backend)
         local function operand(heads, length, seed)
-          local t = sa.randn({1, heads, length, c.width}, {seed = seed, dtype = "bf16", device = "cuda"})
+          local t = sa.randn({c.batch or 1, heads, length, c.width}, {seed = seed, dtype = "bf16", device = "cuda"})
           t:narrow(3, length - 49, 50):fill(dirt)
           return t
         end

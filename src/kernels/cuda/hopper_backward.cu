@@ -285,6 +285,11 @@ static void share_out(const sa_problem *p, hopper_backward_call *c) {
   }
 }
 
+// The plane of the head that comes `place`th.
+static int64_t plane_of(const sa_problem *p, const hopper_backward_call *c, int64_t place) {
+  return sa_plan_plane(p->plan, c->head_order[place] / p->heads, c->head_order[place] % p->heads);
+}
+
 // Heads with most to do first, so that the blocks end at the same time.
 static void order_heads(const sa_problem *p, hopper_backward_call *c) {
   const int64_t count = p->batch * p->key_heads;
@@ -302,6 +307,46 @@ static void order_heads(const sa_problem *p, hopper_backward_call *c) {
     int64_t at = flat;
     for (; at > 0 && cost[c->head_order[at - 1]] < cost[flat]; at--) c->head_order[at] = c->head_order[at - 1];
     c->head_order[at] = (uint16_t)flat;
+  }
+}
+
+// The longest column of a head, in visible pairs.
+static int64_t longest_column(const sa_problem *p, const hopper_backward_call *c, int64_t place) {
+  const int64_t columns = key_columns(p);
+  const int64_t *visible = p->plan->col_visible + columns * plane_of(p, c, place);
+  int64_t most = 0;
+  for (int64_t n = 0; n < columns; n++) most = at_least(most, visible[n]);
+  return most;
+}
+
+// How many columns of all heads from `place` on that are mixed are seen by no query, of those that are taken first.
+static int64_t columns_of_none(const sa_problem *p, const hopper_backward_call *c, int64_t place) {
+  const int64_t columns = key_columns(p);
+  int64_t seen = 0;
+  for (int64_t head = place; head < place + c->mixed; head++) {
+    const int64_t *visible = p->plan->col_visible + columns * plane_of(p, c, head);
+    for (int64_t n = seen; n < columns; n++) {
+      if (visible[n] > 0) seen = n + 1;
+    }
+  }
+  return columns - seen;
+}
+
+// Of columns that begin together those of one head wait for each other at every row, and so do the next ones, as they
+// begin in the order in which these end. Where heads differ, half of the first ones are of heads whose columns are at
+// most half as long.
+static void bring_forward(const sa_problem *p, hopper_backward_call *c) {
+  if (!c->sorted || !c->deterministic || c->descending || bucket(p) != 128 || c->whole < c->jobs) return;
+  if (c->group > 1 || !sa_columns_alike(p->plan)) return;
+  const int64_t heads = p->batch * p->key_heads, columns = key_columns(p), longest = longest_column(p, c, 0);
+  const int64_t half = sa_cuda_properties_of(p->device)->processors / 2 / c->mixed * c->mixed;
+  for (int64_t place = c->mixed; place + c->mixed <= heads; place += c->mixed) {
+    if (2 * longest_column(p, c, place) > longest) continue;
+    const int64_t none = columns_of_none(p, c, place), first = place * columns + none * c->mixed;
+    const int64_t left = (columns - none) * c->mixed, fit = left < first ? left : first;
+    c->brought = (int32_t)first;
+    c->lead = (int32_t)(fit < half ? fit : half);
+    return;
   }
 }
 
@@ -433,6 +478,7 @@ int sa_cuda_hopper_backward(const sa_problem *p) {
   c.mixed = mixed_heads(p, c.descending);
   share_out(p, &c);
   order_heads(p, &c);
+  bring_forward(p, &c);
   void *scratch = sa_cuda_scratch(function, p->device, lay_out(p, &c, NULL));
   if (!scratch) return SA_NO_MEMORY;
   lay_out(p, &c, (char *)scratch);

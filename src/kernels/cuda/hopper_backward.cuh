@@ -13,9 +13,11 @@
 //                   the dQ that warpgroups 1 and 2 leave in shared memory to the sums in memory. Warp 3 looks up whose
 //                   turn it is to add.
 //   warpgroup 1, 2  64 keys each. S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T have a key per row; dV += P^T dO
-//                   with P^T in registers, dK += dS^T Q and dQ = dS K with dS^T in shared memory. dV runs under the
-//                   arithmetic of dS, the next S and dK under that of the exponentials; dQ comes one step late, so that
-//                   the warpgroups, each of which needs the other's half of dS, may drift half a step apart.
+//                   with P^T in registers; at width 128, without extras, dK += dS^T Q with dS^T where P^T was, else,
+//                   and in the first and the last step of a job, in shared memory; dQ = dS K with dS in shared memory.
+//                   dV runs under the arithmetic of dS, dK and the next S while dQ is handed over, the next dP under
+//                   the exponentials; dQ comes one step late, so that the warpgroups, each of which needs the other's
+//                   half of dS, may drift half a step apart.
 //
 // The producer's 24 registers may spill a few words in code that waits most of the time, the consumers at width 128 a
 // dozen where a job ends; their loop does not.
@@ -118,12 +120,18 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
     wgmma_commit();
   }
 
-  // dK += dS^T Q: dS^T from shared memory, there are no registers for it (C7512).
+  // dK += dS^T Q, dS^T where P was or in shared memory.
+  template <bool IN_P>
   __device__ __forceinline__ void start_dk(int g) {
+    const uint32_t q =
+        wgmma_operand(base + SHAPE::q, SHAPE::queries * 128) + g % SHAPE::q_slots * (SHAPE::query_bytes >> 4);
     wgmma_fence();
-    hopper_product_rows_columns<type, SHAPE::queries / 16, SHAPE::panel_bytes>(
-        dk, wgmma_operand(base + SHAPE::ds, 0) + slab() + (g & 1) * (SHAPE::ds_bytes >> 4),
-        wgmma_operand(base + SHAPE::q, SHAPE::queries * 128) + g % SHAPE::q_slots * (SHAPE::query_bytes >> 4));
+    if constexpr (IN_P) {
+      hopper_product_registers<type, SHAPE::queries / 16>(dk, p, q);
+    } else {
+      hopper_product_rows_columns<type, SHAPE::queries / 16, SHAPE::panel_bytes>(
+          dk, wgmma_operand(base + SHAPE::ds, 0) + slab() + (g & 1) * (SHAPE::ds_bytes >> 4), q);
+    }
     wgmma_commit();
   }
 
@@ -177,8 +185,8 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
       c.bad_query[chunk] = *c.flagged = 1;
   }
 
-  // The second half of a step: P, under dP and dK of the step before. dV is left running.
-  template <bool FIRST>
+  // The second half of a step: P, under dP and dK of the step before. dV is left running. IN_P: S was begun behind dK.
+  template <bool FIRST, bool IN_P = false>
   __device__ __forceinline__ void probabilities(int g) {
     const int slot = g % SHAPE::q_slots;
     if constexpr (SHAPE::biased || SHAPE::extras & HOPPER_BACKWARD_DROPOUT) {
@@ -195,7 +203,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
       weigh(g);
     } else {
       start_dp(g);
-      wgmma_wait<CAREFUL ? 0 : FIRST ? 1 : 2>();  // S is there
+      wgmma_wait<CAREFUL ? 0 : FIRST || IN_P ? 1 : 2>();  // S is there
 #pragma unroll
       for (int j = 0; j < SHAPE::queries / 16; j++) {
         const float4 lse = shared_load_4(base + SHAPE::lse + slot * SHAPE::queries * 4 + j * 64 + (lane & 3) * 16);
@@ -220,12 +228,13 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
     }
   }
 
-  // The first half: dS, then dQ of the step before, whose other half has had a whole step to arrive, the next S, and
-  // dK.
+  // The first half: dS, then dQ of the step before, whose other half has had a whole step to arrive, dK and the next S,
+  // or the next S and then dK, which waits for dS to be in shared memory.
   template <bool FIRST, bool MORE>
   __device__ __forceinline__ void gradients(int g) {
+    constexpr bool in_p = SHAPE::ds_in_p && !FIRST && MORE;
     const int slot = g % SHAPE::q_slots, dout_slot = g % SHAPE::dout_slots;
-    uint32_t ds[pairs];
+    uint32_t own[in_p ? 1 : pairs], *ds = in_p ? p : own;
 #pragma unroll
     for (int j = 0; j < SHAPE::queries / 16; j++) {
       const float4 delta =
@@ -249,6 +258,10 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
     } else {
       select_visible(dp, slot);
     }
+    if constexpr (in_p) {
+      wgmma_wait<0>();  // dV is there
+      arrive(SHAPE::dout_empty + 8 * dout_slot);
+    }
 #pragma unroll
     for (int i = 0; i < pairs; i++) ds[i] = pack_halves<type>(dp[2 * i], dp[2 * i + 1]);
     float dq[32];
@@ -257,22 +270,32 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
     } else {
       start_dq(dq, g - 1);
     }
+    if constexpr (in_p) start_dk<true>(g);
     store_pairs(g, ds);
-    async_proxy_fence();
-    wgmma_wait<FIRST ? 0 : 1>();  // dV is there
-    arrive(SHAPE::dout_empty + 8 * dout_slot);
+    if constexpr (!in_p) {
+      async_proxy_fence();
+      wgmma_wait<FIRST ? 0 : 1>();  // dV is there
+      arrive(SHAPE::dout_empty + 8 * dout_slot);
+    }
     if constexpr (MORE) {
       start_scores(g + 1);
     } else if constexpr (!CAREFUL) {
       arrive(SHAPE::v_empty);
     }
-    named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
-    start_dk(g);
+    if constexpr (!in_p) {
+      named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
+      start_dk<false>(g);
+    }
     if constexpr (CAREFUL) {
       wgmma_wait<0>();
       repair_dk(g);
     } else if constexpr (!FIRST) {
       wgmma_wait<MORE ? 2 : 1>();  // dQ of the step before is there
+    }
+    if constexpr (in_p) {
+      // So late that there is nothing to wait for. The warps of this warpgroup meet at dQ's buffer before the next dQ.
+      async_proxy_fence();
+      __syncwarp();
     }
     arrive(SHAPE::ds_done + 16 * w + 8 * (g & 1));  // dS of this step may be read; the other buffer is free
     if constexpr (!FIRST) hand_over(dq);
@@ -398,7 +421,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
 #pragma unroll 1
             for (; g + 1 < end; g++) {
               gradients<false, true>(g);
-              probabilities<false>(g + 1);
+              probabilities<false, SHAPE::ds_in_p>(g + 1);
             }
             gradients<false, false>(g++);
           }

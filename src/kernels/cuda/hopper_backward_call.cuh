@@ -31,6 +31,8 @@ typedef struct hopper_backward_call {
   // Jobs: `jobs` columns of key heads; those of `mixed` neighbouring key heads take turns, so that neighbours in the
   // order add to different sums. When `sorted`, neighbours are so by head_order.
   int32_t jobs, mixed, sorted;
+  // Behind the first `lead` jobs as many from number `brought` on are taken, whose columns are shorter.
+  int32_t lead, brought;
   // Whether, in order, columns are taken from the first on, their rows from the last on; else the other way round.
   // Where columns get shorter, the longest are then begun first, and the blocks end at the same time. `alternate`:
   // those of even numbers come before the others.

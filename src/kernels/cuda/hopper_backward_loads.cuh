@@ -110,12 +110,18 @@ struct hopper_backward_jobs {
     return !c.alternate ? rank : rank < even ? 2 * rank : 2 * (rank - even) + 1;
   }
 
+  // Which job is taken `id`th.
+  __device__ __forceinline__ int led(int id) const {
+    if (id < c.lead || id >= c.brought + c.lead) return id;
+    return id < 2 * c.lead ? id - c.lead + c.brought : id - c.lead;
+  }
+
   __device__ __forceinline__ hopper_backward_job next_job() {
 #pragma unroll 1
     for (;;) {
       int id = 0;
       if (lane == 0) id = atomicAdd(c.next_job + CAREFUL, 1);
-      id = __shfl_sync(~0u, id, 0);
+      id = led(__shfl_sync(~0u, id, 0));
       hopper_backward_job job = {};
       job.shared = job.steps = -1;
       if (id >= c.whole) {

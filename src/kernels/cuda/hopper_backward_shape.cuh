@@ -31,6 +31,10 @@ struct hopper_backward_shape {
       EXTRAS & (HOPPER_BACKWARD_SOFTCAP | HOPPER_BACKWARD_DROPOUT);  // P of dV from that of dS
   // Whether dS is made of the halves of P that dV takes; else of P in f32, where S was.
   static constexpr bool rounds_weights = WIDTH == 64 || EXTRAS;
+  // Whether dK takes dS^T from the registers of P, which dV has read by then: 16 KB of shared memory a step less, and
+  // dS has time until dQ to get there. Not in the last step of a job, where ptxas would serialise products (C7512), nor
+  // in the first, where the next S would come later and there is no dQ to hand over meanwhile.
+  static constexpr bool ds_in_p = WIDTH == 128 && !CAREFUL && !EXTRAS;
   // Whether the loading warp writes the zeros of keys that no query sees. Where the warps that multiply do, ptxas takes
   // their steps for divergent and moves descriptors to uniform registers before each product, 73 of a step's 815
   // instructions: 1 to 7 % of a call. With a bias or a softcap alone there are no registers for better (C7512).

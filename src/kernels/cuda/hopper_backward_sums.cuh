@@ -10,10 +10,11 @@
 // blocks run at a time. Of a chunk that is so because whole columns are taken in the order of its turns, and before
 // those that are shared out. Of these the first parts of all are taken, then the second ones; but the same part of each
 // adds to the chunk, as parts are heads, or all columns see the same rows (hopper_backward.cu): again in that order.
-// And dV and dK of a part wait for the part before it. Nor does it matter in which order a job goes through its tiles;
-// but jobs that begin together are to come to each row one after the other, each soon after the one before it. So rows
-// ascend where columns descend, and the other way round; and heads abreast are gone past row by row, as of a head after
-// the other a short column would be at the second when the longer one before it is still at the first.
+// Columns that are brought forward are the first ones of their heads that anybody sees. And dV and dK of a part wait
+// for the part before it. Nor does it matter in which order a job goes through its tiles; but jobs that begin together
+// are to come to each row one after the other, each soon after the one before it. So rows ascend where columns descend,
+// and the other way round; and heads abreast are gone past row by row, as of a head after the other a short column
+// would be at the second when the longer one before it is still at the first.
 //
 // The counters are zeroed by the first launch of the same call. The order of a chunk's accesses, one line for each
 // link:
