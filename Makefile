@@ -147,7 +147,7 @@ test-asan: needs-test
 		-L$(ASAN) -lsafeattn -lm -Wl,-rpath,'$$ORIGIN'
 	ASAN_OPTIONS=detect_leaks=1 $(ASAN)/minimal
 	# LuaJIT ends without freeing its own memory, so leaks are left to the C program above and to the suite's counters.
-	SAFEATTN_QUICK=3 SAFEATTN_LIB=$(CURDIR)/$(ASAN)/core.so ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	SAFEATTN_QUICK=3 SAFEATTN_LIB="$(CURDIR)/$(ASAN)/core.so" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" busted $(BUSTED_FLAGS)
 
 # The specs that run on a CUDA device as they do on the CPU; those of the CPU's own threads, files and pictures do not.
@@ -226,8 +226,8 @@ $(EMULATED)/cuda.so: $(EMULATED_OBJECTS)
 test-emulated: needs-test
 	@$(MAKE) --no-print-directory -j$$(nproc) all emulated CUDA=0
 	busted spec/emulator_spec.lua
-	SAFEATTN_QUICK=17 SAFEATTN_EMULATED_THREADS=$$(nproc) SAFEATTN_CUDA_LIB=$(CURDIR)/$(EMULATED)/cuda.so \
-		SAFEATTN_CUBLAS_LIB=$(CURDIR)/$(EMULATED)/libcublas.so $(RUN_GPU_SPECS)
+	SAFEATTN_QUICK=17 SAFEATTN_EMULATED_THREADS=$$(nproc) SAFEATTN_CUDA_LIB="$(CURDIR)/$(EMULATED)/cuda.so" \
+		SAFEATTN_CUBLAS_LIB="$(CURDIR)/$(EMULATED)/libcublas.so" $(RUN_GPU_SPECS)
 
 # Instructions against their definitions; the same files, built by nvcc, do that on a GPU.
 $(EMULATED)/instructions $(EMULATED)/instructions_hopper: $(EMULATED)/%: $(EMULATED)/spec/cuda/%.cu.o $(filter $(EMULATED)/spec/%,$(EMULATED_OBJECTS))
