@@ -355,6 +355,34 @@ describe("what is visible reaches exactly who sees it:", function()
     end)
   end)
 
+  it("no bit of others, whatever the sizes that are left when all who see it are NaN", function()
+    everywhere(function(dtype, engine)
+      local of = {dtype = dtype, device = engine.device, seed = 1}
+      local options = {backend = engine.backend, causal = "bottom-right"}
+      -- Queries 1 to 38 see no key, 39 sees the first, 40 both.
+      local q, k, v = sa.randn({2, 8, 40, 64}, of), sa.randn({2, 1, 2, 64}, of), sa.randn({2, 1, 2, 64}, of)
+      local dout, dlse = sa.randn({2, 8, 40, 64}, of), sa.ones({2, 8, 40}, {device = engine.device})
+      if dtype == "f64" then dlse = dlse:to "f64" end
+      local function same(got, want, what)
+        local problem = cases.difference(got, want:to "f64", 0, 0, 0)
+        if problem then error(("%s %s: %s"):format(dtype, what, problem), 0) end
+      end
+      local run = sa.forward(q, k, v, options)
+      local dq = run:backward(dout).dq
+      local dv = v:clone()
+      dv:select(3, 2):fill(nan)
+      same(sa.forward(q, k, dv, options):backward(dout).dq:narrow(3, 1, 39), dq:narrow(3, 1, 39), "V, dQ")
+      dv:fill(nan)
+      same(sa.forward(q, k, dv, options).lse, run.lse, "V, LSE")
+      -- Of dO, only the last query's is not 0.
+      dout:narrow(3, 1, 39):fill(0)
+      run = sa.forward(q, k, v, {backend = engine.backend})
+      dq = run:backward(dout, dlse).dq
+      dout:select(3, 40):fill(nan)
+      same(run:backward(dout, dlse).dq:narrow(3, 1, 39), dq:narrow(3, 1, 39), "dO, dQ")
+    end)
+  end)
+
   it("a NaN row stays one where dropout keeps none of its weights", function()
     everywhere(function(dtype, engine)
       local q = sa.ones({40, 8}, {dtype = dtype, device = engine.device})

@@ -9,8 +9,10 @@
 // 0, and a sum below 2^-126 becomes 0. A score does not care. Outputs and gradients do where everything is that small:
 // a sum of n products may be off by some n 2^-126. So every call notes whether something of an ordinary size (2^-60)
 // came up among the outputs, or among Q, dO, dS and dQ; when not, it is computed again as AVX-512 does it. Both look at
-// what is visible alone. What remains: elements below 2^-110 beside others above 2^-60, and a subnormal number that
-// meets an infinite one, which gives NaN, not infinity.
+// what is visible alone, and take what is not finite for ordinary unless something smaller came up: else a NaN that
+// some rows see would change bits of others. What remains: elements below 2^-110 beside others above 2^-60, subnormal
+// ones that all became 0 beside a NaN, and a subnormal number that meets an infinite one, which gives NaN, not
+// infinity.
 #if defined(__AMX_BF16__) || defined(SAFEATTN_EMULATED_AMX)
 #include <immintrin.h>
 #if defined(SAFEATTN_EMULATED_AMX)
@@ -107,7 +109,7 @@ static int forward(const sa_problem *p) {
   if (status) return status;
   status = forward_f32(&problem.base);
   sa_release(problem.turned);
-  return status || problem.ordinary[AMX_OUT] ? status : other->forward(p);
+  return status || amx_ordinary(&problem, AMX_OUT) ? status : other->forward(p);
 }
 
 static int backward(const sa_problem *p) {
@@ -118,10 +120,10 @@ static int backward(const sa_problem *p) {
   if (status) return status;
   status = backward_f32(&problem.base);
   sa_release(problem.turned);
-  const atomic_bool *ordinary = problem.ordinary;
-  const bool fine = (!p->dk.data || (ordinary[AMX_QUERY] && ordinary[AMX_DSCORES])) &&
-                    (!p->dq.data || (ordinary[AMX_DQUERY] && ordinary[AMX_DSCORES])) &&
-                    (!p->dv.data || ordinary[AMX_DOUT]);
+  const bool dscores = amx_ordinary(&problem, AMX_DSCORES);
+  const bool fine = (!p->dk.data || (amx_ordinary(&problem, AMX_QUERY) && dscores)) &&
+                    (!p->dq.data || (amx_ordinary(&problem, AMX_DQUERY) && dscores)) &&
+                    (!p->dv.data || amx_ordinary(&problem, AMX_DOUT));
   return status || fine ? status : other->backward(p);
 }
 

@@ -18,14 +18,15 @@ enum {
   AMX_STEPS = KEYS / AMX_DEPTH
 };
 
-// A problem, and what is shared by all its blocks. Where nothing that was computed is of an ordinary size, AMX's loss
-// of subnormal numbers may show (amx.c).
+// A problem, and what is shared by all its blocks: of each of these, bits of what sizes came up. Where nothing that was
+// computed is of an ordinary size, AMX's loss of subnormal numbers may show (amx.c).
 typedef enum amx_size { AMX_OUT, AMX_QUERY, AMX_DOUT, AMX_DSCORES, AMX_DQUERY, AMX_SIZES } amx_size;
+enum { AMX_ORDINARY = 1, AMX_SMALL = 2, AMX_NONFINITE = 4 };
 typedef struct amx_problem {
   sa_problem base;
   uint16_t *turned;       // V or K: [B][Hkv][KEYS at a time][tiles of 16 columns][step][AMX_TILE]
   int64_t groups, tiles;  // how many times KEYS keys, and tiles of columns
-  atomic_bool ordinary[AMX_SIZES];
+  atomic_int sizes[AMX_SIZES];
 } amx_problem;
 
 static inline const amx_problem *amx_problem_of(const NAME(block) * block) {
@@ -47,16 +48,27 @@ static uint16_t *amx_take(sa_room *room, int64_t count) {
   return sa_room_take(room, count * (int64_t)sizeof(uint16_t));
 }
 
-// Notes that some element is of an ordinary size: 2^-60 and more.
+// Notes the sizes of elements, until one is ordinary: 2^-60 and more.
 static void amx_note(const NAME(block) * block, amx_size which, const REAL *rows, int64_t stride, int count,
                      int width) {
   amx_problem *problem = (amx_problem *)block->p;
-  if (atomic_load_explicit(&problem->ordinary[which], memory_order_relaxed)) return;
+  if (atomic_load_explicit(&problem->sizes[which], memory_order_relaxed) & AMX_ORDINARY) return;
   int found = 0;
-  for (int r = 0; r < count && !found; r++) {
-    for (int d = 0; d < width; d++) found |= fabsf(rows[r * stride + d]) >= 0x1p-60f;
+  for (int r = 0; r < count && !(found & AMX_ORDINARY); r++) {
+    for (int d = 0; d < width; d++) {
+      const REAL size = fabsf(rows[r * stride + d]);
+      const int finite = size >= 0x1p-60f ? AMX_ORDINARY : size > 0 ? AMX_SMALL : 0;
+      found |= size < INFINITY ? finite : AMX_NONFINITE;
+    }
   }
-  if (found) atomic_store_explicit(&problem->ordinary[which], true, memory_order_relaxed);
+  atomic_fetch_or_explicit(&problem->sizes[which], found, memory_order_relaxed);
+}
+
+// Whether a size is ordinary. What is not finite stands for an ordinary number unless others are small: a call is not
+// to be computed in another way, with other bits for rows that do not see it, because of a NaN.
+static bool amx_ordinary(const amx_problem *problem, amx_size which) {
+  const int sizes = problem->sizes[which];
+  return sizes & AMX_ORDINARY || sizes == AMX_NONFINITE;
 }
 
 // Where the tiles of an operand lie: bytes from `at` to a tile's next row, to the next tile along the side, to the next
@@ -464,6 +476,16 @@ static bool NAME(can_leak)(const NAME(block) * block, const sa_stretch *stretch)
   return amx_rows_nonfinite(&block->p->v, block, stretch->first, stretch->count, (int)block->p->value_width);
 }
 
+// What is not finite in V, to who sees it.
+static void amx_add_nonfinite(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
+                              const REAL *weights, const NAME(forward_products) * room, REAL *leaked) {
+  const int width = (int)block->p->value_width;
+  const int64_t padded = NAME(padded)(width);
+  amx_read_rows(&block->p->v, block, stretch, width, room->values);
+  NAME(add_nonfinite)(block, stretch->count, visible, weights, room->values, padded, width, padded, leaked);
+  amx_note(block, AMX_OUT, leaked, padded, block->count, width);
+}
+
 #include "kernels/cpu/amx_run.h"
 
 static void NAME(see)(const NAME(block) * block, const sa_stretch *stretch, uint64_t *visible);
@@ -479,19 +501,16 @@ static int NAME(longest_stretch)(const sa_problem *p) {
   return amx_runs(p) && p->width % AMX_DEPTH == 0 ? AMX_RUN : STRETCH;
 }
 
-// What is not finite in V, to who sees it. How large the weights are is all the same to it.
+// What is not finite in V of a run, to who sees it. How large the weights are is all the same to it.
 static void amx_add_nonfinite_run(const NAME(block) * block, const sa_stretch *stretch, const uint64_t *visible,
                                   const amx_run *run, const NAME(forward_products) * room, REAL *scores, REAL *leaked) {
-  const int width = (int)block->p->value_width;
   for (int r = 0; r < stretch->count; r++) {
     const uint16_t *pairs = amx_weights_of(run, r / AMX_STRIP) + r % AMX_STRIP / 2 * AMX_DEPTH + r % 2;
     for (int i = 0; i < block->count; i++) {
       scores[r * NAME(ROW) + i] = sa_f32_of_bits((uint32_t)pairs[i / AMX_SIDE * AMX_TILE + i % AMX_SIDE * 2] << 16);
     }
   }
-  amx_read_rows(&block->p->v, block, stretch, width, room->values);
-  NAME(add_nonfinite)
-  (block, stretch->count, visible, scores, room->values, NAME(padded)(width), width, NAME(padded)(width), leaked);
+  amx_add_nonfinite(block, stretch, visible, scores, room, leaked);
 }
 
 // A stretch as a run; where `leaked` gets what is not finite in V, as runs of the keys that are turned together.
@@ -552,9 +571,7 @@ static bool NAME(add_values)(const NAME(block) * block, const sa_stretch *stretc
   const int width = (int)block->p->value_width, keys = stretch->count, tiles = amx_tiles(width);
   const uint16_t *value = amx_turned_at(block, stretch->first);
   if (leaked && amx_rows_nonfinite(&block->p->v, block, stretch->first, keys, width)) {
-    amx_read_rows(&block->p->v, block, stretch, width, room->values);
-    NAME(add_nonfinite)
-    (block, keys, visible, weights, room->values, NAME(padded)(width), width, NAME(padded)(width), leaked);
+    amx_add_nonfinite(block, stretch, visible, weights, room, leaked);
     amx_finite_part(value, (int64_t)tiles * AMX_STEPS * AMX_TILE, room->finite);
     value = room->finite;
   }
@@ -679,6 +696,19 @@ static bool NAME(scales_dout)(const sa_problem *p) {
   return false;
 }
 
+// Notes the sizes of a block's Q or dO, whose finite part `rows` are.
+static void amx_note_queries(const NAME(block) * block, amx_size which, const sa_operand *x, const REAL *rows,
+                             int width, uint64_t dead) {
+  amx_problem *problem = (amx_problem *)block->p;
+  amx_note(block, which, rows, NAME(padded)(width), block->count, width);
+  if (!x->data || atomic_load_explicit(&problem->sizes[which], memory_order_relaxed) & AMX_ORDINARY) return;
+  for (int i = 0; i < block->count; i++) {
+    if (dead >> i & 1 || !amx_has_nonfinite(NAME(row_at)(x, block, i), width)) continue;
+    atomic_fetch_or_explicit(&problem->sizes[which], AMX_NONFINITE, memory_order_relaxed);
+    return;
+  }
+}
+
 static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
                                const NAME(backward_products) * products) {
   const sa_problem *p = block->p;
@@ -686,8 +716,8 @@ static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const R
   amx_pack(&p->dout, block, value_width, p->dout.data ? dead : ~UINT64_C(0), products->packed_dout);
   amx_pair_queries(block, query, width, products->query_pairs);
   amx_pair_queries(block, dout, value_width, products->dout_pairs);
-  amx_note(block, AMX_QUERY, query, NAME(padded)(width), block->count, width);
-  amx_note(block, AMX_DOUT, dout, NAME(padded)(value_width), block->count, value_width);
+  amx_note_queries(block, AMX_QUERY, &p->q, query, width, dead);
+  amx_note_queries(block, AMX_DOUT, &p->dout, dout, value_width, dead);
 }
 
 static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *stretch,
