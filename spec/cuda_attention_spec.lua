@@ -117,6 +117,7 @@ helper.describe_cuda("attention on a CUDA device", function()
     {alibi = true}, {alibi = true, causal = "bottom-right", queries = 129},
     {dropout = 0.2}, {dropout = 0.2, keys = 129}, {dropout = 0.3, keys = 250, mask = "random"},
     {softcap = 2, scale = -0.5}, {alibi = true, scale = -0.5},
+    {bias = "ls", bias_values = "highest", extras_dtype = "f32", sinks = "huge", seed = 15},
   } do
     local names = {}
     for name, value in pairs(options) do names[#names + 1] = name .. " " .. tostring(value) end

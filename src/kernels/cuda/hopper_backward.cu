@@ -176,12 +176,15 @@ static int64_t lay_out(const sa_problem *p, hopper_backward_call *c, char *memor
   return (char *)(c->zeroed + c->zeroed_count) - memory;
 }
 
-// The statistics of the rows, and dSinks.
+// The statistics of the rows, those with a coarse LSE again where `bases`, and dSinks.
 template <class T, int WIDTH>
-static int launch_rows(const hopper_backward_call &c, cudaStream_t stream) {
+static int launch_rows(const hopper_backward_call &c, bool bases, cudaStream_t stream) {
   const unsigned blocks = (unsigned)(c.batch * (int64_t)c.heads * (c.padded / 64));
   int status =
       sa_cuda_launch(function, hopper_backward_rows<T, WIDTH>, blocks, HOPPER_BACKWARD_ROWS_THREADS, 0, stream, c);
+  if (!status && c.coarse && (bases || c.sink_part)) {
+    status = sa_cuda_launch(function, hopper_backward_bases<T>, blocks, HOPPER_BACKWARD_BASES_THREADS, 0, stream, c);
+  }
   if (!status && c.sink_part) {
     status = sa_cuda_launch(function, hopper_backward_sinks<T>, (unsigned)c.heads, 32, 0, stream, c);
   }
@@ -394,13 +397,9 @@ static int launch(const sa_problem *p, const hopper_backward_call &c, cudaStream
   const int processors = sa_cuda_properties_of(p->device)->processors, extras = extras_of(p);
   const int64_t jobs = c.whole + (int64_t)(c.jobs - c.whole) * c.parts;
   const unsigned blocks = (unsigned)(jobs < processors ? jobs : processors);
-  int status = launch_rows<T, WIDTH>(c, stream);
   const bool products = c.dq_out.data || c.dk_out.data || c.dv_out.data || c.slope_part;
   const bool bias = p->dbias.data && hopper_bias_gradient_covers(p);
-  if (!status && c.coarse && (products || bias)) {
-    status =
-        sa_cuda_launch(function, hopper_backward_bases<T>, row_blocks, HOPPER_BACKWARD_BASES_THREADS, 0, stream, c);
-  }
+  int status = launch_rows<T, WIDTH>(c, products || bias, stream);
   if (!status && bias) status = hopper_bias_gradient_launch(p, c, stream);
   if (!products) return status;
   if (!status) status = launch_products<T, WIDTH, false>(extras, c, stream, blocks);
@@ -422,7 +421,7 @@ static int launch_portable_bias(const sa_problem *p) {
 template <class T>
 static int launch_wide(const sa_problem *p, const hopper_backward_call &c, cudaStream_t stream) {
   const wide_entry *entry = wide_of(p);
-  const int status = launch_rows<T, 256>(c, stream);
+  const int status = launch_rows<T, 256>(c, false, stream);
   const int processors = sa_cuda_properties_of(p->device)->processors;
   return status ? status : (p->dtype == SA_BF16 ? entry->bf16 : entry->f16)(function, c, processors, stream);
 }

@@ -319,7 +319,10 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
   if (has_row) {
     const bool is_dead = dead >> lane / 4 * AT_ONCE & 1;
     const float delta = sum[0] - dlse;  // of a dead row nothing was read
-    if (c.sink_part && !beyond) {
+    const float scaled = lse * c.lse_unit;
+    coarse = !is_dead && fabsf(scaled) > HOPPER_BACKWARD_COARSE;
+    const bool again = c.coarse && coarse && fabsf(scaled) < INFINITY;  // by hopper_backward_bases
+    if (c.sink_part && !beyond && !again) {
       // A dead row is all sink, if there is one.
       const float sink = hopper_backward_sink<T>(c, head);
       const float share = !is_dead ? hopper_backward_share(sink, lse) : sink == -INFINITY ? 0.f : 1.f;
@@ -327,11 +330,9 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
     }
     const int64_t at = (int64_t)flat * c.padded + hopper_backward_slot(row);
     // Visible scores that are all -inf are NaN; a dead row has no pair that is not masked, this only keeps it tidy.
-    const float scaled = lse * c.lse_unit;
     c.lse_log2[at] = is_dead ? -INFINITY : lse == -INFINITY ? NAN : -scaled;
     c.delta[at] = is_dead ? 0.f : delta;
     if (c.log2_sum) c.log2_sum[at] = 0;
-    coarse = !is_dead && fabsf(scaled) > HOPPER_BACKWARD_COARSE;
   }
   if (c.coarse) {
     coarse = __syncthreads_or(coarse);

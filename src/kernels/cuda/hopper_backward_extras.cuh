@@ -27,7 +27,8 @@ static __device__ __forceinline__ float hopper_backward_score(const hopper_backw
 }
 
 // Rows whose LSE is beyond HOPPER_BACKWARD_COARSE, 64 rows a block, a warp each: the peak and the sum apart, as the LSE
-// cannot hold the logarithm of the sum beside such a peak. A bias of the dtype's minimum everywhere makes such a row.
+// cannot hold the logarithm of the sum beside such a peak; and, of them, the sink's share. A bias of the dtype's
+// minimum everywhere makes such a row.
 template <class T>
 __global__ void __launch_bounds__(HOPPER_BACKWARD_BASES_THREADS)
     hopper_backward_bases(const __grid_constant__ hopper_backward_call c) {
@@ -39,6 +40,8 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_BASES_THREADS)
   const float slope = hopper_slope(c.scores, head), unit = c.scores.unit;
   const int64_t *start = c.plan.row_start + sa_device_plane(c.plan, batch, head) * c.plan.row_tiles + first / SA_TILE;
   const T *keys = hopper_rows<T>(c.k_values, batch, key_head);
+  __shared__ float part[HOPPER_BACKWARD_BASES_THREADS / 32];
+  if (lane == 0) part[threadIdx.x / 32] = 0;
   for (int row = first + threadIdx.x / 32; row < min(first + 64, c.queries);
        row += HOPPER_BACKWARD_BASES_THREADS / 32) {
     const int64_t at = (int64_t)flat * c.padded + hopper_backward_slot(row);
@@ -69,11 +72,18 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_BASES_THREADS)
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, lanes));
     sum = top == -INFINITY ? sum : sum * exp2_fast((top - peak) * unit);
-    sum = hopper_warp_sum_f(sum) + (own == -INFINITY ? 0.f : exp2_fast((own - peak) * unit));
+    const float sink = own == -INFINITY ? 0.f : exp2_fast((own - peak) * unit);
+    sum = hopper_warp_sum_f(sum) + sink;
     if (lane > 0) continue;
+    if (own != -INFINITY) part[threadIdx.x / 32] -= sink / sum * c.delta[at];
     c.lse_log2[at] = -peak;
     c.log2_sum[at] = log2f(sum);
   }
+  if (!c.sink_part) return;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int n = 1; n < HOPPER_BACKWARD_BASES_THREADS / 32; n++) part[0] += part[n];
+  c.sink_part[block] += part[0];
 }
 
 // A head a block: the sum of what its columns of keys gave the slope.
