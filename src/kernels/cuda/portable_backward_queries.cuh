@@ -107,10 +107,9 @@ static __device__ __forceinline__ void differentiate_step(const sa_problem &p, c
   const int row = threadIdx.x / 32 * 16;
   Real s[BLOCKS][4];
   multiply_rows<P, ROW, false>(s, queries, scales.query, row, keys, scales.key);
-  constexpr bool FACTORED = sizeof(typename P::element) == sizeof(Real);
-  make_weights<GENERAL, false, FACTORED>(
-      rule, s, slope, query, key, visible, full, rows.coarse || FACTORED, [&](int, int i) { return rows.base[i / 2]; },
-      [&](int, int i) { return rows.factor[i / 2]; });
+  make_weights<GENERAL, false>(
+      rule, s, slope, query, key, visible, full, rows.coarse || sizeof(Real) == 8,
+      [&](int, int i) { return rows.base[i / 2]; }, [&](int, int i) { return rows.factor[i / 2]; });
   multiply_rows<P, ROW, false>(ds, douts, scales.dout, row, values, scales.value);
   uint32_t kept = ~0u;
   Real more = 1;

@@ -38,8 +38,8 @@ static __device__ __forceinline__ Real weight_of(Real score, Real base, Real uni
 }
 
 // Products in place become weights. base_of and factor_of (n, i) are those of the query of element i of block n;
-// factors are only looked at when `factored`, as FACTORED always are. `full`: all pairs are visible.
-template <bool GENERAL, bool TRANSPOSED, bool FACTORED, class Real, int BLOCKS, class Base, class Factor>
+// factors are only looked at when `factored`. `full`: all pairs are visible.
+template <bool GENERAL, bool TRANSPOSED, class Real, int BLOCKS, class Base, class Factor>
 static __device__ __forceinline__ void make_weights(const score_rule<Real> &rule, Real (&c)[BLOCKS][4],
                                                     Real (&slope)[GENERAL ? BLOCKS : 1][4], int64_t query, int64_t key,
                                                     uint32_t &visible, bool full, bool factored, const Base &base_of,
@@ -56,12 +56,11 @@ static __device__ __forceinline__ void make_weights(const score_rule<Real> &rule
     for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        Real weight = exp2_of(c[n][i] * rule.factor - base_of(n, i));
-        if (FACTORED) weight *= factor_of(n, i);
+        const Real weight = exp2_of(c[n][i] * rule.factor - base_of(n, i));
         c[n][i] = full || visible >> (4 * n + i) & 1 ? weight : 0;
       }
   }
-  if (!factored || (FACTORED && !GENERAL)) return;
+  if (!factored) return;
 #pragma unroll
   for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
