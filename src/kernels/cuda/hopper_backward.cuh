@@ -15,9 +15,9 @@
 //   warpgroup 1, 2  64 keys each. S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T have a key per row; dV += P^T dO
 //                   with P^T in registers; at width 128, without extras, dK += dS^T Q with dS^T where P^T was, else,
 //                   and in the first and the last step of a job, in shared memory; dQ = dS K with dS in shared memory.
-//                   dV runs under the arithmetic of dS, dK and the next S while dQ is handed over, the next dP under
-//                   the exponentials; dQ comes one step late, so that the warpgroups, each of which needs the other's
-//                   half of dS, may drift half a step apart.
+//                   dV runs under the arithmetic of dS, dK while dQ is handed over, the next S and dP under the other
+//                   warpgroup's exponentials, which without extras are made by turns; dQ comes one step late, so that
+//                   the warpgroups, each of which needs the other's half of dS, may drift half a step apart.
 //
 // The producer's 24 registers may spill a few words in code that waits most of the time, the consumers at width 128 a
 // dozen where a job ends; their loop does not.
@@ -188,6 +188,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
   // The second half of a step: P, under dP and dK of the step before. dV is left running. IN_P: S was begun behind dK.
   template <bool FIRST, bool IN_P = false>
   __device__ __forceinline__ void probabilities(int g) {
+    constexpr bool turn = SHAPE::by_turns && (IN_P || SHAPE::width == 64);
     const int slot = g % SHAPE::q_slots;
     if constexpr (SHAPE::biased || SHAPE::extras & HOPPER_BACKWARD_DROPOUT) {
       if constexpr (SHAPE::biased) read_bias(g);
@@ -204,6 +205,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
     } else {
       start_dp(g);
       wgmma_wait<CAREFUL ? 0 : FIRST || IN_P ? 1 : 2>();  // S is there
+      if constexpr (turn) named_barrier_sync(HOPPER_BACKWARD_EXPONENTIALS + w, 256);
 #pragma unroll
       for (int j = 0; j < SHAPE::queries / 16; j++) {
         const float4 lse = shared_load_4(base + SHAPE::lse + slot * SHAPE::queries * 4 + j * 64 + (lane & 3) * 16);
@@ -216,6 +218,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
       select_visible(s, slot);
 #pragma unroll
       for (int i = 0; i < pairs; i++) p[i] = pack_halves<type>(s[2 * i], s[2 * i + 1]);
+      if constexpr (turn) named_barrier_arrive(HOPPER_BACKWARD_EXPONENTIALS + 1 - w, 256);
     }
     if constexpr (CAREFUL) clean_queries(g);
     start_dv(g);
@@ -270,34 +273,36 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
     } else {
       start_dq(dq, g - 1);
     }
-    if constexpr (in_p) start_dk<true>(g);
-    store_pairs(g, ds);
-    if constexpr (!in_p) {
+    if constexpr (in_p) {
+      start_dk<true>(g);
+      store_pairs(g, ds);
+      wgmma_wait<1>();  // dQ of the step before is there
+      // So late that there is nothing to wait for. The warps of this warpgroup meet at dQ's buffer before the next dQ.
       async_proxy_fence();
-      wgmma_wait<FIRST ? 0 : 1>();  // dV is there
-      arrive(SHAPE::dout_empty + 8 * dout_slot);
+      __syncwarp();
+      arrive(SHAPE::ds_done + 16 * w + 8 * (g & 1));  // dS of this step may be read; the other buffer is free
+      hand_over(dq);
+      start_scores(g + 1);  // behind dQ, whose way it would slow down with operands on theirs
+      return;
     }
+    store_pairs(g, ds);
+    async_proxy_fence();
+    wgmma_wait<FIRST ? 0 : 1>();  // dV is there
+    arrive(SHAPE::dout_empty + 8 * dout_slot);
     if constexpr (MORE) {
       start_scores(g + 1);
     } else if constexpr (!CAREFUL) {
       arrive(SHAPE::v_empty);
     }
-    if constexpr (!in_p) {
-      named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
-      start_dk<false>(g);
-    }
+    named_barrier_sync(HOPPER_BACKWARD_WARPGROUP + w, 128);
+    start_dk<false>(g);
     if constexpr (CAREFUL) {
       wgmma_wait<0>();
       repair_dk(g);
     } else if constexpr (!FIRST) {
       wgmma_wait<MORE ? 2 : 1>();  // dQ of the step before is there
     }
-    if constexpr (in_p) {
-      // So late that there is nothing to wait for. The warps of this warpgroup meet at dQ's buffer before the next dQ.
-      async_proxy_fence();
-      __syncwarp();
-    }
-    arrive(SHAPE::ds_done + 16 * w + 8 * (g & 1));  // dS of this step may be read; the other buffer is free
+    arrive(SHAPE::ds_done + 16 * w + 8 * (g & 1));
     if constexpr (!FIRST) hand_over(dq);
   }
 
@@ -384,6 +389,7 @@ struct hopper_backward_consumer : hopper_backward_repairs<SHAPE, CAREFUL> {
 
   __device__ __forceinline__ void run() {
     int g = 0, kv_parity = 0;  // steps are counted across the jobs: they name the slots
+    if (SHAPE::by_turns && w == 1) named_barrier_arrive(HOPPER_BACKWARD_EXPONENTIALS, 256);
 #pragma unroll 1
     for (int n = 0;; n++) {
       mbarrier_wait(base + SHAPE::job_full + 8 * (n & 1), n >> 1 & 1);

@@ -14,6 +14,7 @@ enum {
   HOPPER_BACKWARD_DQ_FULL = 2,
   HOPPER_BACKWARD_DQ_EMPTY = 4,
   HOPPER_BACKWARD_WARPGROUP = 6,
+  HOPPER_BACKWARD_EXPONENTIALS = 8,
   // What a kernel can do beyond the scale: the template argument EXTRAS.
   HOPPER_BACKWARD_BIAS = 1,
   HOPPER_BACKWARD_SOFTCAP = 2,  // up to HOPPER_SOFTCAP, larger ones with HOPPER_BACKWARD_ANY
@@ -35,6 +36,9 @@ struct hopper_backward_shape {
   // dS has time until dQ to get there. Not in the last step of a job, where ptxas would serialise products (C7512), nor
   // in the first, where the next S would come later and there is no dQ to hand over meanwhile.
   static constexpr bool ds_in_p = WIDTH == 128 && !CAREFUL && !EXTRAS;
+  // Whether the warpgroups make exponentials by turns, each while products of the other one run: 8 to 11 % at width 64,
+  // 1 at 128, there not in the first two steps of a job, where they cost more of a padded call than they bring.
+  static constexpr bool by_turns = !CAREFUL && !EXTRAS;
   // Whether the loading warp writes the zeros of keys that no query sees. Where the warps that multiply do, ptxas takes
   // their steps for divergent and moves descriptors to uniform registers before each product, 73 of a step's 815
   // instructions: 1 to 7 % of a call. With a bias or a softcap alone there are no registers for better (C7512).
