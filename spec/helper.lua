@@ -116,4 +116,16 @@ function helper.with_threads(n, fn)
   if not succeeded then error(problem, 0) end
 end
 
+--- What count() gives once nothing more is collected: what a finalizer held goes a cycle later, and what other specs
+-- left must not go between two counts.
+function helper.settled(count)
+  local last
+  repeat
+    last = count()
+    collectgarbage()
+    collectgarbage()
+  until count() == last
+  return last
+end
+
 return helper

@@ -12,11 +12,11 @@ local function random(seed, shape, requires_grad)
 end
 
 local function held()
-  collectgarbage()
-  collectgarbage()
   local use = ffi.new "sa_memory_use"
-  lib.sa_memory(use)
-  return tonumber(use.bytes)
+  return helper.settled(function()
+    lib.sa_memory(use)
+    return tonumber(use.bytes)
+  end)
 end
 
 describe("a tap", function()
