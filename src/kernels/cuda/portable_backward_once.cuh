@@ -11,7 +11,7 @@
 // column would be at the second while the longer one before it, for which it waits, is still at the first.
 //
 // bf16 at D128 and N8192 on an H200: 266 TFLOP/s with calls one behind the other, 270 after a pause. Latencies between
-// products are the limit, and turns (without them 3 % more). docs/hopper.md has what was tried.
+// products are the limit, and turns (without them 3 % more). docs/portable-backward.md has what was tried.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_ONCE_CUH
 #include "kernels/cuda/portable_backward_sums.cuh"
