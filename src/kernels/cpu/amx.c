@@ -21,7 +21,6 @@
 
 #include "threads.h"
 
-#define TIER amx
 #define VECTOR_BYTES 64
 #define OWN_PRODUCTS
 
