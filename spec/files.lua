@@ -95,15 +95,21 @@ function files.torture(path, good, header)
   return refused
 end
 
+-- A Python that imports `modules`, or nil. Where python3 is not Debian's, only /usr/bin/python3 sees Debian's NumPy.
+local function python_with(modules)
+  for _, python in ipairs {"python3", "/usr/bin/python3"} do
+    if select(2, child.command(python .. " -c 'import " .. modules .. "'")) == 0 then return python end
+  end
+end
+
 --- Runs Python; the test is pending where Python or a module that it imports is missing. `pending` is busted's, which
 -- only specs see.
 function files.python(pending, modules, code)
-  if select(2, child.command("python3 -c 'import " .. modules .. "'")) ~= 0 then
-    pending("python3 with " .. modules .. " is not here")
-  end
+  local python = python_with(modules)
+  if not python then pending("python3 with " .. modules .. " is not here") end
   local script = os.tmpname()
   files.write(script, code)
-  local output, status = child.command("python3 " .. script)
+  local output, status = child.command(python .. " " .. script)
   os.remove(script)
   assert(status == 0, output)
   return output
