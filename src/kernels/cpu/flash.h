@@ -10,7 +10,7 @@
 // (vectors per row of a register tile: 2 or 4), and defines its vectors, as vector.h does in the compiler's own terms.
 // A block is processed against up to STRETCH keys at a time, SEGMENT or KEYS (walk.h). S^T of 64 keys stays in the
 // first cache beside a tile of K or V; with 128, P V meets o half as often, which is worth more with AVX-512 (1 to 3 %
-// of the forward in f64, whose S^T then takes 74 KB).
+// of the forward in f64, whose S^T then takes 74 KB). docs/cpu.md has what was tried.
 
 #include "kernels/cpu/flash_tile.h"
 
