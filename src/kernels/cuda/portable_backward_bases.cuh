@@ -93,7 +93,7 @@ static __device__ __forceinline__ void make_bases(const sa_problem &p, const sa_
     }
     // Visible scores that are all -inf leave a sum of 0: 0/0 is the NaN that the definition gives.
     rows.base[at] = total > 0 ? (Real)base : (Real)NAN;
-    rows.factor[at] = (Real)(1 / total);
+    rows.factor[at] = total > 0 ? (Real)(1 / total) : 1;
     if (rows.sink_share) rows.sink_share[at] = sink == -INFINITY ? 0 : (Real)(own / total * -rows.delta[at]);
   }
 }

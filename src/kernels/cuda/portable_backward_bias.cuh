@@ -85,14 +85,16 @@ static __global__ void __launch_bounds__(32 * WARPS)
     const int64_t query = first_query + warp * 16 + g, key = first_key + 2 * t;
     lane_rows<Real> mine;
     mine.read(rows, (batch * p.heads + head) * rows.padded + query);
+    // Factors come last: that is one product a pair, and no selection.
+    mine.coarse = false;
     uint32_t visible = block.template visible<BLOCKS>(warp, pattern, offset);
     Real ds[BLOCKS][4], slope[BLOCKS][4];
-    differentiate_step<P, ROW, true>(p, score_rule_of<Real>(p, batch, head), mine, queries, douts, keys, values, scales,
-                                     batch, head, query, key, false, visible, ds, slope);
+    differentiate_step<P, ROW, true, false>(p, score_rule_of<Real>(p, batch, head), mine, queries, douts, keys, values,
+                                            scales, batch, head, query, key, false, visible, ds, slope);
 #pragma unroll
     for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) total[n][i] += ds[n][i];
+      for (int i = 0; i < 4; i++) total[n][i] += ds[n][i] * mine.factor[i / 2];
   }
 
   // Through shared memory, where sums over queries and keys are made in order.

@@ -119,8 +119,9 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
       Real slope[GENERAL ? BLOCKS : 1][4];
       multiply_rows<P, ROW, true>(weights, keys, key_scale, warp * 16, queries, query_scale);
       const bool full = step.pattern == SA_FULL;
-      make_weights<GENERAL, true>(
-          rule, weights, slope, query, key, visible, full, coarse || sizeof(Real) == 8,
+      constexpr bool FACTORED = sizeof(Element) == sizeof(Real);
+      make_weights<GENERAL, true, FACTORED>(
+          rule, weights, slope, query, key, visible, full, coarse || FACTORED,
           [&](int n, int i) { return base[8 * n + i % 2]; }, [&](int n, int i) { return factor[8 * n + i % 2]; });
       uint32_t kept = ~0u;
       if (GENERAL && p.dropout > 0) kept = kept_pairs<true, BLOCKS>(dropout_rule_of(p, batch, step.head), query, key);

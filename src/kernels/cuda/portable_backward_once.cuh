@@ -60,14 +60,6 @@ struct once_shape {
   };
 };
 
-// Hides where a value comes from: what follows from it is found anew in each step, in a few instructions, instead of
-// being kept in memory for want of registers. (An acquire empties the first-level cache of what was kept.)
-template <class Int>
-static __device__ __forceinline__ Int hidden(Int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 // Products of a warp's 32 rows. What a step of 16 multiplies is read while the one before it is multiplied: two warps a
 // scheduler do not hide that from each other.
 

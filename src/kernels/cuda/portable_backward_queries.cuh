@@ -94,8 +94,8 @@ struct query_scales {
 };
 
 // dS of one step into `ds`: its products from the rows of Q and dO at `own`, and of K and V at `keys` and `values`. The
-// first element of a lane is (query, key).
-template <class P, int ROW, bool GENERAL, int BLOCKS>
+// first element of a lane is (query, key). FACTORED: weights take their factors whether or not the rows are coarse.
+template <class P, int ROW, bool GENERAL, bool FACTORED, int BLOCKS>
 static __device__ __forceinline__ void differentiate_step(const sa_problem &p, const score_rule<typename P::real> &rule,
                                                           const lane_rows<typename P::real> &rows, const char *queries,
                                                           const char *douts, const char *keys, const char *values,
@@ -107,9 +107,9 @@ static __device__ __forceinline__ void differentiate_step(const sa_problem &p, c
   const int row = threadIdx.x / 32 * 16;
   Real s[BLOCKS][4];
   multiply_rows<P, ROW, false>(s, queries, scales.query, row, keys, scales.key);
-  make_weights<GENERAL, false>(
-      rule, s, slope, query, key, visible, full, rows.coarse || sizeof(Real) == 8,
-      [&](int, int i) { return rows.base[i / 2]; }, [&](int, int i) { return rows.factor[i / 2]; });
+  make_weights<GENERAL, false, FACTORED>(
+      rule, s, slope, query, key, visible, full, rows.coarse || FACTORED, [&](int, int i) { return rows.base[i / 2]; },
+      [&](int, int i) { return rows.factor[i / 2]; });
   multiply_rows<P, ROW, false>(ds, douts, scales.dout, row, values, scales.value);
   uint32_t kept = ~0u;
   Real more = 1;
@@ -170,8 +170,9 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
     if (!idle) {
       Real slope[GENERAL ? BLOCKS : 1][4];
       const int64_t key = first + 2 * t;
-      differentiate_step<P, ROW, GENERAL>(p, rule, mine, queries, douts, keys, keys + room::STEP_TILE, scales,
-                                          block.batch, block.head, query, key, pattern == SA_FULL, visible, ds, slope);
+      differentiate_step<P, ROW, GENERAL, sizeof(Element) == sizeof(Real)>(
+          p, rule, mine, queries, douts, keys, keys + room::STEP_TILE, scales, block.batch, block.head, query, key,
+          pattern == SA_FULL, visible, ds, slope);
       if constexpr (GENERAL) {
         if (rows.slope_share) {
           Real share[2] = {0, 0};

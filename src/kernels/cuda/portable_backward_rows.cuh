@@ -37,10 +37,10 @@ static __device__ __forceinline__ Real multiply_share(const Element *a, const El
   return sum;
 }
 
-// A base of f64 becomes the nearest multiple of 64, and a factor.
+// A base of f32 or f64 becomes a whole number, 0 where it was 0 to 8 and else up to 8 less, and a factor.
 template <class Real>
 static __device__ __forceinline__ void part_base(double lse, bool natural, Real &base, Real &factor) {
-  base = 64 * rint(base / 64);
+  base = rint(base - fmin(fmax(base, (Real)0), (Real)8));
   // ln 2 in two parts.
   const double rest =
       natural ? base - lse : fma((double)base, 0.6931471805599453, -lse) + base * 2.3190468138462996e-17;
@@ -77,9 +77,10 @@ static __device__ __forceinline__ bool prepare_block(const sa_problem &p, const 
     product = over_lanes<LANES>(product);
     Real base = INFINITY, factor = 1, delta = 0, share = 0;
     if (!dead) {
-      // A row with scores that overflow is no dead row: it is NaN.
-      base = lse - lse == 0 ? (Real)(lse * natural) : (Real)NAN;
-      if (sizeof(Element) == 8 && !is_coarse(lse)) part_base(lse, natural == 1, base, factor);
+      // A row with scores that overflow is no dead row: it is NaN. Factors are finite, so that 0 stays 0.
+      const bool finite = lse - lse == 0;
+      base = finite ? (Real)(lse * natural) : (Real)NAN;
+      if (sizeof(Element) == sizeof(Real) && finite && !is_coarse(lse)) part_base(lse, natural == 1, base, factor);
       coarse |= is_coarse(lse);
       delta = (Real)(product - dlse);
       // The sink's weight times what it costs.

@@ -6,9 +6,9 @@
 enum { BACKWARD_BLOCK = 64 };  // queries that share a flag
 
 // What is known of each query, [B H][padded]. Weights are P = exp2((s - base) unit) factor: the LSE does for base, with
-// a factor of 1, unless it is too large to hold the logarithm of the sum beside the peak. In f64 the base is the
-// multiple of 64 nearest to it, mostly 0, so that no digit is lost in a difference, and the factor is the rest. Queries
-// without a key and those beyond L have a base of +inf, so P = 0.
+// a factor of 1, unless it is too large to hold the logarithm of the sum beside the peak. In f32 and f64 the base is a
+// whole number among the scores, mostly 0, so that no digit is lost in a difference, and the factor is the rest.
+// Queries without a key and those beyond L have a base of +inf, so P = 0.
 template <class Real>
 struct backward_rows {
   int64_t padded;  // queries, to whole tiles of the plan

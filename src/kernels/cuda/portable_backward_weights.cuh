@@ -38,8 +38,8 @@ static __device__ __forceinline__ Real weight_of(Real score, Real base, Real uni
 }
 
 // Products in place become weights. base_of and factor_of (n, i) are those of the query of element i of block n;
-// factors are only looked at when `factored`. `full`: all pairs are visible.
-template <bool GENERAL, bool TRANSPOSED, class Real, int BLOCKS, class Base, class Factor>
+// factors are only looked at when `factored`, as FACTORED always are. `full`: all pairs are visible.
+template <bool GENERAL, bool TRANSPOSED, bool FACTORED, class Real, int BLOCKS, class Base, class Factor>
 static __device__ __forceinline__ void make_weights(const score_rule<Real> &rule, Real (&c)[BLOCKS][4],
                                                     Real (&slope)[GENERAL ? BLOCKS : 1][4], int64_t query, int64_t key,
                                                     uint32_t &visible, bool full, bool factored, const Base &base_of,
@@ -56,11 +56,12 @@ static __device__ __forceinline__ void make_weights(const score_rule<Real> &rule
     for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const Real weight = exp2_of(c[n][i] * rule.factor - base_of(n, i));
+        Real weight = exp2_of(c[n][i] * rule.factor - base_of(n, i));
+        if (FACTORED) weight *= factor_of(n, i);
         c[n][i] = full || visible >> (4 * n + i) & 1 ? weight : 0;
       }
   }
-  if (!factored) return;
+  if (!factored || (FACTORED && !GENERAL)) return;
 #pragma unroll
   for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
@@ -79,6 +80,9 @@ static __device__ __forceinline__ void differentiate_weights(const Real (&weight
       for (int i = 0; i < 4; i++) ds[n][i] = weights[n][i] * (ds[n][i] - delta_of(n, i));
     return;
   }
+  // Which pairs are visible was asked for the weights, too. Kept in predicates from there on, beside those of dropout,
+  // one was lost: of some pairs of f32 ptxas (CUDA 13.0) took the dropped for masked.
+  if (GENERAL) visible = hidden(visible);
 #pragma unroll
   for (int n = 0; n < BLOCKS; n++)
 #pragma unroll

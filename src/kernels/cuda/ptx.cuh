@@ -101,6 +101,14 @@ static __device__ __forceinline__ uint4 *opaque(uint4 *p) {
   return p;
 }
 
+// Hides where a value comes from: what follows from it is found anew where it is used, in a few instructions, instead of
+// being kept in registers or in memory from the last use on.
+template <class Int>
+static __device__ __forceinline__ Int hidden(Int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Four words, each of which arrives for itself; aligned to 16 bytes.
 
 static __device__ __forceinline__ uint4 load_relaxed_4(const uint4 *p) {

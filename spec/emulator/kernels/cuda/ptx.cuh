@@ -171,6 +171,10 @@ static inline void store_release(int *p, int value) {
 static inline uint4 *opaque(uint4 *p) {
   return p;
 }
+template <class Int>
+static inline Int hidden(Int x) {
+  return x;
+}
 static inline uint4 load_relaxed_4(const uint4 *p) {
   emulator::pause();
   const uint32_t *word = (const uint32_t *)p;
