@@ -3,21 +3,22 @@
 // Scores are dot products along the width: vectors of K meet vectors of Q. o takes whole rows of V. Both are read once
 // and where they lie, for four queries at a time, and halves become floats in registers. A vector of bf16 is one of
 // words with two elements each: a shift and a mask make two vectors of floats of it, those of the even and of the odd
-// elements, and Q and o are in that order then (`split`).
+// elements, and Q and o are in that order then (`split`). Where the processor multiplies pairs of bf16, scores are made
+// of K and Q as they lie (`pairs`), in half of the instructions: Q takes the power of two in its scale, which changes
+// no digit of it, and scores the rest.
 //
-// Prefetchers look at each page by itself and follow many at once, so a core reads several places faster than one: 16.8
-// GB/s in 16, 13 in one (Ice Lake). So a stretch is read in several streams at once, each a part of its rows of about a
-// page, and rows some AHEAD bytes further on in this order, those of V after K's and of the next stretch's K after V's,
-// are called for into the first cache meanwhile. Decoding with 32:8 heads of 128 then runs at 95 % of a plain read's
-// speed or more, where four streams took an eighth (f32) and a fourteenth (bf16) longer. A Sapphire Rapids reads
-// fastest in one place; four streams were 3 % faster there than 16 (f32) and as fast as 8 (bf16), streams far apart, a
-// quarter of the keys each, a tenth to a quarter slower. Calls into the second cache were slower on both.
+// Prefetchers look at each page by itself and follow many at once, so some cores read several places faster than one:
+// 16.8 GB/s in 16, 13 in one (Ice Lake); a Sapphire Rapids reads fastest in one. So a stretch is read in 4 or 8 streams
+// at once, each a part of its rows of about a page. What is half a stretch further on in this order, V after K and the
+// next stretch's K after V, is called for into the second cache meanwhile. A Zen 4 core waits for at most 24 lines of
+// its first cache, 14 GB/s: called for into that one, decoding came to 13 GB/s on a core that reads 28, into the second
+// one to 22. Two threads of a Sapphire Rapids are as fast either way.
 //
 // In bf16 the arithmetic alone, from the first cache, runs at 25 GB/s, 1.5 times what memory gives, and shows: a tenth
 // less of it made decoding a tenth faster there. Tiles of AMX in its place (V as it lies, a weight beside a 0 for each
 // column of a pair) ran at 45 GB/s from the second cache, but in memory's order at 0.74 to 0.87 of this one's speed,
 // and at most 6 % faster when read in eight places; they were dropped.
-enum { NAME(PAGE) = 4096, NAME(LEAST_STREAMS) = 4, NAME(MOST_STREAMS) = 16, NAME(AHEAD) = 8 << 10 };
+enum { NAME(PAGE) = 4096, NAME(LEAST_STREAMS) = 4, NAME(MOST_STREAMS) = 8, NAME(HELD_ROWS) = 16 };
 
 // Whether a row's elements are even before odd in Q or o.
 static bool NAME(split)(const sa_operand *x, int64_t width) {
@@ -28,6 +29,38 @@ static bool NAME(split)(const sa_operand *x, int64_t width) {
 static bool NAME(readable)(const sa_operand *x, int64_t width) {
   const bool own = x->dtype == DTYPE, halves = sizeof(REAL) == 4 && x->dtype == SA_F16;
   return ((own || halves) && width % LANES == 0) || NAME(split)(x, width);
+}
+
+// Whether scores are sums of pairs of bf16; by the problem alone, so that forward and backward agree to the bit.
+static bool NAME(pairs)(const sa_problem *p) {
+#ifdef OWN_PAIRS
+  return p->q.dtype == SA_BF16 && NAME(split)(&p->k, p->width) && NAME(has_pairs)();
+#else
+  return false;
+#endif
+}
+
+static double NAME(scale_of_scores)(const NAME(block) * block) {
+  return block->p->scale * (block->plain ? 1.4426950408889634 : 1);
+}
+
+// The power of two in a scale, up to 1, and the rest.
+static REAL NAME(power_of_scale)(double scale, REAL *rest) {
+  int exponent = 0;
+  double mantissa = frexp(scale, &exponent);
+  if (!(fabs(scale) < 1 && exponent > -64)) exponent = 0, mantissa = scale;
+  *rest = (REAL)mantissa;
+  return (REAL)ldexp(1, exponent);
+}
+
+// A row of floats that bf16 can hold, as bf16.
+static void NAME(narrow_row)(REAL *row, int width) {
+  for (int d = 0; d < width; d++) {
+    BITS bits;
+    memcpy(&bits, row + d, sizeof bits);
+    const uint16_t half = (uint16_t)(bits >> 16);
+    memcpy((char *)row + d * sizeof half, &half, sizeof half);
+  }
 }
 
 // Rows as they lie, `stride` bytes apart.
@@ -78,8 +111,7 @@ static NAME(course) NAME(course_of)(const sa_problem *p, int rows, int64_t strid
   int streams = NAME(LEAST_STREAMS);
   while (streams < NAME(MOST_STREAMS) && streams * 2 * (2 * NAME(PAGE)) <= bytes) streams *= 2;
   const int steps = (rows + streams - 1) / streams;
-  const int64_t ahead = stride > 0 ? (NAME(AHEAD) + streams * stride - 1) / (streams * stride) : 0;
-  return (NAME(course)){rows, streams, steps, ahead < steps ? (int)ahead : steps};
+  return (NAME(course)){rows, streams, steps, stride > 0 ? (steps + 1) / 2 : 0};
 }
 
 // What is called for at a step: the first stream's row further on, or that of `next`, which goes on where these end.
@@ -119,11 +151,11 @@ static inline __attribute__((always_inline)) void NAME(store_lanes)(NAME(vector)
     memcpy(to, &lanes, sizeof *to * NAME(DOT_QUERIES));
 }
 
-// Scores of DOT_KEYS rows and DOT_QUERIES queries: row r's of query i in lane r * DOT_QUERIES + i. `ahead`: what to
-// call for meanwhile, a line of each row at a time; NULL: nothing.
+// Scores of DOT_KEYS rows and DOT_QUERIES queries: row r's of query i in lane r * DOT_QUERIES + i. `pairs`: of bf16, as
+// they lie. `ahead`: what to call for meanwhile, a line of each row at a time; NULL: nothing.
 static inline __attribute__((always_inline)) NAME(vector)
-    NAME(dots)(int dtype, const char *const *row, const char *const *ahead, const REAL *query, int64_t query_stride,
-               int columns) {
+    NAME(dots)(int dtype, bool pairs, const char *const *row, const char *const *ahead, const REAL *query,
+               int64_t query_stride, int columns) {
   const int halves = dtype == SA_BF16 ? 2 : 1, size = dtype == DTYPE ? sizeof(REAL) : 2;
   NAME(vector) sum[LANES];
 #pragma GCC unroll 16
@@ -132,8 +164,26 @@ static inline __attribute__((always_inline)) NAME(vector)
   do {
     if (ahead && (halves * LANES * size >= 64 || d * size % 64 == 0)) {
 #pragma GCC unroll 4
-      for (int r = 0; r < NAME(DOT_KEYS); r++) __builtin_prefetch(ahead[r] + d * size, 0, 3);
+      for (int r = 0; r < NAME(DOT_KEYS); r++) __builtin_prefetch(ahead[r] + d * size, 0, 2);
     }
+#ifdef OWN_PAIRS
+    if (pairs) {
+      NAME(order) x[NAME(DOT_KEYS)], y;
+#pragma GCC unroll 4
+      for (int r = 0; r < NAME(DOT_KEYS); r++) memcpy(&x[r], row[r] + d * size, sizeof y);
+#pragma GCC unroll 4
+      for (int i = 0; i < NAME(DOT_QUERIES); i++) {
+        memcpy(&y, (const char *)(query + i * query_stride) + d * size, sizeof y);
+#pragma GCC unroll 4
+        for (int r = 0; r < NAME(DOT_KEYS); r++) {
+          NAME(vector) *to = &sum[r * NAME(DOT_QUERIES) + i];
+          *to = NAME(add_pairs)(*to, (__m512i)x[r], (__m512i)y);
+        }
+      }
+      d += 2 * LANES;
+      continue;
+    }
+#endif
 #pragma GCC unroll 2
     for (int half = 0; half < halves; half++, d += LANES) {
       NAME(vector) x[NAME(DOT_KEYS)];
@@ -152,12 +202,13 @@ static inline __attribute__((always_inline)) NAME(vector)
   return NAME(sums_of)(sum);
 }
 
-// S^T = K Q^T.
-static inline __attribute__((always_inline)) void NAME(scores_of)(int dtype, const NAME(raw_rows) * key,
+// S^T = K Q^T, with `pairs` times `rest`.
+static inline __attribute__((always_inline)) void NAME(scores_of)(int dtype, bool pairs, const NAME(raw_rows) * key,
                                                                   const NAME(raw_rows) * next,
                                                                   const NAME(course) * course, const REAL *query,
                                                                   int64_t query_stride, int queries, int columns,
-                                                                  const NAME(few_layout) * layout, REAL *to) {
+                                                                  REAL rest, const NAME(few_layout) * layout,
+                                                                  REAL *to) {
   const bool even = course->rows == course->streams * course->steps;
   const int64_t across = course->steps * key->stride;
   for (int step = 0; step < course->steps; step++) {
@@ -174,8 +225,9 @@ static inline __attribute__((always_inline)) void NAME(scores_of)(int dtype, con
         if (!even && (stream + r) * course->steps + step >= course->rows) row[r] = key->first + step * key->stride;
       }
       for (int q = 0; q < queries; q += NAME(DOT_QUERIES)) {
-        const NAME(vector) scores =
-            NAME(dots)(dtype, row, q ? NULL : call, query + q * query_stride, query_stride, columns);
+        NAME(vector)
+        scores = NAME(dots)(dtype, pairs, row, q ? NULL : call, query + q * query_stride, query_stride, columns);
+        if (pairs) scores = scores * NAME(set)(rest);
         REAL *at = to + q / NAME(DOT_QUERIES) * layout->group + stream * layout->stream + step * layout->step;
         if (layout->dense) {
           NAME(store)(at, scores);
@@ -221,7 +273,7 @@ static inline __attribute__((always_inline)) void NAME(row_tile)(int dtype, int 
     for (int at = step; at < course->rows; at += course->steps) {
       if (ahead) {
 #pragma GCC unroll 4
-        for (int byte = 0; byte < vectors * LANES * size; byte += 64) __builtin_prefetch(called + byte, 0, 3);
+        for (int byte = 0; byte < vectors * LANES * size; byte += 64) __builtin_prefetch(called + byte, 0, 2);
       }
       NAME(vector) x[4];
 #pragma GCC unroll 4
@@ -254,7 +306,7 @@ static inline __attribute__((always_inline)) void NAME(rows_added)(int dtype, co
                                                                    const NAME(few_layout) * layout, const REAL *weights,
                                                                    const REAL *factor, int queries, int columns,
                                                                    REAL *o, int64_t o_row) {
-  const int least = dtype == SA_BF16 ? 2 : 1, some = NAME(MOST_STREAMS) / course->streams;
+  const int least = dtype == SA_BF16 ? 2 : 1, some = NAME(HELD_ROWS) / course->streams;
   for (int from = 0; from < course->steps; from += some) {
     const int end = from + some < course->steps ? from + some : course->steps;
     const REAL *weight = weights;
@@ -275,13 +327,15 @@ static inline __attribute__((always_inline)) void NAME(rows_added)(int dtype, co
   }
 }
 
-// Functions for each dtype that rows can have.
+// Functions for each dtype that rows can have, and for pairs of bf16.
+#define SA_FEW_SCORES(WHICH, OF, PAIRS)                                                                        \
+  static __attribute__((noinline)) void NAME(scores_##WHICH)(                                                  \
+      const NAME(raw_rows) * key, const NAME(raw_rows) * next, const NAME(course) * course, const REAL *query, \
+      int64_t query_stride, int queries, int columns, REAL rest, const NAME(few_layout) * layout, REAL * to) { \
+    NAME(scores_of)(OF, PAIRS, key, next, course, query, query_stride, queries, columns, rest, layout, to);    \
+  }
 #define SA_FEW(WHICH, OF)                                                                                          \
-  static __attribute__((noinline)) void NAME(scores_##WHICH)(                                                      \
-      const NAME(raw_rows) * key, const NAME(raw_rows) * next, const NAME(course) * course, const REAL *query,     \
-      int64_t query_stride, int queries, int columns, const NAME(few_layout) * layout, REAL * to) {                \
-    NAME(scores_of)(OF, key, next, course, query, query_stride, queries, columns, layout, to);                     \
-  }                                                                                                                \
+  SA_FEW_SCORES(WHICH, OF, false)                                                                                  \
   static __attribute__((noinline)) void NAME(rows_added_##WHICH)(                                                  \
       const NAME(raw_rows) * value, const NAME(raw_rows) * next, const NAME(course) * course,                      \
       const NAME(few_layout) * layout, const REAL *weights, const REAL *factor, int queries, int columns, REAL *o, \
@@ -297,6 +351,13 @@ SA_FEW(bf16, SA_BF16)
 #else
 #define SA_FEW_OF(NAME_OF, DTYPE_OF) NAME(NAME_OF##_own)
 #endif
+#ifdef OWN_PAIRS
+SA_FEW_SCORES(pairs, SA_BF16, true)
+#define SA_FEW_SCORES_OF(PAIRS, DTYPE_OF) (PAIRS ? NAME(scores_pairs) : SA_FEW_OF(scores, DTYPE_OF))
+#else
+#define SA_FEW_SCORES_OF(PAIRS, DTYPE_OF) SA_FEW_OF(scores, DTYPE_OF)
+#endif
+#undef SA_FEW_SCORES
 #undef SA_FEW
 
 // Whether a stretch's scores lie dense: nothing looks at them but the softmax, and they are whole vectors.
@@ -317,8 +378,10 @@ static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch
   const NAME(raw_rows) next = NAME(raw_rows_of)(&p->v, block, stretch->first);
   const NAME(course) course = NAME(course_of)(p, stretch->count, rows.stride);
   const NAME(few_layout) layout = NAME(few_layout_of)(&course, dense);
-  SA_FEW_OF(scores, rows.dtype)
-  (&rows, &next, &course, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), &layout, scores);
+  REAL rest;
+  NAME(power_of_scale)(NAME(scale_of_scores)(block), &rest);
+  SA_FEW_SCORES_OF(NAME(pairs)(p), rows.dtype)
+  (&rows, &next, &course, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), rest, &layout, scores);
 }
 
 // o = o * factor + P V, V's rows as they lie or of REAL.
@@ -333,6 +396,7 @@ static void NAME(add_few_values)(const NAME(block) * block, const sa_stretch *st
    NAME(padded)(p->value_width));
 }
 #undef SA_FEW_OF
+#undef SA_FEW_SCORES_OF
 
 // Lane i of the result is lane i + by, going round.
 static inline __attribute__((always_inline)) NAME(vector) NAME(rotated)(NAME(vector) x, int by) {

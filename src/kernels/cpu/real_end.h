@@ -14,5 +14,6 @@
 #undef OWN_EXP2
 #undef OWN_BITS_OF
 #undef OWN_COLUMNS
+#undef OWN_PAIRS
 #undef OWN_SUMS
 #undef LOG
