@@ -101,8 +101,8 @@ static __device__ __forceinline__ uint4 *opaque(uint4 *p) {
   return p;
 }
 
-// Hides where a value comes from: what follows from it is found anew where it is used, in a few instructions, instead of
-// being kept in registers or in memory from the last use on.
+// Hides where a value comes from: what follows from it is found anew where it is used, in a few instructions, instead
+// of being kept in registers or in memory from the last use on.
 template <class Int>
 static __device__ __forceinline__ Int hidden(Int x) {
   asm volatile("" : "+r"(x));
