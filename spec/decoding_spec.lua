@@ -73,6 +73,26 @@ describe("decoding", function()
           near(out, exact, dtype)
         end)
 
+        it("takes any scale: " .. dtype, function()
+          local q, k, v = inputs(1, 500, dtype, 64)
+          for _, scale in ipairs {0, -0.3, 2 ^ -40, 0.05, 1, 1.5} do
+            local run = sa.forward(q, k, v, {scale = scale})
+            local exact = sa.forward(q, k, v, {scale = scale, backend = "reference"})
+            near(run.out, exact.out, dtype)
+            near(run.lse, exact.lse, dtype == "f64" and dtype or "f32")
+          end
+        end)
+
+        it("keeps subnormal values of Q under a scale that makes them ordinary: " .. dtype, function()
+          local q, k, v = inputs(1, 500, dtype, 64)
+          local tiny = dtype == "f16" and 2 ^ -16 or 2 ^ -127
+          q = (q:to "f64" * tiny):to(dtype)
+          local run = sa.forward(q, k, v, {scale = 0.125 / tiny})
+          local exact = sa.forward(q, k, v, {scale = 0.125 / tiny, backend = "reference"})
+          near(run.out, exact.out, dtype)
+          near(run.lse, exact.lse, dtype == "f64" and dtype or "f32")
+        end)
+
         it("keeps subnormal values of V: " .. dtype, function()
           local q, k, v = inputs(1, 1000, dtype, 64)
           local tiny = dtype == "f16" and 2 ^ -10 or 2 ^ -127

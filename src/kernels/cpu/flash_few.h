@@ -31,33 +31,34 @@ static bool NAME(readable)(const sa_operand *x, int64_t width) {
   return ((own || halves) && width % LANES == 0) || NAME(split)(x, width);
 }
 
-// Whether scores are sums of pairs of bf16; by the problem alone, so that forward and backward agree to the bit.
+// Whether scores are sums of pairs of bf16; by the problem alone, so that forward and backward agree to the bit. A
+// scale of ordinary size leaves subnormal elements, which are lost, nothing to add unless others are beyond 2^100.
 static bool NAME(pairs)(const sa_problem *p) {
 #ifdef OWN_PAIRS
-  return p->q.dtype == SA_BF16 && NAME(split)(&p->k, p->width) && NAME(has_pairs)();
+  const double size = fabs(p->scale);
+  return p->q.dtype == SA_BF16 && NAME(split)(&p->k, p->width) && size >= 0x1p-30 && size <= 1 && NAME(has_pairs)();
 #else
   return false;
 #endif
 }
 
-static double NAME(scale_of_scores)(const NAME(block) * block) {
-  return block->p->scale * (block->plain ? 1.4426950408889634 : 1);
+// What queries take of the scale of scores: all of it, or with pairs the power of two in it. Scores take the rest, 1 to
+// 2, so that no sum overflows which they do not.
+static REAL NAME(scale_of_queries)(const NAME(block) * block, REAL *rest) {
+  const double scale = block->p->scale * (block->plain ? 1.4426950408889634 : 1);
+  *rest = 1;
+  if (!block->few || !NAME(pairs)(block->p)) return (REAL)scale;
+  int exponent;
+  *rest = (REAL)(2 * frexp(scale, &exponent));
+  return (REAL)ldexp(1, exponent - 1);
 }
 
-// The power of two in a scale, up to 1, and the rest.
-static REAL NAME(power_of_scale)(double scale, REAL *rest) {
-  int exponent = 0;
-  double mantissa = frexp(scale, &exponent);
-  if (!(fabs(scale) < 1 && exponent > -64)) exponent = 0, mantissa = scale;
-  *rest = (REAL)mantissa;
-  return (REAL)ldexp(1, exponent);
-}
-
-// A row of floats that bf16 can hold, as bf16.
+// A row of numbers that bf16 can hold, as bf16.
 static void NAME(narrow_row)(REAL *row, int width) {
   for (int d = 0; d < width; d++) {
-    BITS bits;
-    memcpy(&bits, row + d, sizeof bits);
+    const float x = (float)row[d];
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
     const uint16_t half = (uint16_t)(bits >> 16);
     memcpy((char *)row + d * sizeof half, &half, sizeof half);
   }
@@ -379,7 +380,7 @@ static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch
   const NAME(course) course = NAME(course_of)(p, stretch->count, rows.stride);
   const NAME(few_layout) layout = NAME(few_layout_of)(&course, dense);
   REAL rest;
-  NAME(power_of_scale)(NAME(scale_of_scores)(block), &rest);
+  NAME(scale_of_queries)(block, &rest);
   SA_FEW_SCORES_OF(NAME(pairs)(p), rows.dtype)
   (&rows, &next, &course, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), rest, &layout, scores);
 }

@@ -14,20 +14,18 @@ typedef REAL NAME(element);
 static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, REAL *to) {
   const sa_operand *q = &block->p->q;
   const int width = (int)block->p->width;
-  const double whole = NAME(scale_of_scores)(block);
+  REAL rest;
+  const REAL scale = NAME(scale_of_queries)(block, &rest);
   if (!block->few) {
-    NAME(pack)(q, block, width, (REAL)whole, skip, to);
+    NAME(pack)(q, block, width, scale, skip, to);
     return;
   }
-  const bool pairs = NAME(pairs)(block->p);
-  REAL rest;
-  const REAL scale = pairs ? NAME(power_of_scale)(whole, &rest) : (REAL)whole;
   for (int i = 0; i < NAME(FEW); i++, to += NAME(padded)(width)) {
     memset(to, 0, sizeof *to * NAME(columns)(width));
     if (i >= block->count || skip >> i & 1) continue;
     NAME(read_row)(NAME(row_at)(q, block, i), q->dtype, width, to);
     for (int d = 0; d < width; d++) to[d] *= scale;
-    if (pairs)
+    if (NAME(pairs)(block->p))
       NAME(narrow_row)(to, width);
     else if (NAME(split)(&block->p->k, width))
       NAME(split_row)(to, width);
