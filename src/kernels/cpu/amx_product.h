@@ -21,7 +21,6 @@ enum {
 // A problem, and what is shared by all its blocks: of each of these, bits of what sizes came up. Where nothing that was
 // computed is of an ordinary size, AMX's loss of subnormal numbers may show (amx.c).
 typedef enum amx_size { AMX_OUT, AMX_QUERY, AMX_DOUT, AMX_DSCORES, AMX_DQUERY, AMX_SIZES } amx_size;
-enum { AMX_ORDINARY = 1, AMX_SMALL = 2, AMX_NONFINITE = 4 };
 typedef struct amx_problem {
   sa_problem base;
   uint16_t *turned;       // V or K: [B][Hkv][KEYS at a time][tiles of 16 columns][step][AMX_TILE]
@@ -48,27 +47,14 @@ static uint16_t *amx_take(sa_room *room, int64_t count) {
   return sa_room_take(room, count * (int64_t)sizeof(uint16_t));
 }
 
-// Notes the sizes of elements, until one is ordinary: 2^-60 and more.
+// Notes the sizes of elements of a block.
 static void amx_note(const NAME(block) * block, amx_size which, const REAL *rows, int64_t stride, int count,
                      int width) {
-  amx_problem *problem = (amx_problem *)block->p;
-  if (atomic_load_explicit(&problem->sizes[which], memory_order_relaxed) & AMX_ORDINARY) return;
-  int found = 0;
-  for (int r = 0; r < count && !(found & AMX_ORDINARY); r++) {
-    for (int d = 0; d < width; d++) {
-      const REAL size = fabsf(rows[r * stride + d]);
-      const int finite = size >= 0x1p-60f ? AMX_ORDINARY : size > 0 ? AMX_SMALL : 0;
-      found |= size < INFINITY ? finite : AMX_NONFINITE;
-    }
-  }
-  atomic_fetch_or_explicit(&problem->sizes[which], found, memory_order_relaxed);
+  NAME(note_sizes)(&((amx_problem *)block->p)->sizes[which], rows, stride, count, width);
 }
 
-// Whether a size is ordinary. What is not finite stands for an ordinary number unless others are small: a call is not
-// to be computed in another way, with other bits for rows that do not see it, because of a NaN.
 static bool amx_ordinary(const amx_problem *problem, amx_size which) {
-  const int sizes = problem->sizes[which];
-  return sizes & AMX_ORDINARY || sizes == AMX_NONFINITE;
+  return sa_ordinary(problem->sizes[which]);
 }
 
 // Where the tiles of an operand lie: bytes from `at` to a tile's next row, to the next tile along the side, to the next
@@ -651,7 +637,7 @@ typedef struct NAME(backward_products) {
   REAL *turned;                        // [width, in tiles][ROW]: dQ transposed
 } NAME(backward_products);
 
-static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int keys) {
+static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int keys, bool pairs) {
   const int64_t columns = amx_tiles(p->width) * AMX_SIDE, value_columns = amx_tiles(p->value_width) * AMX_SIDE;
   const int64_t depth = amx_steps(p->width) * AMX_DEPTH, value_depth = amx_steps(p->value_width) * AMX_DEPTH;
   // K in float comes where rows of K and V have been done with.
@@ -691,6 +677,10 @@ static void amx_pair_queries(const NAME(block) * block, const REAL *rows, int wi
   }
 }
 
+static bool NAME(dweight_pairs)(const sa_problem *p) {
+  return false;
+}
+
 // What is bf16 stays as it is.
 static bool NAME(scales_dout)(const sa_problem *p) {
   return false;
@@ -701,10 +691,10 @@ static void amx_note_queries(const NAME(block) * block, amx_size which, const sa
                              int width, uint64_t dead) {
   amx_problem *problem = (amx_problem *)block->p;
   amx_note(block, which, rows, NAME(padded)(width), block->count, width);
-  if (!x->data || atomic_load_explicit(&problem->sizes[which], memory_order_relaxed) & AMX_ORDINARY) return;
+  if (!x->data || atomic_load_explicit(&problem->sizes[which], memory_order_relaxed) & SA_ORDINARY) return;
   for (int i = 0; i < block->count; i++) {
     if (dead >> i & 1 || !amx_has_nonfinite(NAME(row_at)(x, block, i), width)) continue;
-    atomic_fetch_or_explicit(&problem->sizes[which], AMX_NONFINITE, memory_order_relaxed);
+    atomic_fetch_or_explicit(&problem->sizes[which], SA_NONFINITE, memory_order_relaxed);
     return;
   }
 }

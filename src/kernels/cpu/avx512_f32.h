@@ -51,7 +51,7 @@ static inline __m512 exp2_where_f32(uint64_t lanes, __m512 x) {
 static inline bool has_pairs_f32(void) {
   return __builtin_cpu_supports("avx512bf16");
 }
-static inline __m512 add_pairs_f32(__m512 sum, __m512i a, __m512i b) {
+static inline __m512 add_pairs_f32(__m512 sum, __m512 a, __m512 b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   return sum;
 }

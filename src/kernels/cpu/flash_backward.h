@@ -39,8 +39,9 @@ typedef struct NAME(backward_job) {
   REAL *dq;           // [B,H,L,E], when dQ is gathered over chunks and its dtype is narrower
   REAL *dbias;        // in bias_shape, per chunk when keys are broadcast; NULL: dBias is gathered in place
   int64_t dbias_count;
-  double *dsinks;  // [H][B][blocks]
-  double *dalibi;  // [H][B][chunks]
+  atomic_int *sizes;  // of dS, where small numbers may be lost to dP (flash_sizes.h); NULL: they are not
+  double *dsinks;     // [H][B][blocks]
+  double *dalibi;     // [H][B][chunks]
 } NAME(backward_job);
 
 typedef struct NAME(backward_room) {
@@ -81,7 +82,7 @@ static NAME(backward_room) NAME(take_backward)(sa_room *room, const NAME(backwar
   const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
   return (NAME(backward_room)){
       .packed_query = sa_room_take(room, NAME(query_room)(p) * (int64_t)sizeof(NAME(element))),
-      .products = NAME(take_backward_products)(room, p, job->stretch),
+      .products = NAME(take_backward_products)(room, p, job->stretch, job->sizes),
       .query = NAME(take)(room, QUERIES * width),
       .dout = NAME(take)(room, QUERIES * value_width),
       .base = NAME(take)(room, QUERIES),
@@ -637,7 +638,7 @@ static void NAME(free_backward)(NAME(backward_job) * job) {
   sa_release(job->dalibi);
 }
 
-static int NAME(backward)(const sa_problem *p) {
+static int NAME(backward_with)(const sa_problem *p, atomic_int *sizes) {
   enum { WIDE = 320 };
   const int64_t planes = p->batch * p->heads;
   const bool share_batches = p->dbias.data && p->bias_shape[0] == 1,
@@ -645,6 +646,7 @@ static int NAME(backward)(const sa_problem *p) {
   NAME(backward_job)
   job = {
       .p = p,
+      .sizes = sizes,
       .blocks = (p->queries + QUERIES - 1) / QUERIES,
       .batch_groups = share_batches && p->batch ? 1 : p->batch,
       .head_groups = share_heads && p->key_heads ? 1 : p->key_heads,
@@ -694,4 +696,11 @@ static int NAME(backward)(const sa_problem *p) {
   }
   NAME(free_backward)(&job);
   return complete ? SA_OK : SA_NO_MEMORY;
+}
+
+static int NAME(backward)(const sa_problem *p) {
+  if (!NAME(dweight_pairs)(p)) return NAME(backward_with)(p, NULL);
+  atomic_int sizes = 0;
+  const int status = NAME(backward_with)(p, &sizes);
+  return status || sa_ordinary(sizes) ? status : NAME(backward_with)(p, NULL);
 }

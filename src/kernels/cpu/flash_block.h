@@ -192,6 +192,8 @@ static void NAME(add_nonfinite)(const NAME(block) * block, int keys, const uint6
   }
 }
 
+#include "kernels/cpu/flash_sizes.h"
+
 // Hands out parts of a worker's room. With no memory behind it, it measures.
 #ifndef SAFEATTN_ROOM
 #define SAFEATTN_ROOM

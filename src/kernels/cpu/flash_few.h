@@ -4,8 +4,7 @@
 // and where they lie, for four queries at a time, and halves become floats in registers. A vector of bf16 is one of
 // words with two elements each: a shift and a mask make two vectors of floats of it, those of the even and of the odd
 // elements, and Q and o are in that order then (`split`). Where the processor multiplies pairs of bf16, scores are made
-// of K and Q as they lie (`pairs`), in half of the instructions: Q takes the power of two in its scale, which changes
-// no digit of it, and scores the rest.
+// of K and Q as they lie (flash_pairs.h).
 //
 // Prefetchers look at each page by itself and follow many at once, so some cores read several places faster than one:
 // 16.8 GB/s in 16, 13 in one (Ice Lake); a Sapphire Rapids reads fastest in one. So a stretch is read in 4 or 8 streams
@@ -29,39 +28,6 @@ static bool NAME(split)(const sa_operand *x, int64_t width) {
 static bool NAME(readable)(const sa_operand *x, int64_t width) {
   const bool own = x->dtype == DTYPE, halves = sizeof(REAL) == 4 && x->dtype == SA_F16;
   return ((own || halves) && width % LANES == 0) || NAME(split)(x, width);
-}
-
-// Whether scores are sums of pairs of bf16; by the problem alone, so that forward and backward agree to the bit. A
-// scale of ordinary size leaves subnormal elements, which are lost, nothing to add unless others are beyond 2^100.
-static bool NAME(pairs)(const sa_problem *p) {
-#ifdef OWN_PAIRS
-  const double size = fabs(p->scale);
-  return p->q.dtype == SA_BF16 && NAME(split)(&p->k, p->width) && size >= 0x1p-30 && size <= 1 && NAME(has_pairs)();
-#else
-  return false;
-#endif
-}
-
-// What queries take of the scale of scores: all of it, or with pairs the power of two in it. Scores take the rest, 1 to
-// 2, so that no sum overflows which they do not.
-static REAL NAME(scale_of_queries)(const NAME(block) * block, REAL *rest) {
-  const double scale = block->p->scale * (block->plain ? 1.4426950408889634 : 1);
-  *rest = 1;
-  if (!block->few || !NAME(pairs)(block->p)) return (REAL)scale;
-  int exponent;
-  *rest = (REAL)(2 * frexp(scale, &exponent));
-  return (REAL)ldexp(1, exponent - 1);
-}
-
-// A row of numbers that bf16 can hold, as bf16.
-static void NAME(narrow_row)(REAL *row, int width) {
-  for (int d = 0; d < width; d++) {
-    const float x = (float)row[d];
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    const uint16_t half = (uint16_t)(bits >> 16);
-    memcpy((char *)row + d * sizeof half, &half, sizeof half);
-  }
 }
 
 // Rows as they lie, `stride` bytes apart.
@@ -178,7 +144,7 @@ static inline __attribute__((always_inline)) NAME(vector)
 #pragma GCC unroll 4
         for (int r = 0; r < NAME(DOT_KEYS); r++) {
           NAME(vector) *to = &sum[r * NAME(DOT_QUERIES) + i];
-          *to = NAME(add_pairs)(*to, (__m512i)x[r], (__m512i)y);
+          *to = NAME(add_pairs)(*to, (NAME(vector))x[r], (NAME(vector))y);
         }
       }
       d += 2 * LANES;
@@ -381,7 +347,7 @@ static void NAME(score_few)(const NAME(block) * block, const sa_stretch *stretch
   const NAME(few_layout) layout = NAME(few_layout_of)(&course, dense);
   REAL rest;
   NAME(scale_of_queries)(block, &rest);
-  SA_FEW_SCORES_OF(NAME(pairs)(p), rows.dtype)
+  SA_FEW_SCORES_OF(NAME(pairs)(block), rows.dtype)
   (&rows, &next, &course, query, NAME(padded)(p->width), block->count, NAME(columns)(p->width), rest, &layout, scores);
 }
 

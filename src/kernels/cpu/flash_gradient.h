@@ -117,6 +117,18 @@ static void NAME(differentiate_whole)(const NAME(block) * block, const sa_stretc
     NAME(differentiate_whole_so)(block, stretch, NULL, true, base, scores, dscores);
 }
 
+// What of dS^T is visible is looked at, what else there is may be anything.
+static void NAME(note_dscores)(const NAME(block) * block, const sa_stretch *stretch, const REAL *dscores,
+                               atomic_int *sizes) {
+  for (int j = 0; j < block->vectors; j++) {
+    const sa_extent reach = NAME(reach)(stretch, j);
+    const int left = block->count - j * LANES;
+    NAME(note_sizes)
+    (sizes, dscores + reach.first * NAME(ROW) + j * LANES, NAME(ROW), reach.end - reach.first,
+     left < LANES ? left : LANES);
+  }
+}
+
 // Where dBias of a query of the plane is gathered.
 static REAL *NAME(dbias_row)(const NAME(backward_job) * job, int64_t batch, int64_t head, int64_t query) {
   const int64_t *shape = job->p->bias_shape;
@@ -260,6 +272,7 @@ static void NAME(backward_stretch)(const NAME(backward_job) * job, const NAME(bl
     NAME(differentiate_whole)(block, stretch, visible, room->base, weights, dscores);
   else
     NAME(differentiate)(block, stretch, &by, weights, dscores);
+  if (job->sizes) NAME(note_dscores)(block, stretch, dscores, job->sizes);
   if (p->dv.data) {
     if (dout->wild) NAME(give_to_keys)(block, keys, visible, dead, weights, dout, &chunk->dvalue, offset);
     NAME(add_dvalues)

@@ -6,6 +6,8 @@
 // What operands of products are made of.
 typedef REAL NAME(element);
 
+#include "kernels/cpu/flash_pairs.h"
+
 #include "kernels/cpu/flash_strip.h"
 
 #include "kernels/cpu/flash_few.h"
@@ -17,7 +19,10 @@ static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, REAL *to)
   REAL rest;
   const REAL scale = NAME(scale_of_queries)(block, &rest);
   if (!block->few) {
-    NAME(pack)(q, block, width, scale, skip, to);
+    if (NAME(pairs)(block))
+      NAME(pack_pairs)(q, block, width, scale, skip, to);
+    else
+      NAME(pack)(q, block, width, scale, skip, to);
     return;
   }
   for (int i = 0; i < NAME(FEW); i++, to += NAME(padded)(width)) {
@@ -25,7 +30,7 @@ static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, REAL *to)
     if (i >= block->count || skip >> i & 1) continue;
     NAME(read_row)(NAME(row_at)(q, block, i), q->dtype, width, to);
     for (int d = 0; d < width; d++) to[d] *= scale;
-    if (NAME(pairs)(block->p))
+    if (NAME(pairs)(block))
       NAME(narrow_row)(to, width);
     else if (NAME(split)(&block->p->k, width))
       NAME(split_row)(to, width);
@@ -61,12 +66,12 @@ static const REAL *NAME(rows_of)(const sa_operand *x, const NAME(block) * block,
   return room;
 }
 
-// A stretch's rows of K as score wants them; NULL: few queries read them where they lie.
+// A stretch's rows of K as score wants them; NULL: it reads them where they lie.
 static const REAL *NAME(key_rows)(const NAME(block) * block, int64_t first, int count, REAL *room, int64_t *stride) {
   const sa_operand *k = &block->p->k;
   const int width = (int)block->p->width;
   *stride = 0;
-  if (block->few && NAME(readable)(k, width)) return NULL;
+  if (block->few ? NAME(readable)(k, width) : NAME(pairs)(block)) return NULL;
   return NAME(rows_of)(k, block, first, count, width, block->few, room, stride);
 }
 
@@ -89,6 +94,33 @@ static inline sa_extent NAME(reach)(const sa_stretch *stretch, int j) {
   return stretch->outline ? stretch->outline->reach[j * LANES / REACH] : (sa_extent){0, stretch->count};
 }
 
+// The left side of a product with packed queries: rows as they are given, or, of `pairs` (NULL: not), as they lie, the
+// sums times `rest`.
+typedef struct NAME(left_rows) {
+  const REAL *rows;
+  int64_t stride;
+  int width;
+  const sa_operand *pairs;
+  REAL rest;
+} NAME(left_rows);
+
+// K Q^T or V dO^T.
+static void NAME(product_with_queries)(const NAME(block) * block, const sa_stretch *stretch, NAME(left_rows) left,
+                                       const REAL *packed, REAL *to, REAL *peak) {
+  const int columns = block->vectors * LANES, keys = stretch->count;
+  const sa_product_start start = left.pairs ? SA_PAIRS : SA_FROM_ZERO;
+  if (left.pairs) {
+    left.rows = sa_at(left.pairs, block->batch, block->key_head, stretch->first, 0);
+    left.stride = left.pairs->stride[2] / 2;
+    left.width /= 2;
+  }
+  if (stretch->outline) NAME(product_within)
+  (stretch->outline->queries, false, left.rows, left.stride, 1, packed, NAME(ROW), to, NAME(ROW), keys, columns,
+   left.width, start, &left.rest, stretch->forecast);
+  else NAME(product)(left.rows, left.stride, 1, packed, NAME(ROW), to, NAME(ROW), keys, columns, left.width, start,
+                     &left.rest, peak, stretch->forecast);
+}
+
 // S^T of a stretch, as K and Q alone give it. `peak` (NULL when queries are few) is raised to the largest of each
 // query.
 static void NAME(score_product)(const NAME(block) * block, const sa_stretch *stretch, const REAL *key,
@@ -97,12 +129,10 @@ static void NAME(score_product)(const NAME(block) * block, const sa_stretch *str
     NAME(score_few)(block, stretch, key, key_stride, packed_query, false, scores);
     return;
   }
-  const int columns = block->vectors * LANES, keys = stretch->count;
-  if (stretch->outline) NAME(product_within)
-  (stretch->outline->queries, false, key, key_stride, 1, packed_query, NAME(ROW), scores, NAME(ROW), keys, columns,
-   (int)block->p->width, SA_FROM_ZERO, NULL, stretch->forecast);
-  else NAME(product)(key, key_stride, 1, packed_query, NAME(ROW), scores, NAME(ROW), keys, columns,
-                     (int)block->p->width, SA_FROM_ZERO, NULL, peak, stretch->forecast);
+  REAL rest;
+  NAME(scale_of_queries)(block, &rest);
+  const NAME(left_rows) left = {key, key_stride, (int)block->p->width, NAME(pairs)(block) ? &block->p->k : NULL, rest};
+  NAME(product_with_queries)(block, stretch, left, packed_query, scores, peak);
 }
 
 // What products read of keys besides K.
@@ -237,17 +267,19 @@ static bool NAME(write_sums)(const NAME(block) * block, const NAME(gathered) * g
 
 // What the products of the backward need in a worker's room. V is done with before K's finite part is wanted.
 typedef struct NAME(backward_products) {
-  REAL *packed_dout;  // [value width][ROW], for dP
-  REAL *key_rows;     // [keys][width, padded]: K, where it cannot be read in place
-  REAL *other_rows;   // [keys][either width, padded]: V, likewise; or the finite part of a K that is read in place
+  REAL *packed_dout;  // [value width][ROW], for dP; with `pairs` half of it, as pack_pairs does
+  bool pairs;
+  REAL *key_rows;    // [keys][width, padded]: K, where it cannot be read in place
+  REAL *other_rows;  // [keys][either width, padded]: V, likewise; or the finite part of a K that is read in place
 } NAME(backward_products);
 
-static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int keys) {
+static NAME(backward_products) NAME(take_backward_products)(sa_room *room, const sa_problem *p, int keys, bool pairs) {
   const int64_t width = NAME(padded)(p->width), value_width = NAME(padded)(p->value_width);
   const bool in_place = NAME(reads_in_place)(&p->k, (int)p->width, true);
   const bool values_in_place = NAME(reads_in_place)(&p->v, (int)p->value_width, false);
   const int64_t finite = in_place ? width : 0, values = values_in_place ? 0 : value_width;
   return (NAME(backward_products)){.packed_dout = NAME(take)(room, p->value_width * NAME(ROW)),
+                                   .pairs = pairs,
                                    .key_rows = NAME(take)(room, in_place ? 0 : keys * width),
                                    .other_rows = NAME(take)(room, keys * (finite > values ? finite : values))};
 }
@@ -266,23 +298,28 @@ static bool NAME(scales_dout)(const sa_problem *p) {
 static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
                                const NAME(backward_products) * products) {
   const sa_problem *p = block->p;
-  const REAL factor = NAME(scales_dout)(p) ? (REAL)p->scale : 1;
-  NAME(pack)(&p->dout, block, (int)p->value_width, factor, p->dout.data ? dead : ~UINT64_C(0), products->packed_dout);
+  const int width = (int)p->value_width;
+  const uint64_t skip = p->dout.data ? dead : ~UINT64_C(0);
+  const double factor = NAME(scales_dout)(p) ? p->scale : 1;
+  REAL rest;
+  if (products->pairs)
+    NAME(pack_pairs)(&p->dout, block, width, NAME(power_of_two_in)(factor, &rest), skip, products->packed_dout);
+  else
+    NAME(pack)(&p->dout, block, width, (REAL)factor, skip, products->packed_dout);
 }
 
 // dP^T = V dO^T.
 static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *stretch,
                                   const NAME(backward_products) * products, REAL *dweights) {
-  const int width = (int)block->p->value_width;
-  int64_t stride;
-  const REAL *value =
-      NAME(rows_of)(&block->p->v, block, stretch->first, stretch->count, width, false, products->other_rows, &stride);
-  const int columns = block->vectors * LANES;
-  if (stretch->outline) NAME(product_within)
-  (stretch->outline->queries, false, value, stride, 1, products->packed_dout, NAME(ROW), dweights, NAME(ROW),
-   stretch->count, columns, width, SA_FROM_ZERO, NULL, stretch->forecast);
-  else NAME(product)(value, stride, 1, products->packed_dout, NAME(ROW), dweights, NAME(ROW), stretch->count, columns,
-                     width, SA_FROM_ZERO, NULL, NULL, stretch->forecast);
+  const sa_problem *p = block->p;
+  const sa_operand *v = &p->v;
+  NAME(left_rows) left = {.width = (int)p->value_width, .pairs = products->pairs ? v : NULL};
+  if (products->pairs)
+    NAME(power_of_two_in)(NAME(scales_dout)(p) ? p->scale : 1, &left.rest);
+  else
+    left.rows =
+        NAME(rows_of)(v, block, stretch->first, stretch->count, left.width, false, products->other_rows, &left.stride);
+  NAME(product_with_queries)(block, stretch, left, products->packed_dout, dweights, NULL);
 }
 
 // What a stretch adds to `columns` of a gradient of its keys.

@@ -1,10 +1,20 @@
 // products by strips of register tiles, for one REAL; part of flash_product.h
 
-// How a product starts: from 0, from what c holds, or from that times a factor per row.
+// How a product starts: from 0, from what c holds, or from that times a factor per row; or from 0, of words of two bf16
+// each, and all of it times one factor in the end.
 #ifndef SAFEATTN_PRODUCT_START
 #define SAFEATTN_PRODUCT_START
-typedef enum sa_product_start { SA_FROM_ZERO, SA_FROM_SELF, SA_FROM_SCALED } sa_product_start;
+typedef enum sa_product_start { SA_FROM_ZERO, SA_FROM_SELF, SA_FROM_SCALED, SA_PAIRS } sa_product_start;
 #endif
+
+// c + a b, of words that are floats or pairs.
+static inline __attribute__((always_inline)) NAME(vector)
+    NAME(multiply_add)(bool pairs, NAME(vector) a, NAME(vector) b, NAME(vector) c) {
+#ifdef OWN_PAIRS
+  if (pairs) return NAME(add_pairs)(c, a, b);
+#endif
+  return NAME(fma)(a, b, c);
+}
 
 // A strip of register tiles, one below the other: each is c[rows][vectors * LANES] = start + a b, where a's element
 // (i, k) is a[i * a_stride + k], or a[i + k * ROW] when a is `turned`. Every accumulator is one chain of fused
@@ -14,7 +24,7 @@ typedef enum sa_product_start { SA_FROM_ZERO, SA_FROM_SELF, SA_FROM_SCALED } sa_
 // ahead. In tiles of 6 x 2 the additions that this takes would cost 3 %. Four steps a turn, since counting takes a port
 // of the multiply-adds at times: on an Ice Lake P V takes 2 % less (D64) to 4 % (D128). `peak` (may be NULL) is raised
 // to the largest of each column on the way out, while the sums are still in registers.
-static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int rows, int vectors, int tiles,
+static inline __attribute__((always_inline)) void NAME(strip)(bool turned, bool pairs, int rows, int vectors, int tiles,
                                                               const REAL *restrict a, int64_t a_stride,
                                                               const REAL *restrict b, int64_t b_row, REAL *restrict c,
                                                               int64_t c_row, int depth, sa_product_start start,
@@ -47,7 +57,7 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
         for (int i = 0; i < rows; i++) {
           const NAME(vector) x = NAME(set)(turned ? left[i] : left[i * a_stride]);
 #pragma GCC unroll 4
-          for (int j = 0; j < vectors; j++) sum[i][j] = NAME(fma)(x, row[j], sum[i][j]);
+          for (int j = 0; j < vectors; j++) sum[i][j] = NAME(multiply_add)(pairs, x, row[j], sum[i][j]);
         }
         left += turned ? NAME(ROW) : 1;
         right += b_row;
@@ -60,6 +70,8 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
         REAL *at = c + i * c_row + j * LANES;
         if (late && turned && start == SA_FROM_SCALED)
           sum[i][j] = NAME(fma)(NAME(load)(at), NAME(set)(factor[i]), sum[i][j]);
+        else if (pairs)
+          sum[i][j] = sum[i][j] * NAME(set)(*factor);
         else if (late && start != SA_FROM_ZERO)
           sum[i][j] = NAME(load)(at) + sum[i][j];
         NAME(store)(at, sum[i][j]);
@@ -82,23 +94,22 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, int r
 
 // One function a shape: inlined into a larger one, the 6 x 4 tile spilled 3 of its 24 accumulators. The strip's loop is
 // inside, because a tile of 64 steps takes no longer than some 400 cycles, of which a call cost 30.
-#define SA_STRIP(R, V)                                                                                              \
-  static __attribute__((noinline)) void NAME(strip_##R##x##V)(                                                      \
+#define SA_STRIP_OF(WAY, TURNED, PAIRS, B_ROW, C_ROW, START, R, V)                                                  \
+  static __attribute__((noinline)) void NAME(WAY##_##R##x##V)(                                                      \
       int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
       int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak, sa_forecast *forecast) {    \
-    NAME(strip)(false, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak, forecast);         \
-  }                                                                                                                 \
-  static __attribute__((noinline)) void NAME(turned_##R##x##V)(                                                     \
-      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
-      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak, sa_forecast *forecast) {    \
-    NAME(strip)(true, R, V, tiles, a, a_stride, b, b_row, c, c_row, depth, start, factor, peak, forecast);          \
-  }                                                                                                                 \
-  static __attribute__((noinline)) void NAME(scores_##R##x##V)(                                                     \
-      int tiles, const REAL *restrict a, int64_t a_stride, const REAL *restrict b, int64_t b_row, REAL *restrict c, \
-      int64_t c_row, int depth, sa_product_start start, const REAL *factor, REAL *peak, sa_forecast *forecast) {    \
-    NAME(strip)                                                                                                     \
-    (false, R, V, tiles, a, a_stride, b, NAME(ROW), c, NAME(ROW), depth, SA_FROM_ZERO, NULL, peak, forecast);       \
+    NAME(strip)(TURNED, PAIRS, R, V, tiles, a, a_stride, b, B_ROW, c, C_ROW, depth, START, factor, peak, forecast); \
   }
+#ifdef OWN_PAIRS
+#define SA_STRIP_OF_PAIRS(R, V) SA_STRIP_OF(pairs, false, true, NAME(ROW), NAME(ROW), SA_FROM_ZERO, R, V)
+#else
+#define SA_STRIP_OF_PAIRS(R, V)
+#endif
+#define SA_STRIP(R, V)                                                        \
+  SA_STRIP_OF(strip, false, false, b_row, c_row, start, R, V)                 \
+  SA_STRIP_OF(turned, true, false, b_row, c_row, start, R, V)                 \
+  SA_STRIP_OF(scores, false, false, NAME(ROW), NAME(ROW), SA_FROM_ZERO, R, V) \
+  SA_STRIP_OF_PAIRS(R, V)
 #define SA_STRIPS(V) SA_STRIP(1, V) SA_STRIP(2, V) SA_STRIP(3, V) SA_STRIP(4, V) SA_STRIP(5, V) SA_STRIP(6, V)
 SA_STRIPS(1)
 SA_STRIPS(2)
@@ -108,6 +119,8 @@ SA_STRIPS(4)
 #endif
 #undef SA_STRIPS
 #undef SA_STRIP
+#undef SA_STRIP_OF_PAIRS
+#undef SA_STRIP_OF
 
 typedef void (*NAME(strip_function))(int, const REAL *, int64_t, const REAL *, int64_t, REAL *, int64_t, int,
                                      sa_product_start, const REAL *, REAL *, sa_forecast *);
@@ -124,14 +137,23 @@ typedef void (*NAME(strip_function))(int, const REAL *, int64_t, const REAL *, i
   { {NULL}, SA_STRIP_ROW(WAY, 1), SA_STRIP_ROW(WAY, 2) }
 #endif
 // By the way that a product is made, vectors and rows.
-static const NAME(strip_function)
-    NAME(strips)[3][TILE_VECTORS + 1][7] = {SA_STRIP_TABLE(strip), SA_STRIP_TABLE(turned), SA_STRIP_TABLE(scores)};
+static const NAME(strip_function) NAME(strips)[][TILE_VECTORS + 1][7] = {
+    SA_STRIP_TABLE(strip),
+    SA_STRIP_TABLE(turned),
+    SA_STRIP_TABLE(scores),
+#ifdef OWN_PAIRS
+    SA_STRIP_TABLE(pairs),
+#endif
+};
 #undef SA_STRIP_TABLE
 #undef SA_STRIP_ROW
 
 // Scores have a way of their own: their packed right side and they themselves are rows of ROW, of which a compiler need
 // not have counted. Counting takes ports of the multiply-adds.
 static int NAME(way)(bool turned, int64_t b_row, int64_t c_row, sa_product_start start) {
+#ifdef OWN_PAIRS
+  if (start == SA_PAIRS) return 3;
+#endif
   if (turned) return 1;
   return b_row == NAME(ROW) && c_row == NAME(ROW) && start == SA_FROM_ZERO ? 2 : 0;
 }
@@ -170,7 +192,7 @@ static void NAME(product)(const REAL *a, int64_t a_row, int64_t a_step, const RE
       for (int i = 0, at = row; i < 3; at += strip[i].height * strip[i].tiles, i++) {
         if (!strip[i].height || !strip[i].tiles) continue;
         strips[strip[i].height](strip[i].tiles, a + at * a_row, a_stride, b + column, b_row, c + at * c_row + column,
-                                c_row, depth, start, factor ? factor + at : NULL, top, forecast);
+                                c_row, depth, start, start == SA_FROM_SCALED ? factor + at : factor, top, forecast);
       }
     }
   }
@@ -192,7 +214,8 @@ static void NAME(product_within)(const sa_extent *extent, bool along, const REAL
       NAME(strips)
       [NAME(way)(turned, b_row, c_row, start)][vectors][height](
           1, a + row * a_row + step * a_step, turned ? a_step : a_row, b + step * b_row + column, b_row,
-          c + row * c_row + column, c_row, steps, start, factor ? factor + row : NULL, NULL, forecast);
+          c + row * c_row + column, c_row, steps, start, start == SA_FROM_SCALED ? factor + row : factor, NULL,
+          forecast);
     }
   }
 }
