@@ -45,11 +45,12 @@ static inline __m512 exp2_f32(__m512 x) {
 static inline __m512 exp2_where_f32(uint64_t lanes, __m512 x) {
   return power_f32(x, _mm512_mask_cmp_ps_mask((__mmask16)lanes, x, _mm512_set1_ps(LOWEST_EXPONENT), _CMP_NLT_UQ));
 }
-// sum + a b, of pairs of bf16, on processors that have AVX512_BF16, which files of AVX-512 are not compiled for.
-// Subnormal elements are 0 to it.
+// sum + a b, of pairs of bf16, by AVX512_BF16, which files of AVX-512 are not compiled for, where it is as fast as a
+// multiply-add: AMD's processors. A Sapphire Rapids, which has AMX for bf16, takes 1.4 times as long for a forward with
+// it. Subnormal elements are 0 to it.
 #define OWN_PAIRS
 static inline bool has_pairs_f32(void) {
-  return __builtin_cpu_supports("avx512bf16");
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd");
 }
 static inline __m512 add_pairs_f32(__m512 sum, __m512 a, __m512 b) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
