@@ -174,13 +174,17 @@ helper.describe_cuda("attention on a CUDA device", function()
     -- Hopper begins with columns of long heads and of short ones.
     ["of a padded batch"] = {batch = 4, heads = many and 16 or 1, key_heads = many and 16 or 1, width = 128,
       queries = 512, keys = 512, mask = sa.mask.padding({460, 440, 120, 100}, {450, 462, 128, 100})},
+    -- Split before, but for the tiles that nobody sees.
+    ["of f32 and a padded batch"] = {dtype = "f32", batch = 2, heads = 2, key_heads = 1, width = 64, queries = 700,
+      keys = 700, mask = sa.mask.padding({650, 400}, {650, 400})},
     ["of long columns of keys that get shorter"] = {heads = 1, width = 128, queries = 4090, keys = 250,
       mask = shrinking(32) * sa.mask.padding({200}, {4040})},
   } do
     it(name .. ", with NaN behind the mask, gives the bits of a clean run", function()
       local function attend(dirt, backend)
         local function operand(heads, length, seed)
-          local t = sa.randn({c.batch or 1, heads, length, c.width}, {seed = seed, dtype = "bf16", device = "cuda"})
+          local t = sa.randn({c.batch or 1, heads, length, c.width},
+            {seed = seed, dtype = c.dtype or "bf16", device = "cuda"})
           t:narrow(3, length - 49, 50):fill(dirt)
           return t
         end
@@ -293,7 +297,33 @@ helper.describe_cuda("attention on a CUDA device", function()
     end
   end)
 
+  -- Rows that many blocks load are split once, before; what is not finite is split as it is loaded.
+  for _, c in ipairs {
+    {width = 64, dlse = true}, {width = 100, values = "heavy", sinks = true},
+    {width = 200, key_heads = 1},
+    {width = 128, bias = "ls", bias_values = "inf", dropout = 0.1, softcap = 3, alibi = true},
+  } do
+    it("of f32 whose rows are split before, width " .. c.width, function()
+      c.dtype, c.batch, c.heads, c.key_heads = "f32", 1, 4, c.key_heads or 2
+      c.queries, c.keys, c.seed = 470, 530, 8
+      cases.check(c, engines)
+    end)
+  end
+
   if not os.getenv "SAFEATTN_QUICK" then
+    it("of f32 gives the heads of a batch, split some after the others, the bits that they have alone", function()
+      local function operand(heads, seed)
+        return sa.randn({9, heads, 1024, 64}, {seed = seed, dtype = "f32", device = "cuda"})
+      end
+      local q, k, v, dout = operand(16, 1), operand(8, 2), operand(8, 3), operand(16, 4)
+      local all = sa.forward(q, k, v, {causal = true}):backward(dout)
+      for batch = 1, 9, 3 do
+        local function of(t) return t:narrow(1, batch, 3) end
+        local alone = sa.forward(of(q), of(k), of(v), {causal = true}):backward(of(dout))
+        for _, name in ipairs {"dq", "dk", "dv"} do assert.tensor.bitwise(of(all[name]), alone[name]) end
+      end
+    end)
+
     -- Blocks that add to dQ wait for those whose turn is before theirs, of however many the device has room for.
     it("gives the same gradients ten thousand times, whatever else the device has to do", function()
       local uniform = cases.generator(1)

@@ -147,6 +147,31 @@ def time_run(run, q, k, v, dout, truth, rows, sustained, case):
     return times
 
 
+def time_calls():
+    """Microseconds of the host's time that a call on [1,8,64,64] takes: forward, forward and backward, as attention.lua."""
+    q, k, v, dout = (torch.randn(1, 8, 64, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(4))
+
+    def forward():
+        with torch.no_grad():
+            sdpa(q, k, v)
+
+    def both():
+        torch.autograd.grad(sdpa(q, k, v), (q, k, v), dout)
+
+    def per_call(fn, count=200):
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            for _ in range(count):
+                fn()
+            times.append((time.perf_counter() - start) / count * 1e6)
+            torch.cuda.synchronize()
+        return sorted(times)[(len(times) - 1) // 2]
+
+    forward(), both()
+    return {"forward_us": per_call(forward), "both_us": per_call(both)}
+
+
 def portable_cases(path):
     """The cases of the run with the portable kernels alone, by name."""
     path = path.replace(".json", "-portable.json")
@@ -181,6 +206,11 @@ def main(path, flex, backends, only):
                         cells.append(f"{times[way][state]:9.1f} ({times[way][state] / case[way][state]:5.2f})")
             star = "" if times.get("right", True) else "*"
             print(f"{case['name']:34} {name + star:11} {'  '.join(cells)}", flush=True)
+    for calls in (result for result in bench["results"] if result["name"] == "calls" and re.search(only, "calls")):
+        calls["peers"] = {"torch": time_calls()}
+        print("a call on [1,8,64,64], the host's us: forward, forward and backward")
+        for name, us in {"safeattn": calls, **calls["peers"]}.items():
+            print(f"{name:11} {us['forward_us']:6.1f} {us['both_us']:6.1f}")
     with open(path + ".new", "w") as file:
         json.dump(bench, file)
     os.replace(path + ".new", path)

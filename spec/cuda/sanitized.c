@@ -18,7 +18,8 @@ enum {
   DENSE = 32,   // a random mask with dead rows and keys, else a window
   POISON = 64,  // NaN in a key and in a query, so that the careful paths run
   ANY_ORDER = 128,
-  FEW = 256  // few queries and many keys: decoding
+  FEW = 256,  // few queries and many keys: decoding
+  ALL = 512   // no mask, and as many queries and keys as make it worth while to split f32 before
 };
 
 typedef struct sanitized_case {
@@ -42,6 +43,8 @@ static const sanitized_case cases[] = {
     {"f16-64-poison", SA_F16, 64, POISON | DENSE | ANY_ORDER},
     {"f16-128-window", SA_F16, 128, 0},
     {"f32-64-random", SA_F32, 64, DENSE | POISON},
+    {"f32-64-all", SA_F32, 64, ALL},
+    {"f32-128-all", SA_F32, 128, ALL},
     {"f64-64-window", SA_F64, 64, ALIBI | BIAS},
 };
 
@@ -66,7 +69,8 @@ static void make(sa_tensor *t, int dtype, int ndim, const int64_t *shape, int se
 }
 
 static void make_inputs(const sanitized_case *c, sa_tensor in[INPUTS]) {
-  const int64_t queries = c->options & FEW ? 2 : QUERIES, keys = c->options & FEW ? 4096 : KEYS;
+  const int64_t queries = c->options & FEW ? 2 : c->options & ALL ? 2 * QUERIES : QUERIES;
+  const int64_t keys = c->options & FEW ? 4096 : c->options & ALL ? 2 * QUERIES + 9 : KEYS;
   make(&in[Q], c->dtype, 4, (const int64_t[]){BATCH, HEADS, queries, c->width}, 1);
   make(&in[K], c->dtype, 4, (const int64_t[]){BATCH, KEY_HEADS, keys, c->width}, 2);
   make(&in[V], c->dtype, 4, (const int64_t[]){BATCH, KEY_HEADS, keys, c->width}, 3);
@@ -127,7 +131,7 @@ static void release(run *r) {
 
 static sa_mask *mask_of(const sanitized_case *c) {
   sa_mask *mask;
-  if (c->options & FEW) {
+  if (c->options & (FEW | ALL)) {
     check(sa_mask_all(&mask));
   } else if (c->options & DENSE) {
     sa_mask *random, *first, *rest;

@@ -57,32 +57,111 @@ struct backward_shape {
   static constexpr int KEY_SLICES = WIDTH_ / KEY_SLICE, QUERY_SLICES = WIDTH_ / QUERY_SLICE;
 };
 
+// Of how many key heads the rows are split at once; 0: they are not worth it, as too few blocks load them. What a head
+// takes is `bytes`, and all together no more than dQ, or 64 MiB, so that small calls go in one piece.
+static inline int64_t split_heads(const backward_job &job, int64_t bytes, int row_bytes) {
+  constexpr int64_t SEEN_BY_EACH = 384, ENOUGH = 64 << 20;
+  const sa_problem &p = job.p;
+  const double planes = (double)p.plan->batch * (double)p.plan->heads;
+  const double least = planes * (double)((p.queries > p.keys ? p.queries : p.keys) * SEEN_BY_EACH);
+  if (!p.heads || !(least > 0) || (double)p.plan->visible < least) return 0;
+  const int64_t all = p.batch * p.key_heads, dq = p.batch * p.heads * job.plan.row_tiles * SA_TILE * row_bytes;
+  const int64_t fitting = (dq > ENOUGH ? dq : ENOUGH) / bytes;
+  if (!fitting) return 0;
+  const int64_t parts = (all + fitting - 1) / fitting;
+  return (all + parts - 1) / parts;
+}
+
+// The heads of the side that blocks walk: of queries, with Q and dO, or of keys, with K and V.
+typedef struct split_side {
+  bool queries;
+  int64_t group, rows;  // heads to a key head, and their rows
+} split_side;
+
+static inline split_side split_side_of(const backward_job &job, bool queries) {
+  const int64_t group = queries && job.p.key_heads ? job.p.heads / job.p.key_heads : 1;
+  return split_side{queries, group, group * (queries ? job.plan.row_tiles : job.plan.col_tiles) * SA_TILE};
+}
+
+// Calls launch(first, end, split) for the key heads of all batches, `each` at a time, whose rows it has split before.
+template <class P, int ROW, class Launch>
+static int launch_split_heads(const backward_job &job, const split_side &side, int64_t each, int64_t bytes,
+                              const Launch &launch) {
+  const sa_problem &p = job.p;
+  char *const memory = (char *)sa_cuda_scratch(backward_name, p.device, each * bytes);
+  if (!memory) return SA_NO_MEMORY;
+  const int64_t group = p.heads / p.key_heads;
+  split_sources from = {{p.k, p.v}, {job.aligned.k, job.aligned.v}, false, p.key_heads, group,
+                        p.keys,     {p.width, p.value_width}};
+  if (side.queries)
+    from = {{p.q, p.dout}, {job.aligned.q, job.aligned.dout}, true, p.heads, 1, p.queries, {p.width, p.value_width}};
+  split_operands to = {};
+  to.padded = side.rows / side.group;
+  for (int n = 0; n < 2; n++) {
+    to.rows[n] = memory + n * each * side.rows * ROW;
+    to.scale[n] = (float *)(memory + 2 * each * side.rows * ROW) + n * each * side.rows;
+  }
+  const int64_t all = p.batch * p.key_heads;
+  int status = SA_OK;
+  for (int64_t first = 0; first < all && !status; first += each) {
+    const int64_t end = all - first < each ? all : first + each;
+    to.first_head = first * side.group;
+    unsigned grid;
+    status = backward_grid((end - first) * side.rows / SPLIT_ROWS, &grid);
+    if (!status)
+      status = sa_cuda_launch(backward_name, split_before<P, ROW>, dim3(grid, 2), dim3(SPLIT_THREADS),
+                              SPLIT_ROWS * (ROW + (int)sizeof(float)), job.stream, job.plan, from, to);
+    if (!status) status = launch(first, end, to);
+  }
+  sa_cuda_scratch_release(p.device, memory);
+  return status;
+}
+
+// The same, of products that want rows split and where that is worth it; else once, of all heads.
+template <class P, int ROW, class Launch>
+static int launch_split(const backward_job &job, bool queries, const Launch &launch) {
+  if constexpr (P::SPLIT) {
+    const split_side side = split_side_of(job, queries);
+    const int64_t bytes = side.rows * 2 * (ROW + (int64_t)sizeof(float)), each = split_heads(job, bytes, ROW);
+    if (each) return launch_split_heads<P, ROW>(job, side, each, bytes, launch);
+  }
+  return launch((int64_t)0, job.p.batch * job.p.key_heads, split_operands{});
+}
+
 template <class C, bool GENERAL>
 static int launch_keys(const backward_job &job, const backward_rows<typename C::products::real> &rows) {
   typedef key_room<typename C::products, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES> room;
-  unsigned grid;
-  const int64_t blocks =
-      job.p.batch * job.p.key_heads * job.plan.col_tiles * (SA_TILE / (16 * C::KEY_WARPS)) * C::KEY_SLICES;
-  const int status = backward_grid(blocks, &grid);
-  if (status || !grid) return status;
-  return sa_cuda_launch(
-      backward_name,
-      backward_keys<typename C::products, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES, C::KEY_SLICE, GENERAL>,
-      dim3(grid), dim3(32 * C::KEY_WARPS), room::BYTES, job.stream, job.p, job.plan, rows, job.aligned);
+  const int64_t blocks = job.plan.col_tiles * (SA_TILE / (16 * C::KEY_WARPS)) * C::KEY_SLICES;
+  return launch_split<typename C::products,
+                      C::ROW>(job, true, [&](int64_t first, int64_t end, const split_operands &split) {
+    unsigned grid;
+    const int status = backward_grid((end - first) * blocks, &grid);
+    if (status || !grid) return status;
+    return sa_cuda_launch(
+        backward_name,
+        backward_keys<typename C::products, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES, C::KEY_SLICE, GENERAL>,
+        dim3(grid), dim3(32 * C::KEY_WARPS), room::BYTES, job.stream, job.p, job.plan, rows, job.aligned, split,
+        first * blocks);
+  });
 }
 
 template <class C, bool GENERAL>
 static int launch_queries(const backward_job &job, const backward_rows<typename C::products::real> &rows) {
   typedef query_room<typename C::products, C::ROW, C::QUERIES, C::QUERY_STEP, C::QUERY_STAGES> room;
-  unsigned grid;
-  const int64_t blocks = job.p.batch * job.p.heads * job.plan.row_tiles * (SA_TILE / C::QUERIES) * C::QUERY_SLICES;
-  const int status = backward_grid(blocks, &grid);
-  if (status || !grid) return status;
-  return sa_cuda_launch(backward_name,
-                        backward_queries<typename C::products, C::ROW, C::QUERY_WARPS, C::QUERY_STEP, C::QUERY_STAGES,
-                                         C::QUERY_SLICE, GENERAL>,
-                        dim3(grid), dim3(32 * C::QUERY_WARPS), room::BYTES, job.stream, job.p, job.plan, rows,
-                        job.aligned);
+  // Without key heads there are no queries' heads either.
+  const int64_t group = job.p.key_heads ? job.p.heads / job.p.key_heads : 0;
+  const int64_t blocks = group * job.plan.row_tiles * (SA_TILE / C::QUERIES) * C::QUERY_SLICES;
+  return launch_split<typename C::products, C::ROW>(
+      job, false, [&](int64_t first, int64_t end, const split_operands &split) {
+        unsigned grid;
+        const int status = backward_grid((end - first) * blocks, &grid);
+        if (status || !grid) return status;
+        return sa_cuda_launch(backward_name,
+                              backward_queries<typename C::products, C::ROW, C::QUERY_WARPS, C::QUERY_STEP,
+                                               C::QUERY_STAGES, C::QUERY_SLICE, GENERAL>,
+                              dim3(grid), dim3(32 * C::QUERY_WARPS), room::BYTES, job.stream, job.p, job.plan, rows,
+                              job.aligned, split, first * blocks);
+      });
 }
 
 template <class C>

@@ -2,6 +2,7 @@
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_QUERIES_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_QUERIES_CUH
 #include "kernels/cuda/portable_backward_products.cuh"
+#include "kernels/cuda/portable_backward_split.cuh"
 #include "kernels/cuda/portable_backward_weights.cuh"
 
 template <class P, int ROW, int OWN, int STEP, int STAGES>
@@ -13,7 +14,7 @@ struct query_room {
     STAGE = 2 * STEP_TILE,
     BAD_AT = STAGES_AT + STAGES * STAGE,
     // Scales of the rows of Q, dO, K and V.
-    SCALES_AT = BAD_AT + 4 * (STEP / 32 + 1),
+    SCALES_AT = BAD_AT + (4 * (STEP / 32 + 1) + 15) / 16 * 16,
     BYTES = SCALES_AT + (P::SPLIT ? 2 * (OWN + STEP) * 4 : 0)
   };
 };
@@ -121,11 +122,12 @@ static __device__ __forceinline__ void differentiate_step(const sa_problem &p, c
 }
 
 // dQ of block `index`: 16 WARPS queries of a head, SLICE columns of it, and their shares of dAlibi; from STEP keys at a
-// time.
+// time. `split`: of K and V.
 template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
 static __device__ __forceinline__ void make_query_gradients(const sa_problem &p, const sa_device_plan &plan,
                                                             const backward_rows<typename P::real> &rows,
-                                                            const backward_aligned &aligned, int64_t index) {
+                                                            const backward_aligned &aligned,
+                                                            const split_operands &split, int64_t index) {
   typedef typename P::real Real;
   typedef typename P::element Element;
   constexpr int THREADS = 32 * WARPS, OWN = 16 * WARPS, BLOCKS = STEP / 8, EACH = sizeof(Element),
@@ -156,7 +158,13 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
   mine.read(rows, head * rows.padded + query);
   const score_rule<Real> rule = score_rule_of<Real>(p, block.batch, block.head);
   const auto some = [&](int pattern, int offset) { return block.template some<STEP>(pattern, offset); };
-  const auto load = [&](int64_t first, char *stage) {
+  const auto load = [&](int64_t first, char *stage, bool careful) {
+    if (P::SPLIT && split.rows[0] && !careful) {
+      const int64_t head = block.batch * p.key_heads + key_head;
+      load_split<ROW, STEP, THREADS>(stage, scales.key, split, 0, head, first, thread);
+      load_split<ROW, STEP, THREADS>(stage + room::STEP_TILE, scales.value, split, 1, head, first, thread);
+      return;
+    }
     load_tile<Element, ROW, STEP, THREADS>(stage, key_source, first, thread);
     load_tile<Element, ROW, STEP, THREADS>(stage + room::STEP_TILE, value_source, first, thread);
   };
@@ -215,7 +223,7 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
     load_tile<Element, ROW, OWN, THREADS>(queries, query_source, block.first, thread);
     load_tile<Element, ROW, OWN, THREADS>(douts, dout_source, block.first, thread);
     bool more = next_step<STEP>(walk, p.keys, some, now, pattern, offset);
-    if (more) load(now, shared + room::STAGES_AT);
+    if (more) load(now, shared + room::STAGES_AT, careful);
     copy_async_commit();
     if constexpr (P::SPLIT) {
       copy_async_wait<0>();
@@ -227,12 +235,12 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
       const bool again = next_step<STEP>(walk, p.keys, some, later, later_pattern, later_offset);
       char *const here = shared + room::STAGES_AT + stage * room::STAGE;
       if (STAGES == 2) {
-        if (again) load(later, shared + room::STAGES_AT + (stage ^ 1) * room::STAGE);
+        if (again) load(later, shared + room::STAGES_AT + (stage ^ 1) * room::STAGE, careful);
         copy_async_commit();
       }
       copy_async_wait<STAGES - 1>();
       __syncthreads();
-      if constexpr (P::SPLIT) {
+      if (P::SPLIT && (careful || !split.rows[0])) {
         split_tile<P, ROW, STEP, THREADS>(here, scales.key, careful, thread);
         split_tile<P, ROW, STEP, THREADS>(here + room::STEP_TILE, scales.value, careful, thread);
         __syncthreads();
@@ -241,7 +249,7 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
       compute(now, pattern, offset, here, careful);
       __syncthreads();
       if (STAGES == 1) {
-        if (again) load(later, here);
+        if (again) load(later, here, careful);
         copy_async_commit();
       } else {
         stage ^= 1;
@@ -269,8 +277,9 @@ template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GEN
 static __global__ void __launch_bounds__(32 * WARPS)
     backward_queries(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
                      const __grid_constant__ backward_rows<typename P::real> rows,
-                     const __grid_constant__ backward_aligned aligned) {
-  make_query_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL>(p, plan, rows, aligned, blockIdx.x);
+                     const __grid_constant__ backward_aligned aligned, const __grid_constant__ split_operands split,
+                     int64_t first) {
+  make_query_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL>(p, plan, rows, aligned, split, first + blockIdx.x);
 }
 
 #endif

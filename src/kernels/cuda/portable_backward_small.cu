@@ -74,11 +74,11 @@ static __global__ void __launch_bounds__(32 * SMALL_WARPS)
   own.coarse = rows.coarse + shift / BACKWARD_BLOCK;
   prepare_head<P>(p, plan, own, aligned, head);
   if (place < blocks.keys)
-    make_key_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(p, plan, own, aligned,
+    make_key_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(p, plan, own, aligned, {},
                                                                                           head * blocks.keys + place);
   else
     make_query_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(
-        p, plan, own, aligned, head * blocks.queries + place - blocks.keys);
+        p, plan, own, aligned, {}, head * blocks.queries + place - blocks.keys);
 }
 
 bool sa_cuda_portable_backward_small(const sa_problem *p) {
