@@ -4,7 +4,7 @@
 // turns: one kernel owns keys (dK and dV stay in registers while it walks the queries of all heads that share them),
 // one owns queries (dQ, and the slopes of ALiBi), one owns tiles of the bias. Each makes the scores it needs again,
 // with the very bits of the forward: 7 products of matrices instead of 5, and in return no second copy of dQ and no
-// block that waits for another.
+// block that waits for another. Rows of f32 that many blocks load are split before (portable_backward_split.cuh).
 //
 // P^T and dS^T never leave the registers there: an accumulator of mma.sync is the left operand of the next one.
 //
