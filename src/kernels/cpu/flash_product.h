@@ -294,13 +294,17 @@ static bool NAME(scales_dout)(const sa_problem *p) {
   return !p->bias.data && !p->alibi.data;
 }
 
+static double NAME(scale_of_dout)(const sa_problem *p) {
+  return NAME(scales_dout)(p) ? p->scale : 1;
+}
+
 // Before a block of queries: what dO is to be packed to. `query` and `dout` are its rows, finite.
 static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
                                const NAME(backward_products) * products) {
   const sa_problem *p = block->p;
   const int width = (int)p->value_width;
   const uint64_t skip = p->dout.data ? dead : ~UINT64_C(0);
-  const double factor = NAME(scales_dout)(p) ? p->scale : 1;
+  const double factor = NAME(scale_of_dout)(p);
   REAL rest;
   if (products->pairs)
     NAME(pack_pairs)(&p->dout, block, width, NAME(power_of_two_in)(factor, &rest), skip, products->packed_dout);
@@ -315,7 +319,7 @@ static void NAME(dweight_product)(const NAME(block) * block, const sa_stretch *s
   const sa_operand *v = &p->v;
   NAME(left_rows) left = {.width = (int)p->value_width, .pairs = products->pairs ? v : NULL};
   if (products->pairs)
-    NAME(power_of_two_in)(NAME(scales_dout)(p) ? p->scale : 1, &left.rest);
+    NAME(power_of_two_in)(NAME(scale_of_dout)(p), &left.rest);
   else
     left.rows =
         NAME(rows_of)(v, block, stretch->first, stretch->count, left.width, false, products->other_rows, &left.stride);
