@@ -700,7 +700,7 @@ static void amx_note_queries(const NAME(block) * block, amx_size which, const sa
 }
 
 static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
-                               const NAME(backward_products) * products) {
+                               const REAL *factors, const NAME(backward_products) * products) {
   const sa_problem *p = block->p;
   const int width = (int)p->width, value_width = (int)p->value_width;
   amx_pack(&p->dout, block, value_width, p->dout.data ? dead : ~UINT64_C(0), products->packed_dout);

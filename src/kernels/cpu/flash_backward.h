@@ -32,8 +32,8 @@ typedef struct NAME(backward_job) {
   char *memory;  // a room for each worker, then what follows
   int64_t room_bytes;
   REAL *delta;        // [B,H,L]: dO . o - dLSE
-  REAL *base;         // [B,H,L]: what scores are relative to, in the block's unit; the LSE, or
-  REAL *factor;       // [B,H,L]: with a factor beside it where the LSE is too coarse
+  REAL *base;         // [B,H,L]: what scores are relative to, in the block's unit
+  REAL *factor;       // [B,H,L]: and what weights are then to be multiplied by, or dO and delta in their place
   int32_t *turn_of;   // per plane, row of tiles and chunk: how many chunks before it the row looks at
   atomic_int *turns;  // per batch, head and block: chunks that have added to its dQ
   REAL *dq;           // [B,H,L,E], when dQ is gathered over chunks and its dtype is narrower
@@ -274,7 +274,8 @@ static sa_forecast NAME(foresee_chunk)(const NAME(backward_job) * job, const NAM
   return forecast;
 }
 
-// What prepare_block found, and beyond the last query what makes weights of 0. Returns whether some row has a factor.
+// What prepare_block found, and beyond the last query what makes weights of 0; delta times the factor where dO takes
+// it. Returns whether some row has a factor.
 static bool NAME(take_rows)(const NAME(backward_job) * job, const NAME(block) * block,
                             const NAME(backward_room) * room) {
   const int64_t first = (block->batch * job->p->heads + block->head) * job->p->queries + block->query;
@@ -282,7 +283,7 @@ static bool NAME(take_rows)(const NAME(backward_job) * job, const NAME(block) * 
   for (int i = 0; i < block->count; i++) {
     room->base[i] = job->base[first + i];
     room->factor[i] = job->factor[first + i];
-    room->delta[i] = job->delta[first + i];
+    room->delta[i] = job->delta[first + i] * (NAME(weighs_dout)(job->p) ? room->factor[i] : 1);
     factor |= room->factor[i] != 1;
   }
   for (int i = block->count; i < block->vectors * LANES; i++) {
@@ -343,9 +344,10 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
   const uint64_t dead = NAME(dead_rows)(block);
   const bool factor = NAME(take_rows)(job, block, room);
   NAME(pack_query)(block, dead, room->packed_query);
-  const NAME(query_rows) query = NAME(rows_of_queries)(&p->q, block, (int)p->width, dead, room->query);
-  const NAME(query_rows) dout = NAME(rows_of_queries)(&p->dout, block, (int)p->value_width, dead, room->dout);
-  NAME(open_queries)(block, dead, query.rows, dout.rows, &room->products);
+  const REAL *factors = factor && NAME(weighs_dout)(p) ? room->factor : NULL;
+  const NAME(query_rows) query = NAME(rows_of_queries)(&p->q, block, (int)p->width, dead, NULL, room->query);
+  const NAME(query_rows) dout = NAME(rows_of_queries)(&p->dout, block, (int)p->value_width, dead, factors, room->dout);
+  NAME(open_queries)(block, dead, query.rows, dout.rows, factors, &room->products);
   const NAME(gradient) dquery = NAME(open_dquery)(job, block, room);
   bool first = true;
   sa_walk walk = NAME(walk_chunk)(job, block, chunk->index);
@@ -364,7 +366,8 @@ static void NAME(backward_block)(const NAME(backward_job) * job, const NAME(bloc
       scoring = &biases;
     }
     NAME(backward_stretch)
-    (job, block, &stretch, scoring, chunk, dead, factor, &query, &dout, first, whole, &dquery, room, dslope);
+    (job, block, &stretch, scoring, chunk, dead, factor && !factors, &query, &dout, first, whole, &dquery, room,
+     dslope);
   }
   if (!p->dq.data) return;
   if (first)

@@ -131,20 +131,21 @@ static inline __attribute__((always_inline)) NAME(vector) NAME(sums_of)(NAME(vec
 }
 #endif
 
-// to = from, a square of LANES x LANES, transposed, times factor.
-static inline void NAME(transpose)(const REAL *from, int64_t from_row, REAL factor, REAL *to, int64_t to_row) {
+// to = from, a square of LANES x LANES, transposed, each row times its factor.
+static inline __attribute__((always_inline)) void NAME(transpose)(const REAL *from, int64_t from_row,
+                                                                  NAME(vector) factor, REAL *to, int64_t to_row) {
   NAME(vector) column[LANES];
   NAME(columns_of)(from, from_row, column);
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) NAME(store)(to + i * to_row, column[i] * NAME(set)(factor));
+  for (int i = 0; i < LANES; i++) NAME(store)(to + i * to_row, column[i] * factor);
 }
 
-// to[column][ROW] = factor * rows, transposed: a vector's worth of rows, `from_row` apart.
-static void NAME(turn)(const REAL *rows, int64_t from_row, int width, REAL factor, REAL *to) {
+// to[column][ROW] = rows, each times its factor, transposed: a vector's worth of rows, `from_row` apart.
+static void NAME(turn)(const REAL *rows, int64_t from_row, int width, NAME(vector) factor, REAL *to) {
   int d = 0;
   for (; d + LANES <= width; d += LANES) NAME(transpose)(rows + d, from_row, factor, to + d * NAME(ROW), NAME(ROW));
   for (; d < width; d++) {
-    for (int i = 0; i < LANES; i++) to[d * NAME(ROW) + i] = rows[i * from_row + d] * factor;
+    for (int i = 0; i < LANES; i++) to[d * NAME(ROW) + i] = rows[i * from_row + d] * factor[i];
   }
 }
 

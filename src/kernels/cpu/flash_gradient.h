@@ -43,8 +43,6 @@ static inline __attribute__((always_inline)) void NAME(differentiate_so)(const N
       if (!plain) x = x * unit;
       NAME(vector) weight = by.visible ? NAME(exp2_where)(by.visible[r] >> (j * LANES), x) : NAME(exp2)(x);
       if (by.factor) weight = weight * factor;
-      // A row's factor can be NaN.
-      if (by.factor && by.visible) weight = NAME(select)(by.visible[r] >> (j * LANES), weight, zero);
       NAME(vector) dweight = NAME(load)(ds), shown = weight;
       if (by.kept) {
         dweight = NAME(select)(by.kept[r] >> (j * LANES), dweight * more, zero);

@@ -22,7 +22,7 @@ static void NAME(pack_query)(const NAME(block) * block, uint64_t skip, REAL *to)
     if (NAME(pairs)(block))
       NAME(pack_pairs)(q, block, width, scale, skip, to);
     else
-      NAME(pack)(q, block, width, scale, skip, to);
+      NAME(pack)(q, block, width, scale, NULL, skip, to);
     return;
   }
   for (int i = 0; i < NAME(FEW); i++, to += NAME(padded)(width)) {
@@ -104,11 +104,12 @@ typedef struct NAME(left_rows) {
   REAL rest;
 } NAME(left_rows);
 
-// K Q^T or V dO^T.
+// K Q^T or V dO^T; in halves where results have the precision of the sums.
 static void NAME(product_with_queries)(const NAME(block) * block, const sa_stretch *stretch, NAME(left_rows) left,
                                        const REAL *packed, REAL *to, REAL *peak) {
   const int columns = block->vectors * LANES, keys = stretch->count;
-  const sa_product_start start = left.pairs ? SA_PAIRS : SA_FROM_ZERO;
+  const bool in_halves = sizeof(REAL) == 4 && block->p->dtype == DTYPE;
+  const sa_product_start start = left.pairs ? SA_PAIRS : in_halves ? SA_IN_HALVES : SA_FROM_ZERO;
   if (left.pairs) {
     left.rows = sa_at(left.pairs, block->batch, block->key_head, stretch->first, 0);
     left.stride = left.pairs->stride[2] / 2;
@@ -298,9 +299,10 @@ static double NAME(scale_of_dout)(const sa_problem *p) {
   return NAME(scales_dout)(p) ? p->scale : 1;
 }
 
-// Before a block of queries: what dO is to be packed to. `query` and `dout` are its rows, finite.
+// Before a block of queries: what dO is to be packed to, each row times its factor. `query` and `dout` are its rows,
+// finite.
 static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
-                               const NAME(backward_products) * products) {
+                               const REAL *factors, const NAME(backward_products) * products) {
   const sa_problem *p = block->p;
   const int width = (int)p->value_width;
   const uint64_t skip = p->dout.data ? dead : ~UINT64_C(0);
@@ -309,7 +311,7 @@ static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const R
   if (products->pairs)
     NAME(pack_pairs)(&p->dout, block, width, NAME(power_of_two_in)(factor, &rest), skip, products->packed_dout);
   else
-    NAME(pack)(&p->dout, block, width, (REAL)factor, skip, products->packed_dout);
+    NAME(pack)(&p->dout, block, width, (REAL)factor, factors, skip, products->packed_dout);
 }
 
 // dP^T = V dO^T.

@@ -66,6 +66,36 @@ static void NAME(output_dots)(const NAME(block) * block, REAL *to) {
   }
 }
 
+// Whether the rows' factors are those of dO and delta, so that no weight needs one: where dO is read in the precision
+// of the work.
+static bool NAME(weighs_dout)(const sa_problem *p) {
+  return p->dtype == DTYPE;
+}
+
+// How scores become weights by LSEs, which are [count] in base and become what scores are relative to; factor [count].
+// A score less its LSE is rounded, and by the more the smaller the weight is; so scores are relative to a whole number,
+// mostly 0, where the rest can be the row's factor. Loops of what vectors can do: by libm's exp2, one by one, the
+// factors took 1 to 2 % of a backward of 128 keys.
+static void NAME(scale_by_lse)(const NAME(block) * block, double *base, double *factor) {
+  static const double terms[] = {EXP2_TERMS_f64};
+  const double unit = block->plain ? 1.4426950408889634 : 1, binary = block->plain ? 1 : 1.4426950408889634;
+  const bool whole = NAME(weighs_dout)(block->p);
+  for (int i = 0; i < QUERIES; i++) {
+    const double known = base[i] * unit, most = known < 16 ? known : 16;
+    // NaN stays what it is, with a factor of 1.
+    const double from = whole ? rint(known - (most > 0 ? most : 0)) : known;
+    const double x = from == from ? (from - known) * binary : 0, steps = rint(x), part = x - steps;
+    double power = terms[0];
+    for (int k = 1; k < (int)(sizeof terms / sizeof *terms); k++) power = power * part + terms[k];
+    const union {
+      int64_t bits;
+      double value;
+    } two = {(int64_t)(int32_t)(steps + 1023) << 52};
+    base[i] = from;
+    factor[i] = power * two.value;
+  }
+}
+
 // What a block's scores are relative to, delta, and the sinks' share of the gradient, p_sink (dLSE - dO . o).
 static void NAME(prepare_block)(const NAME(backward_job) * job, const NAME(block) * block,
                                 const NAME(backward_room) * room) {
@@ -83,6 +113,11 @@ static void NAME(prepare_block)(const NAME(backward_job) * job, const NAME(block
   for (int i = 0; i < block->count; i++) coarse |= (uint64_t)(fabs(lse[i * lse_row]) > 1024) << i;
   coarse &= ~dead_rows;
   if (coarse) NAME(gather_again)(job, block, room);
+  double base[QUERIES] = {0}, factor[QUERIES];
+  for (int i = 0; i < block->count; i++) {
+    if (!((dead_rows | coarse) >> i & 1)) base[i] = lse[i * lse_row];
+  }
+  NAME(scale_by_lse)(block, base, factor);
   if (p->dout.data) NAME(output_dots)(block, dots);
   const double advance = NAME(scale_in_advance)(p);
   double dsink = 0;
@@ -94,12 +129,11 @@ static void NAME(prepare_block)(const NAME(backward_job) * job, const NAME(block
       scale = NAME(scale_row)(block, i, room->again.peak[i], room->again.sum[i]);
     } else if (!dead) {
       const double known = lse[i * lse_row];
-      scale.base = block->plain ? known * 1.4426950408889634 : known;
-      scale.lse = known;
-      scale.sink = p->sinks.data ? exp(sink - known) : 0;
+      scale = (NAME(row_scale)){base[i], factor[i], known, p->sinks.data ? exp(sink - known) : 0};
     }
     job->base[first + i] = (REAL)scale.base;
-    job->factor[first + i] = (REAL)scale.factor;
+    // What has no sum has no base either, and needs no factor.
+    job->factor[first + i] = scale.factor == scale.factor ? (REAL)scale.factor : 1;
     double dlse = 0;
     if (p->dlse.data) dlse = *(const REAL *)sa_at(&p->dlse, block->batch, block->head, block->query + i, 0);
     const double delta = (!dead && p->dout.data ? (double)dots[i] : 0) - dlse;
@@ -130,13 +164,15 @@ static bool NAME(apart)(int64_t stride) {
   return stride % (4 * 64 / (int64_t)sizeof(REAL)) || stride <= TILE_VECTORS * LANES;
 }
 
-// Copies rows of whole vectors. Returns whether something in them is not finite.
-static bool NAME(copy_rows)(const REAL *rows, int64_t stride, int count, int width, REAL *to, int64_t to_row) {
+// Copies rows of whole vectors, times their factors (NULL: 1). Returns whether something in them is not finite.
+static bool NAME(copy_rows)(const REAL *rows, int64_t stride, int count, int width, const REAL *factors, REAL *to,
+                            int64_t to_row) {
   const NAME(vector) zero = NAME(set)(0);
   NAME(vector) sum = zero;
   for (int r = 0; r < count; r++, rows += stride, to += to_row) {
+    const NAME(vector) factor = NAME(set)(factors ? factors[r] : 1);
     for (int d = 0; d < width; d += LANES) {
-      const NAME(vector) x = NAME(load)(rows + d);
+      const NAME(vector) x = NAME(load)(rows + d) * factor;
       sum = NAME(fma)(x, zero, sum);
       NAME(store)(to + d, x);
     }
@@ -145,17 +181,18 @@ static bool NAME(copy_rows)(const REAL *rows, int64_t stride, int count, int wid
   return NAME(below_or_equal)(sum, zero) != lanes;
 }
 
-// Rows of Q or dO: as they lie, when nothing has to change, else copied to `room`, dead rows and what is not finite 0.
-static NAME(query_rows)
-    NAME(rows_of_queries)(const sa_operand *x, const NAME(block) * block, int width, uint64_t dead, REAL *room) {
+// Rows of Q or dO: as they lie, when nothing has to change, else copied to `room`, times their factors (NULL: 1), dead
+// rows and what is not finite 0.
+static NAME(query_rows) NAME(rows_of_queries)(const sa_operand *x, const NAME(block) * block, int width, uint64_t dead,
+                                              const REAL *factors, REAL *room) {
   const int64_t padded = NAME(padded)(width);
   NAME(query_rows) result = {.operand = x, .width = width, .rows = room, .stride = padded};
   const bool complete = !(dead << (QUERIES - block->count));
   if (x->data && x->dtype == DTYPE && complete && NAME(columns)(width) == width) {
     const REAL *rows = NAME(row_at)(x, block, 0);
-    const bool apart = NAME(apart)(x->stride[2]);
+    const bool apart = !factors && NAME(apart)(x->stride[2]);
     if (apart ? !NAME(has_nonfinite)(rows, x->stride[2], block->count, width)
-              : !NAME(copy_rows)(rows, x->stride[2], block->count, width, room, padded)) {
+              : !NAME(copy_rows)(rows, x->stride[2], block->count, width, factors, room, padded)) {
       if (!apart) return result;
       result.rows = rows;
       result.stride = x->stride[2];
@@ -168,6 +205,7 @@ static NAME(query_rows)
       continue;
     }
     NAME(read_row)(NAME(row_at)(x, block, i), x->dtype, width, room);
+    for (int d = 0; factors && d < width; d++) room[d] *= factors[i];
     for (int d = width; d < padded; d++) room[d] = 0;
   }
   REAL *own = room - block->count * padded;

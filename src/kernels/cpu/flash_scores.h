@@ -41,7 +41,7 @@ static bool NAME(load_bias)(const NAME(block) * block, const sa_stretch *stretch
     if (bias->dtype == DTYPE && bias->stride[3] && first + LANES <= block->count) {
       const REAL *from = sa_at(bias, block->batch, block->head, block->query + first, stretch->first);
       for (int i = 0; i < LANES; i++) masks |= NAME(has_lowest)(from + i * bias->stride[2], count);
-      NAME(turn)(from, bias->stride[2], count, 1, to + first);
+      NAME(turn)(from, bias->stride[2], count, NAME(set)(1), to + first);
       continue;
     }
     for (int i = 0; i < LANES; i++) {
@@ -55,7 +55,7 @@ static bool NAME(load_bias)(const NAME(block) * block, const sa_stretch *stretch
       for (int r = 1; r < count && !bias->stride[3]; r++) row[r] = row[0];
       masks |= NAME(has_lowest)(row, count);
     }
-    NAME(turn)(rows, KEYS, count, 1, to + first);
+    NAME(turn)(rows, KEYS, count, NAME(set)(1), to + first);
   }
   return masks;
 }

@@ -1,10 +1,10 @@
 // products by strips of register tiles, for one REAL; part of flash_product.h
 
-// How a product starts: from 0, from what c holds, or from that times a factor per row; or from 0, of words of two bf16
-// each, and all of it times one factor in the end.
+// How a product starts: from 0, from what c holds, or from that times a factor per row; or from 0, half of the
+// steps after the other; or from 0, of words of two bf16 each, and all of it times one factor in the end.
 #ifndef SAFEATTN_PRODUCT_START
 #define SAFEATTN_PRODUCT_START
-typedef enum sa_product_start { SA_FROM_ZERO, SA_FROM_SELF, SA_FROM_SCALED, SA_PAIRS } sa_product_start;
+typedef enum sa_product_start { SA_FROM_ZERO, SA_FROM_SELF, SA_FROM_SCALED, SA_IN_HALVES, SA_PAIRS } sa_product_start;
 #endif
 
 // c + a b, of words that are floats or pairs.
@@ -19,18 +19,25 @@ static inline __attribute__((always_inline)) NAME(vector)
 // A strip of register tiles, one below the other: each is c[rows][vectors * LANES] = start + a b, where a's element
 // (i, k) is a[i * a_stride + k], or a[i + k * ROW] when a is `turned`. Every accumulator is one chain of fused
 // multiply-adds over k in rising order, so an element's bits do not depend on the tile that computed it: backward gets
-// the very scores of the forward. In large tiles (`late`) it begins at 0 and meets what c holds on the way out:
-// waiting for that first took 4 % of the backward, since multiply-adds in waiting leave the processor no room to look
-// ahead. In tiles of 6 x 2 the additions that this takes would cost 3 %. Four steps a turn, since counting takes a port
+// the very scores of the forward. In large tiles, and in float (`late`), it begins at 0 and meets what c holds on the
+// way out: waiting for that first took 4 % of the backward, since multiply-adds in waiting leave the processor no room
+// to look ahead, and a chain over all queries or keys errs 3 times as much. In tiles of 6 x 2 the additions that this
+// takes cost nothing on a Zen 4 in float, and in double 3 % elsewhere. Four steps a turn, since counting takes a port
 // of the multiply-adds at times: on an Ice Lake P V takes 2 % less (D64) to 4 % (D128). `peak` (may be NULL) is raised
 // to the largest of each column on the way out, while the sums are still in registers.
+//
+// SA_IN_HALVES: each half of the steps is a chain, and the sums of the first are in c meanwhile. Scores and dP of f32
+// err mostly by what a chain rounds off while its sum is large (docs/cpu.md).
 static inline __attribute__((always_inline)) void NAME(strip)(bool turned, bool pairs, int rows, int vectors, int tiles,
                                                               const REAL *restrict a, int64_t a_stride,
                                                               const REAL *restrict b, int64_t b_row, REAL *restrict c,
                                                               int64_t c_row, int depth, sa_product_start start,
                                                               const REAL *restrict factor, REAL *restrict peak,
                                                               sa_forecast *restrict forecast) {
-  const bool late = TILE_VECTORS == 4;
+  enum { SHORT = 32 };
+  const bool in_halves = start == SA_IN_HALVES;
+  const bool late = TILE_VECTORS == 4 || sizeof(REAL) == 4;
+  const int half = in_halves && depth > SHORT ? (depth / 2 + 3) / 4 * 4 : depth;
   for (int tile = 0; tile < tiles; tile++) {
     NAME(vector) sum[6][4];
 #pragma GCC unroll 6
@@ -38,7 +45,7 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, bool 
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; j++) {
         sum[i][j] = NAME(set)(0);
-        if (late || start == SA_FROM_ZERO) continue;
+        if (late || in_halves || start == SA_FROM_ZERO) continue;
         sum[i][j] = NAME(load)(c + i * c_row + j * LANES);
         if (turned && start == SA_FROM_SCALED) sum[i][j] = sum[i][j] * NAME(set)(factor[i]);
       }
@@ -46,7 +53,18 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, bool 
     const REAL *left = a, *right = b;
     const int stint = forecast && forecast->next < forecast->parts ? 16 : depth;
     for (int done = 0, end; done < depth; done = end) {
-      end = depth - done < stint ? depth : done + stint;
+      if (in_halves && done == half) {
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 4
+          for (int j = 0; j < vectors; j++) {
+            NAME(store)(c + i * c_row + j * LANES, sum[i][j]);
+            sum[i][j] = NAME(set)(0);
+          }
+        }
+      }
+      const int until = in_halves && done < half ? half : depth;
+      end = until - done < stint ? until : done + stint;
       if (forecast) sa_forecast_call(forecast);
 #pragma GCC unroll 4
       for (int k = done; k < end; k++) {
@@ -72,7 +90,7 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, bool 
           sum[i][j] = NAME(fma)(NAME(load)(at), NAME(set)(factor[i]), sum[i][j]);
         else if (pairs)
           sum[i][j] = sum[i][j] * NAME(set)(*factor);
-        else if (late && start != SA_FROM_ZERO)
+        else if (in_halves ? half < depth : late && start != SA_FROM_ZERO)
           sum[i][j] = NAME(load)(at) + sum[i][j];
         NAME(store)(at, sum[i][j]);
       }
@@ -109,6 +127,7 @@ static inline __attribute__((always_inline)) void NAME(strip)(bool turned, bool 
   SA_STRIP_OF(strip, false, false, b_row, c_row, start, R, V)                 \
   SA_STRIP_OF(turned, true, false, b_row, c_row, start, R, V)                 \
   SA_STRIP_OF(scores, false, false, NAME(ROW), NAME(ROW), SA_FROM_ZERO, R, V) \
+  SA_STRIP_OF(halves, false, false, NAME(ROW), NAME(ROW), SA_IN_HALVES, R, V) \
   SA_STRIP_OF_PAIRS(R, V)
 #define SA_STRIPS(V) SA_STRIP(1, V) SA_STRIP(2, V) SA_STRIP(3, V) SA_STRIP(4, V) SA_STRIP(5, V) SA_STRIP(6, V)
 SA_STRIPS(1)
@@ -138,9 +157,7 @@ typedef void (*NAME(strip_function))(int, const REAL *, int64_t, const REAL *, i
 #endif
 // By the way that a product is made, vectors and rows.
 static const NAME(strip_function) NAME(strips)[][TILE_VECTORS + 1][7] = {
-    SA_STRIP_TABLE(strip),
-    SA_STRIP_TABLE(turned),
-    SA_STRIP_TABLE(scores),
+    SA_STRIP_TABLE(strip), SA_STRIP_TABLE(turned), SA_STRIP_TABLE(scores), SA_STRIP_TABLE(halves),
 #ifdef OWN_PAIRS
     SA_STRIP_TABLE(pairs),
 #endif
@@ -149,12 +166,13 @@ static const NAME(strip_function) NAME(strips)[][TILE_VECTORS + 1][7] = {
 #undef SA_STRIP_ROW
 
 // Scores have a way of their own: their packed right side and they themselves are rows of ROW, of which a compiler need
-// not have counted. Counting takes ports of the multiply-adds.
+// not have counted. Counting takes ports of the multiply-adds. Products in halves, and of pairs, are always so.
 static int NAME(way)(bool turned, int64_t b_row, int64_t c_row, sa_product_start start) {
 #ifdef OWN_PAIRS
-  if (start == SA_PAIRS) return 3;
+  if (start == SA_PAIRS) return 4;
 #endif
   if (turned) return 1;
+  if (start == SA_IN_HALVES) return 3;
   return b_row == NAME(ROW) && c_row == NAME(ROW) && start == SA_FROM_ZERO ? 2 : 0;
 }
 
@@ -221,14 +239,17 @@ static void NAME(product_within)(const sa_extent *extent, bool along, const REAL
 }
 
 // to[dim][ROW] = factor * rows of x, transposed, 0 beyond the block and in the rows whose bit is set in `skip`.
-static void NAME(pack)(const sa_operand *x, const NAME(block) * block, int width, REAL factor, uint64_t skip,
-                       REAL *to) {
+// `factors` (may be NULL): one more of each row.
+static void NAME(pack)(const sa_operand *x, const NAME(block) * block, int width, REAL factor, const REAL *factors,
+                       uint64_t skip, REAL *to) {
   const uint64_t lanes = ((uint64_t)2 << (LANES - 1)) - 1;
   const bool in_place = x->dtype == DTYPE && block->each == block->count;
   REAL rows[LANES * SA_FUSED_WIDTH];
   for (int first = 0; first < block->vectors * LANES; first += LANES) {
+    NAME(vector) by = NAME(set)(factor);
+    if (factors) by = by * NAME(load)(factors + first);
     if (in_place && first + LANES <= block->count && !(skip >> first & lanes)) {
-      NAME(turn)(NAME(row_at)(x, block, first), x->stride[2], width, factor, to + first);
+      NAME(turn)(NAME(row_at)(x, block, first), x->stride[2], width, by, to + first);
       continue;
     }
     for (int i = 0; i < LANES; i++) {
@@ -240,6 +261,6 @@ static void NAME(pack)(const sa_operand *x, const NAME(block) * block, int width
         NAME(read_row)
       (NAME(row_at)(x, block, first + i), x->dtype, width, row);
     }
-    NAME(turn)(rows, SA_FUSED_WIDTH, width, factor, to + first);
+    NAME(turn)(rows, SA_FUSED_WIDTH, width, by, to + first);
   }
 }

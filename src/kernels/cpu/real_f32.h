@@ -6,4 +6,4 @@
 #define MANTISSA_BITS 23
 #define EXPONENT_BIAS 127
 #define LOWEST_EXPONENT -102
-#define LOG sa_log_f32
+#define LOG sa_log_in_double_f32
