@@ -148,7 +148,7 @@ def time_run(run, q, k, v, dout, truth, rows, sustained, case):
 
 
 def time_calls():
-    """Microseconds of the host's time that a call on [1,8,64,64] takes: forward, forward and backward, as attention.lua."""
+    """Microseconds of the host's time that a call on [1,8,64,64] takes on the quickest core, as in attention.lua."""
     q, k, v, dout = (torch.randn(1, 8, 64, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(4))
 
     def forward():
@@ -168,8 +168,16 @@ def time_calls():
             torch.cuda.synchronize()
         return sorted(times)[(len(times) - 1) // 2]
 
+    def per_quick_call(fn):
+        cores, least = os.sched_getaffinity(0), math.inf
+        for core in cores:
+            os.sched_setaffinity(0, {core})
+            least = min(least, per_call(fn))
+        os.sched_setaffinity(0, cores)
+        return least
+
     forward(), both()
-    return {"forward_us": per_call(forward), "both_us": per_call(both)}
+    return {"forward_us": per_quick_call(forward), "both_us": per_quick_call(both)}
 
 
 def portable_cases(path):
