@@ -78,6 +78,16 @@ describe("the fused kernels, against the definition in f64,", function()
         within(compare({1, 2, 300, 64}, "f32", 25), {out = 5e-5, lse = 5e-5, dq = 5e-5, dk = 5e-5, dv = 5e-5})
       end)
 
+      for _, score in ipairs {-0.25, 0.25, 40, -40} do
+        it(("f32 has gradients of dO near its largest number, under a score of %g"):format(score), function()
+          local q, k = sa.full({1, 1, 40, 64}, 1), sa.full({1, 1, 1, 64}, score / 64)
+          local run = sa.forward(q, k, sa.zeros {1, 1, 1, 64}, {scale = 1})
+          local dout = sa.zeros {1, 1, 40, 64}
+          dout:set(1, 1, 8, 6, 3e38)
+          assert.near(3e38, run:backward(dout).dv:get(1, 1, 1, 6), 1e33)
+        end)
+      end
+
       it("f64 stays within 1e-12", function()
         within(compare({1, 2, 300, 64}, "f64"), {out = 1e-12, lse = 1e-12, dq = 1e-12, dk = 1e-12, dv = 1e-12})
       end)

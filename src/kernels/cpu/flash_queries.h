@@ -74,16 +74,16 @@ static bool NAME(weighs_dout)(const sa_problem *p) {
 
 // How scores become weights by LSEs, which are [count] in base and become what scores are relative to; factor [count].
 // A score less its LSE is rounded, and by the more the smaller the weight is; so scores are relative to a whole number,
-// mostly 0, where the rest can be the row's factor. Loops of what vectors can do: by libm's exp2, one by one, the
-// factors took 1 to 2 % of a backward of 128 keys.
+// mostly 0, where the rest can be the row's factor: one of at most 1, so that dO times it has room. Loops of what
+// vectors can do: by libm's exp2, one by one, the factors took 1 to 2 % of a backward of 128 keys.
 static void NAME(scale_by_lse)(const NAME(block) * block, double *base, double *factor) {
   static const double terms[] = {EXP2_TERMS_f64};
   const double unit = block->plain ? 1.4426950408889634 : 1, binary = block->plain ? 1 : 1.4426950408889634;
   const bool whole = NAME(weighs_dout)(block->p);
   for (int i = 0; i < QUERIES; i++) {
-    const double known = base[i] * unit, most = known < 16 ? known : 16;
+    const double known = base[i] * unit, most = known < 8 ? known : 8;
     // NaN stays what it is, with a factor of 1.
-    const double from = whole ? rint(known - (most > 0 ? most : 0)) : known;
+    const double from = whole ? floor(known - (most > 0 ? most : 0)) : known;
     const double x = from == from ? (from - known) * binary : 0, steps = rint(x), part = x - steps;
     double power = terms[0];
     for (int k = 1; k < (int)(sizeof terms / sizeof *terms); k++) power = power * part + terms[k];
