@@ -699,6 +699,7 @@ static void amx_note_queries(const NAME(block) * block, amx_size which, const sa
   }
 }
 
+// As in flash_product.h; of half types, whose weights take the factors themselves: `factors` is NULL.
 static void NAME(open_queries)(const NAME(block) * block, uint64_t dead, const REAL *query, const REAL *dout,
                                const REAL *factors, const NAME(backward_products) * products) {
   const sa_problem *p = block->p;
