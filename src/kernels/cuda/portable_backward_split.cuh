@@ -1,8 +1,8 @@
 // rows of f32 that are split for the backward pass before its kernels load them
 //
 // Every block of keys reads all queries that see them: to split these each time took a fifth of its instructions. Split
-// once, two operands at a time and so many heads that they take no more room than dQ, a row is read as it is
-// multiplied.
+// once, two operands at a time and so many heads that they take no more room than dQ, or 64 MiB, a row is read as it
+// is multiplied.
 #ifndef SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_SPLIT_CUH
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_BACKWARD_SPLIT_CUH
 #include "kernels/cuda/plan.cuh"
