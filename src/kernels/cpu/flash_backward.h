@@ -12,6 +12,10 @@
 // a third of the first's work, but beside it would wait for it at every block, and 2 threads were 1.33 times as fast as
 // 1.
 //
+// Half types have dQ gathered in float, which is as much again as Q, K and V together: so heads come in windows, of one
+// a thread at least, and a head's dQ is where that of the head before it in the last window was, a block as soon as
+// that was written. That a chunk has to wait for it is rare: the last ones of a window have begun before.
+//
 // Heads that share dBias are one item's, and some of them take turns at every block of queries, so that its rows of the
 // bias and of dBias are in the second cache for all but the first.
 //
@@ -28,6 +32,7 @@ typedef struct NAME(backward_job) {
   int stretch;                        // keys that a block looks at together, at most
   int64_t batch_groups, head_groups;  // items per chunk: planes that share a dBias are one item's, in order
   int together;                       // key heads of an item that take turns at every block of queries
+  int64_t window;                     // groups whose chunks come before those of the next, dQ where theirs was
   int workers;
   char *memory;  // a room for each worker, then what follows
   int64_t room_bytes;
@@ -36,7 +41,7 @@ typedef struct NAME(backward_job) {
   REAL *factor;       // [B,H,L]: and what weights are then to be multiplied by, or dO and delta in their place
   int32_t *turn_of;   // per plane, row of tiles and chunk: how many chunks before it the row looks at
   atomic_int *turns;  // per batch, head and block: chunks that have added to its dQ
-  REAL *dq;           // [B,H,L,E], when dQ is gathered over chunks and its dtype is narrower
+  REAL *dq;           // [window][planes of a group][L,E], when dQ is gathered over chunks and its dtype is narrower
   REAL *dbias;        // in bias_shape, per chunk when keys are broadcast; NULL: dBias is gathered in place
   int64_t dbias_count;
   atomic_int *sizes;  // of dS, where small numbers may be lost to dP (flash_sizes.h); NULL: they are not
@@ -68,7 +73,8 @@ typedef struct NAME(chunk) {
   NAME(gradient) dkey, dvalue;
 } NAME(chunk);
 
-enum { NAME(UNSEEN) = -1, NAME(TOGETHER) = 8 };
+// WORKER: the bytes that a worker gets.
+enum { NAME(UNSEEN) = -1, NAME(TOGETHER) = 8, NAME(WORKER) = 1 << 20 };
 
 // A gradient of a chunk's keys is gathered in place, but for what is beyond its last whole vector, unless it has
 // another dtype.
@@ -157,27 +163,69 @@ static void NAME(write_dquery)(const NAME(block) * block, int i, const REAL *sum
   if (to == converted) NAME(write_row)(dq, p->dq.dtype, width, to);
 }
 
+// The planes of a group: of every so many batches, and heads.
+static int64_t NAME(group_batches)(const NAME(backward_job) * job) {
+  return job->p->batch / job->batch_groups;
+}
+static int64_t NAME(group_heads)(const NAME(backward_job) * job) {
+  return job->p->heads / job->head_groups;
+}
+
+static int64_t NAME(group_of)(const NAME(backward_job) * job, const NAME(block) * block) {
+  return block->batch / NAME(group_batches)(job) * job->head_groups + block->head / NAME(group_heads)(job);
+}
+
+// Where dQ of a block is gathered over chunks, when not in place.
+static REAL *NAME(dquery_sums)(const NAME(backward_job) * job, const NAME(block) * block) {
+  const int64_t batches = NAME(group_batches)(job), heads = NAME(group_heads)(job);
+  const int64_t plane = block->batch % batches * heads + block->head % heads;
+  const int64_t row = (NAME(group_of)(job, block) % job->window * batches * heads + plane) * job->p->queries;
+  return job->dq + (row + block->query) * job->p->width;
+}
+
+static atomic_int *NAME(turn_at)(const NAME(backward_job) * job, const NAME(block) * block) {
+  return &job->turns[(block->batch * job->p->heads + block->head) * job->blocks + block->query / QUERIES];
+}
+
+// Waits until so many chunks have added to a block's dQ. They are handed out before the one that waits, so they are
+// done or at work.
+static void NAME(wait_for_turn)(const NAME(backward_job) * job, const NAME(block) * block, int32_t turn) {
+  while (atomic_load_explicit(NAME(turn_at)(job, block), memory_order_acquire) != turn) {
+    if (sa_interrupt_pending()) return;
+    sched_yield();
+  }
+}
+
+// Waits until the block whose dQ was gathered in the same place has it written.
+static void NAME(wait_for_place)(const NAME(backward_job) * job, const NAME(block) * block) {
+  const int64_t batches = NAME(group_batches)(job), heads = NAME(group_heads)(job);
+  for (int64_t group = NAME(group_of)(job, block) - job->window; group >= 0; group -= job->window) {
+    NAME(block) before = *block;
+    before.batch = group / job->head_groups * batches + block->batch % batches;
+    before.head = group % job->head_groups * heads + block->head % heads;
+    before.plane = sa_plan_plane(job->p->plan, before.batch, before.head);
+    const int32_t all = NAME(turns_of)(job, &before)[job->chunks];
+    if (all <= 1) continue;  // it was not gathered
+    NAME(wait_for_turn)(job, &before, all);
+    return;
+  }
+}
+
 // Adds a chunk's share of a block's dQ when its turn has come; the last one writes it out.
 static void NAME(add_dquery)(const NAME(backward_job) * job, const NAME(block) * block, int64_t chunk,
                              const REAL *share) {
   const sa_problem *p = job->p;
-  const int64_t head = block->batch * p->heads + block->head;
   const int32_t *turn_of = NAME(turns_of)(job, block);
   const int32_t mine = turn_of[chunk], all = turn_of[job->chunks];
-  atomic_int *turn = &job->turns[head * job->blocks + block->query / QUERIES];
-  // Chunks are handed out in rising order, so the one waited for is done or at work.
-  while (atomic_load_explicit(turn, memory_order_acquire) != mine) {
-    if (sa_interrupt_pending()) return;
-    sched_yield();
-  }
+  NAME(wait_for_turn)(job, block, mine);
+  if (job->dq && !mine) NAME(wait_for_place)(job, block);
+  REAL *const sums = job->dq ? NAME(dquery_sums)(job, block) : NULL;
   for (int i = 0; i < block->count; i++, share += NAME(padded)(p->width)) {
-    const int64_t query = block->query + i;
-    REAL *sum =
-        job->dq ? job->dq + (head * p->queries + query) * p->width : sa_at(&p->dq, block->batch, block->head, query, 0);
+    REAL *sum = sums ? sums + i * p->width : sa_at(&p->dq, block->batch, block->head, block->query + i, 0);
     for (int d = 0; d < p->width; d++) sum[d] = mine ? sum[d] + share[d] : share[d];
     if (mine + 1 == all) NAME(write_dquery)(block, i, sum);
   }
-  atomic_store_explicit(turn, mine + 1, memory_order_release);
+  atomic_store_explicit(NAME(turn_at)(job, block), mine + 1, memory_order_release);
 }
 
 static sa_walk NAME(walk_chunk)(const NAME(backward_job) * job, const NAME(block) * block, int64_t chunk) {
@@ -234,8 +282,8 @@ static sa_forecast NAME(foresee_block)(const NAME(backward_job) * job, const NAM
   const sa_problem *p = job->p;
   sa_forecast forecast = {0};
   if (job->dq && !NAME(looks_alone)(job, block)) {
-    const int64_t row = p->width * (int64_t)sizeof(REAL), head = block->batch * p->heads + block->head;
-    sa_forecast_add(&forecast, job->dq + (head * p->queries + block->query) * p->width, row, row, block->count);
+    const int64_t row = p->width * (int64_t)sizeof(REAL);
+    sa_forecast_add(&forecast, NAME(dquery_sums)(job, block), row, row, block->count);
   } else if (p->dq.data) {
     NAME(foresee)(&forecast, &p->dq, NAME(row_at)(&p->dq, block, 0), p->width, block->count);
   }
@@ -468,10 +516,13 @@ typedef struct NAME(backward_share) {
 
 static NAME(backward_share) NAME(share_of)(const NAME(backward_job) * job, int64_t item) {
   const sa_problem *p = job->p;
-  const int64_t groups = job->batch_groups * job->head_groups, group = item % groups;
+  const int64_t groups = job->batch_groups * job->head_groups, each = job->window * job->chunks;
+  const int64_t first = item / each * job->window, left = groups - first;
+  const int64_t here = left < job->window ? left : job->window;
+  const int64_t group = first + item % each % here, chunk = item % each / here;
   const int64_t batches = p->batch / job->batch_groups, heads = p->key_heads / job->head_groups;
   const int64_t batch = group / job->head_groups * batches, head = group % job->head_groups * heads;
-  return (NAME(backward_share)){batch, batch + batches, head, head + heads, item / groups};
+  return (NAME(backward_share)){batch, batch + batches, head, head + heads, chunk};
 }
 
 static void NAME(backward_item)(void *argument, int64_t item, int worker) {
@@ -603,19 +654,38 @@ static int NAME(choose_together)(const NAME(backward_job) * job) {
   return together;
 }
 
-// What a worker needs. It is to be no more than 1 MiB, and gradients that are gathered in it are most of it: then
-// fewer heads take turns, or chunks are shorter.
+// Bytes of dQ of a group, where it is gathered beside its place; else 0.
+static int64_t NAME(gathered_bytes)(const NAME(backward_job) * job) {
+  const sa_problem *p = job->p;
+  const int64_t groups = job->batch_groups * job->head_groups;
+  if (!p->dq.data || p->dq.dtype == DTYPE || !groups) return 0;
+  return p->batch * p->heads / groups * p->queries * p->width * (int64_t)sizeof(REAL);
+}
+
+// What a worker needs: at most WORKER bytes, its group's dQ among them where that takes no more than half. (Where it
+// takes more, chunks as short as half of WORKER wants would be 2 to 3 % slower, for little.) Gradients that are
+// gathered are most of it: then fewer heads take turns, or chunks are shorter.
 static int64_t NAME(measure_room)(NAME(backward_job) * job) {
-  enum { ENOUGH = 1 << 20 };
+  const int64_t gathered = NAME(gathered_bytes)(job);
+  const int64_t enough = gathered <= NAME(WORKER) / 2 ? NAME(WORKER) - gathered : NAME(WORKER);
   for (;;) {
     sa_room measure = {0};
     NAME(take_backward)(&measure, job);
-    if (measure.used <= ENOUGH || (job->together == 1 && job->chunk <= SA_TILE)) return measure.used;
+    if (measure.used <= enough || (job->together == 1 && job->chunk <= SA_TILE)) return measure.used;
     if (job->together > 1)
       job->together--;
     else
       job->chunk = (job->chunk / SA_TILE + 1) / 2 * SA_TILE;
   }
+}
+
+// How many groups are at work at a time, where dQ is gathered beside its place: those for whom there is room, at least
+// one a worker.
+static int64_t NAME(choose_window)(const NAME(backward_job) * job) {
+  const int64_t groups = job->batch_groups * job->head_groups, bytes = NAME(gathered_bytes)(job);
+  const int64_t fit = bytes ? (NAME(WORKER) - job->room_bytes) / bytes : groups;
+  const int64_t window = (fit > 1 ? fit : 1) * job->workers;
+  return window < groups ? window : groups;
 }
 
 // The workers' rooms and what every call keeps beside them. Returns the bytes of all.
@@ -665,6 +735,7 @@ static int NAME(backward_with)(const sa_problem *p, atomic_int *sizes) {
   NAME(count_chunks)(&job, groups);
   const double flops = 2 * sa_visible_pairs(p) * (3.0 * p->width + 2.0 * p->value_width);
   const int workers = job.workers = sa_workers(flops);
+  job.window = NAME(choose_window)(&job);
   const int64_t *shape = p->bias_shape;
   job.dbias_count = shape[0] * shape[1] * shape[2] * shape[3];
   const char *name = "sa_backward";
@@ -674,7 +745,7 @@ static int NAME(backward_with)(const sa_problem *p, atomic_int *sizes) {
   if (complete && p->dq.data && job.chunks > 1) {
     complete = (job.turns = sa_allocate_zeroed(name, planes * job.blocks * (int64_t)sizeof *job.turns));
     if (complete && p->dq.dtype != DTYPE) {
-      complete = (job.dq = sa_allocate(name, planes * p->queries * p->width * real));
+      complete = (job.dq = sa_allocate(name, job.window * NAME(gathered_bytes)(&job)));
     }
   }
   if (complete && p->dbias.data && (shape[3] == 1 || p->dbias.dtype != DTYPE)) {
