@@ -38,8 +38,8 @@
 // A column or a chunk whose result is not finite is noted, and a last launch (CAREFUL) does all columns that touch one
 // again: the same products in the same order, but the elements of Q, dO and K that are not finite are replaced by 0
 // where they are multiplied by P or dS, and their products then added one by one where the pair is visible. So keys and
-// rows that see nothing of the kind get the very bits of a clean run; clean inputs pay for a test of the results. That
-// launch is brought to the device early and waits there for the one before it to end.
+// rows that see nothing of the kind get the very bits of a clean run; clean inputs pay for a test of the results. Both
+// launches are brought to the device early and wait there for the one before them to end.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CUH
 #include "kernels/cuda/hopper_backward_repairs.cuh"
@@ -454,6 +454,8 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_THREADS, 1)
   if (CAREFUL) {
     dependency_wait();
     if (!*c.flagged) return;
+  } else {
+    dependents_launch();
   }
   const uint32_t base = hopper_block_memory();
   if (threadIdx.x == 0) {
@@ -472,6 +474,7 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_THREADS, 1)
     }
     async_proxy_fence();
   }
+  if (!CAREFUL) dependency_wait();
   __syncthreads();
 
   if (warp < 4) {
@@ -492,9 +495,9 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_THREADS, 1)
 // Those with extras are instantiated in files of their own, as each takes long to compile.
 template <class T, int WIDTH, bool CAREFUL, int EXTRAS>
 int hopper_backward_launch(const hopper_backward_call &c, unsigned blocks, cudaStream_t stream) {
-  return sa_cuda_launch<CAREFUL>("sa_backward", hopper_backward_tiles<T, WIDTH, CAREFUL, EXTRAS>, blocks,
-                                 HOPPER_BACKWARD_THREADS, hopper_backward_shape<T, WIDTH, CAREFUL, EXTRAS>::bytes,
-                                 stream, c);
+  return sa_cuda_launch<true>("sa_backward", hopper_backward_tiles<T, WIDTH, CAREFUL, EXTRAS>, blocks,
+                              HOPPER_BACKWARD_THREADS, hopper_backward_shape<T, WIDTH, CAREFUL, EXTRAS>::bytes, stream,
+                              c);
 }
 
 #endif

@@ -241,6 +241,7 @@ __global__ void __launch_bounds__(HOPPER_BACKWARD_ROWS_THREADS)
   enum { LANES = WIDTH / 8, AT_ONCE = HOPPER_BACKWARD_ROWS_THREADS / LANES, ROUNDS = 64 / AT_ONCE };
   static_assert(ROUNDS * 4 == LANES, "a row for every fourth lane");
   __shared__ float part[HOPPER_BACKWARD_ROWS_THREADS / 32];
+  dependents_launch();
   // From the last head to the first, whose rows are then in the cache when the next launch begins with them.
   const int block = gridDim.x - 1 - blockIdx.x;
   const int blocks = c.padded / 64, flat = block / blocks, first = block % blocks * 64;

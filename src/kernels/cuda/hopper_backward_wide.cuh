@@ -39,7 +39,12 @@
 template <class SHAPE, bool CAREFUL, bool KEYS, bool QUERIES>
 __global__ void __launch_bounds__(HOPPER_WIDE_THREADS, 1)
     hopper_wide_passes(const __grid_constant__ hopper_backward_call c) {
-  if (CAREFUL && !*c.flagged) return;
+  if (CAREFUL) {
+    dependency_wait();
+    if (!*c.flagged) return;
+  } else {
+    dependents_launch();
+  }
   const int warp = __shfl_sync(~0u, (int)threadIdx.x / 32, 0);
   const bool keys = KEYS && (c.dk_out.data || c.dv_out.data), queries = QUERIES && c.dq_out.data;
   const uint32_t base = hopper_block_memory();
@@ -48,6 +53,7 @@ __global__ void __launch_bounds__(HOPPER_WIDE_THREADS, 1)
     hopper_wide_queries_memory<SHAPE, CAREFUL>::init(base);
     mbarrier_init_fence();
   }
+  if (!CAREFUL) dependency_wait();
   __syncthreads();
   // Shared memory is another's from here on.
   const auto between = []() {
@@ -74,7 +80,7 @@ int hopper_wide_launch(const char *function, const hopper_backward_call &c, int 
   const int row_tiles = c.batch * c.heads * c.plan.row_tiles, jobs = c.jobs > row_tiles ? c.jobs : row_tiles;
   const unsigned blocks = (unsigned)(jobs < processors ? jobs : processors);
   const auto launch = [&](void (*kernel)(hopper_backward_call)) {
-    return sa_cuda_launch(function, kernel, blocks, HOPPER_WIDE_THREADS, HOPPER_WIDE_BYTES, stream, c);
+    return sa_cuda_launch<true>(function, kernel, blocks, HOPPER_WIDE_THREADS, HOPPER_WIDE_BYTES, stream, c);
   };
   const bool keys = c.dk_out.data || c.dv_out.data, queries = c.dq_out.data;
   int status = keys || queries ? launch(hopper_wide_passes<SHAPE, false, true, true>) : SA_OK;

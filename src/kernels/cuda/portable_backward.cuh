@@ -128,39 +128,84 @@ static int launch_split(const backward_job &job, bool queries, const Launch &lau
   return launch((int64_t)0, job.p.batch * job.p.key_heads, split_operands{});
 }
 
+// launch(suspects) with room for a word of each of so many blocks, then again(suspects), which does some once more;
+// where nothing can leak, launch(NULL) alone.
+template <class P, class Launch, class Again>
+static int launch_suspected(const backward_job &job, int64_t blocks, const Launch &launch, const Again &again) {
+  if (!blocks) return SA_OK;
+  if (!P::SPLIT && !job.p.bias.data && !job.plan.partial) return launch((uint8_t *)NULL);
+  uint8_t *const suspects = (uint8_t *)sa_cuda_scratch(backward_name, job.p.device, blocks);
+  if (!suspects) return SA_NO_MEMORY;
+  int status = launch(suspects);
+  if (!status) status = again(suspects);
+  sa_cuda_scratch_release(job.p.device, suspects);
+  return status;
+}
+
 template <class C, bool GENERAL>
 static int launch_keys(const backward_job &job, const backward_rows<typename C::products::real> &rows) {
-  typedef key_room<typename C::products, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES> room;
-  const int64_t blocks = job.plan.col_tiles * (SA_TILE / (16 * C::KEY_WARPS)) * C::KEY_SLICES;
-  return launch_split<typename C::products,
-                      C::ROW>(job, true, [&](int64_t first, int64_t end, const split_operands &split) {
+  typedef typename C::products P;
+  constexpr int THREADS = 32 * C::KEY_WARPS,
+                BYTES = key_room<P, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES>::BYTES;
+  const int64_t each = job.plan.col_tiles * (SA_TILE / (16 * C::KEY_WARPS)) * C::KEY_SLICES,
+                blocks = job.p.batch * job.p.key_heads * each;
+  const auto launch_some = [&](uint8_t *suspects, int64_t first, int64_t end, const split_operands &split) {
     unsigned grid;
-    const int status = backward_grid((end - first) * blocks, &grid);
-    if (status || !grid) return status;
-    return sa_cuda_launch(
-        backward_name,
-        backward_keys<typename C::products, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES, C::KEY_SLICE, GENERAL>,
-        dim3(grid), dim3(32 * C::KEY_WARPS), room::BYTES, job.stream, job.p, job.plan, rows, job.aligned, split,
-        first * blocks);
-  });
+    const int status = backward_grid((end - first) * each, &grid);
+    if (status) return status;
+    return sa_cuda_launch(backward_name,
+                          backward_keys<P, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES, C::KEY_SLICE, GENERAL>,
+                          dim3(grid), dim3(THREADS), BYTES, job.stream, job.p, job.plan, rows, job.aligned, split,
+                          first * each, suspects);
+  };
+  return launch_suspected<P>(
+      job, blocks,
+      [&](uint8_t *suspects) {
+        return launch_split<P, C::ROW>(job, true, [&](int64_t first, int64_t end, const split_operands &split) {
+          return launch_some(suspects, first, end, split);
+        });
+      },
+      [&](const uint8_t *suspects) {
+        return sa_cuda_launch<true>(
+            backward_name,
+            careful_backward_keys<P, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES, C::KEY_SLICE, GENERAL>,
+            dim3(redo_grid(job.p.device, blocks, 1)), dim3(THREADS), BYTES, job.stream, job.p, job.plan, rows,
+            job.aligned, suspects, blocks);
+      });
 }
 
 template <class C, bool GENERAL>
 static int launch_queries(const backward_job &job, const backward_rows<typename C::products::real> &rows) {
-  typedef query_room<typename C::products, C::ROW, C::QUERIES, C::QUERY_STEP, C::QUERY_STAGES> room;
+  typedef typename C::products P;
+  constexpr int THREADS = 32 * C::QUERY_WARPS,
+                BYTES = query_room<P, C::ROW, C::QUERIES, C::QUERY_STEP, C::QUERY_STAGES>::BYTES;
   // Without key heads there are no queries' heads either.
   const int64_t group = job.p.key_heads ? job.p.heads / job.p.key_heads : 0;
-  const int64_t blocks = group * job.plan.row_tiles * (SA_TILE / C::QUERIES) * C::QUERY_SLICES;
-  return launch_split<typename C::products, C::ROW>(
-      job, false, [&](int64_t first, int64_t end, const split_operands &split) {
-        unsigned grid;
-        const int status = backward_grid((end - first) * blocks, &grid);
-        if (status || !grid) return status;
-        return sa_cuda_launch(backward_name,
-                              backward_queries<typename C::products, C::ROW, C::QUERY_WARPS, C::QUERY_STEP,
-                                               C::QUERY_STAGES, C::QUERY_SLICE, GENERAL>,
-                              dim3(grid), dim3(32 * C::QUERY_WARPS), room::BYTES, job.stream, job.p, job.plan, rows,
-                              job.aligned, split, first * blocks);
+  const int64_t each = group * job.plan.row_tiles * (SA_TILE / C::QUERIES) * C::QUERY_SLICES,
+                blocks = job.p.batch * job.p.key_heads * each;
+  const auto launch_some = [&](uint8_t *suspects, int64_t first, int64_t end, const split_operands &split) {
+    unsigned grid;
+    const int status = backward_grid((end - first) * each, &grid);
+    if (status) return status;
+    return sa_cuda_launch(
+        backward_name,
+        backward_queries<P, C::ROW, C::QUERY_WARPS, C::QUERY_STEP, C::QUERY_STAGES, C::QUERY_SLICE, GENERAL>,
+        dim3(grid), dim3(THREADS), BYTES, job.stream, job.p, job.plan, rows, job.aligned, split, first * each,
+        suspects);
+  };
+  return launch_suspected<P>(
+      job, blocks,
+      [&](uint8_t *suspects) {
+        return launch_split<P, C::ROW>(job, false, [&](int64_t first, int64_t end, const split_operands &split) {
+          return launch_some(suspects, first, end, split);
+        });
+      },
+      [&](const uint8_t *suspects) {
+        return sa_cuda_launch<true>(backward_name,
+                                    careful_backward_queries<P, C::ROW, C::QUERY_WARPS, C::QUERY_STEP, C::QUERY_STAGES,
+                                                             C::QUERY_SLICE, GENERAL>,
+                                    dim3(redo_grid(job.p.device, blocks, 1)), dim3(THREADS), BYTES, job.stream, job.p,
+                                    job.plan, rows, job.aligned, suspects, blocks);
       });
 }
 
@@ -254,8 +299,8 @@ static int launch_once(const backward_job &job, const backward_rows<float> &rows
     status = sa_cuda_launch(backward_name, backward_once<C, false>, dim3(grid), dim3(C::THREADS), C::SHARED, job.stream,
                             p, job.plan, rows, job.aligned, sums);
   if (!status)
-    status = sa_cuda_launch(backward_name, backward_once<C, true>, dim3(grid), dim3(C::THREADS), C::SHARED, job.stream,
-                            p, job.plan, rows, job.aligned, sums);
+    status = sa_cuda_launch<true>(backward_name, backward_once<C, true>, dim3(grid), dim3(C::THREADS), C::SHARED,
+                                  job.stream, p, job.plan, rows, job.aligned, sums);
   sa_cuda_scratch_release(p.device, memory);
   return status;
 }

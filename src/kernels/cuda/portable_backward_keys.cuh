@@ -4,6 +4,7 @@
 #include "kernels/cuda/portable_backward_products.cuh"
 #include "kernels/cuda/portable_backward_split.cuh"
 #include "kernels/cuda/portable_backward_weights.cuh"
+#include "kernels/cuda/portable_careful.cuh"
 
 // Shared memory: the block's own rows, the other side's, three numbers per query, marks of rows that are not finite.
 template <class P, int ROW, int WARPS, int STEP, int STAGES>
@@ -30,9 +31,9 @@ typedef struct key_step {
 } key_step;
 
 // dK and dV of block `index`: 16 WARPS keys of a key head, SLICE columns of it; from STEP queries at a time. `split`:
-// of Q and dO.
-template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
-static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, const sa_device_plan &plan,
+// of Q and dO. Returns whether the block has to be done carefully; then it has written nothing.
+template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL, bool CAREFUL>
+static __device__ __forceinline__ bool make_key_gradients(const sa_problem &p, const sa_device_plan &plan,
                                                           const backward_rows<typename P::real> &rows,
                                                           const backward_aligned &aligned, const split_operands &split,
                                                           int64_t index) {
@@ -56,7 +57,7 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
   if (group && plan.col_tiles > 1)
     col_tile = plan.col_order[sa_device_plane(plan, batch, key_head * group) * plan.col_tiles + col_tile];
   const int64_t first_key = col_tile * SA_TILE + place % parts * OWN;
-  if (first_key >= p.keys) return;
+  if (first_key >= p.keys) return false;
 
   char *const keys = shared, *const values = shared + room::VALUES_AT;
   uint32_t *const bad_query = (uint32_t *)(shared + room::BAD_AT), *const bad_dout = bad_query + STEP / 32 + 1;
@@ -93,15 +94,15 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
     return source;
   };
 
-  const auto load_douts = [&](const key_step &step, char *stage, bool careful) {
+  const auto load_douts = [&](const key_step &step, char *stage) {
     char *const douts = stage + room::STEP_TILE;
-    if (P::SPLIT && split.rows[0] && !careful)
+    if (P::SPLIT && split.rows[0] && !CAREFUL)
       load_split<ROW, STEP, THREADS>(douts, dout_scale, split, 1, batch * p.heads + step.head, step.first, thread);
     else
       load_tile<Element, ROW, STEP, THREADS>(douts, dout_source(step.head), step.first, thread);
   };
-  const auto load_queries = [&](const key_step &step, char *stage, bool careful) {
-    if (P::SPLIT && split.rows[0] && !careful)
+  const auto load_queries = [&](const key_step &step, char *stage) {
+    if (P::SPLIT && split.rows[0] && !CAREFUL)
       load_split<ROW, STEP, THREADS>(stage, query_scale, split, 0, batch * p.heads + step.head, step.first, thread);
     else
       load_tile<Element, ROW, STEP, THREADS>(stage, query_source(step.head), step.first, thread);
@@ -116,7 +117,7 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
   Real dk[SLICE / 8][4], dv[SLICE / 8][4];
 
   // EARLY: Q of the step that comes `later`, if it comes `again`, is called for beside dV, and dO beside its scores.
-  const auto compute = [&](const key_step &step, const key_step &later, bool again, char *stage, bool careful) {
+  const auto compute = [&](const key_step &step, const key_step &later, bool again, char *stage) {
     char *const queries = stage, *const douts = stage + room::STEP_TILE;
     const Real *base = (const Real *)(stage + 2 * room::STEP_TILE) + 2 * t, *factor = base + STEP,
                *delta = factor + STEP;
@@ -160,7 +161,7 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
           }
       }
     }
-    if (careful) {
+    if (CAREFUL) {
       __syncthreads();
       if (thread < 2 * (STEP / 32 + 1)) bad_query[thread] = 0;
       __syncthreads();
@@ -169,95 +170,100 @@ static __device__ __forceinline__ void make_key_gradients(const sa_problem &p, c
       __syncthreads();
     }
     // Before the rest, so that the pairs need not be kept in registers.
-    if (careful && !idle) {
+    if (CAREFUL && !idle) {
       give_nonfinite<P, SLICE>(dv, weights, visible, bad_dout, dout_source(step.head), step.first, column);
       give_nonfinite<P, SLICE>(dk, ds, visible, bad_query, query_source(step.head), step.first, column);
     }
     if (!EARLY) {
       if (idle) return;
-      multiply_columns<P, ROW, SLICE>(dv, weights, douts, dout_scale, column, careful);
-      multiply_columns<P, ROW, SLICE>(dk, ds, queries, query_scale, column, careful);
+      multiply_columns<P, ROW, SLICE>(dv, weights, douts, dout_scale, column, CAREFUL);
+      multiply_columns<P, ROW, SLICE>(dk, ds, queries, query_scale, column, CAREFUL);
       return;
     }
-    if (!idle) multiply_columns<P, ROW, SLICE>(dk, ds, queries, query_scale, column, careful);
+    if (!idle) multiply_columns<P, ROW, SLICE>(dk, ds, queries, query_scale, column, CAREFUL);
     __syncthreads();
-    if (again) load_queries(later, stage, careful);
+    if (again) load_queries(later, stage);
     copy_async_commit();
-    if (!idle) multiply_columns<P, ROW, SLICE>(dv, weights, douts, dout_scale, column, careful);
+    if (!idle) multiply_columns<P, ROW, SLICE>(dv, weights, douts, dout_scale, column, CAREFUL);
     __syncthreads();
-    if (again) load_douts(later, stage, careful);
+    if (again) load_douts(later, stage);
     copy_async_commit();
   };
 
-  for (bool careful = false;; careful = true) {
-    memset(dk, 0, sizeof dk);
-    memset(dv, 0, sizeof dv);
-    bool masked = bias;
-    int64_t head = key_head * group;
-    const int64_t last_head = head + group;
-    step_walk walk;
-    if (group) walk = walk_head(head);
-    const auto advance = [&](key_step &step) {
-      while (head < last_head) {
-        step.head = head;
-        if (next_step<STEP>(walk, p.queries, some, step.first, step.pattern, step.offset)) return true;
-        if (++head < last_head) walk = walk_head(head);
-      }
-      return false;
-    };
-    key_step now, later;
-    load_tile<Element, ROW, OWN, THREADS>(keys, key_source, first_key, thread);
-    load_tile<Element, ROW, OWN, THREADS>(values, value_source, first_key, thread);
-    bool more_steps = advance(now);
-    int stage = 0;
-    const auto load = [&](const key_step &step, char *to) {
-      load_queries(step, to, careful);
-      if (EARLY) copy_async_commit();
-      load_douts(step, to, careful);
-    };
-    if (more_steps) load(now, shared + room::STAGES_AT);
-    copy_async_commit();
-    if constexpr (P::SPLIT) {
-      copy_async_wait<0>();
-      __syncthreads();
-      split_tile<P, ROW, OWN, THREADS>(keys, key_scale, careful, thread);
-      split_tile<P, ROW, OWN, THREADS>(values, value_scale, careful, thread, rows.dweight_gain);
+  memset(dk, 0, sizeof dk);
+  memset(dv, 0, sizeof dv);
+  int64_t head = key_head * group;
+  const int64_t last_head = head + group;
+  step_walk walk;
+  if (group) walk = walk_head(head);
+  const auto advance = [&](key_step &step) {
+    while (head < last_head) {
+      step.head = head;
+      if (next_step<STEP>(walk, p.queries, some, step.first, step.pattern, step.offset)) return true;
+      if (++head < last_head) walk = walk_head(head);
     }
-    while (more_steps) {
-      const bool again = advance(later);
-      char *const here = shared + room::STAGES_AT + stage * room::STAGE;
-      if (STAGES == 2) {
-        if (again) load(later, shared + room::STAGES_AT + (stage ^ 1) * room::STAGE);
-        copy_async_commit();
-      }
-      const bool whole = P::SPLIT && (careful || !split.rows[0]);
-      if (EARLY && !whole)
-        copy_async_wait<1>();
-      else
-        copy_async_wait<STAGES - 1>();
-      __syncthreads();
-      if (whole) {
-        split_tile<P, ROW, STEP, THREADS>(here, query_scale, careful, thread);
-        split_tile<P, ROW, STEP, THREADS>(here + room::STEP_TILE, dout_scale, careful, thread);
-        __syncthreads();
-      }
-      masked = masked || now.pattern != SA_FULL;
-      compute(now, later, again, here, careful);
-      if (!EARLY) __syncthreads();
-      if (!EARLY && STAGES == 1) {
-        if (again) load(later, here);
-        copy_async_commit();
-      }
-      if (STAGES == 2) stage ^= 1;
-      now = later;
-      more_steps = again;
-    }
+    return false;
+  };
+  key_step now, later;
+  load_tile<Element, ROW, OWN, THREADS>(keys, key_source, first_key, thread);
+  load_tile<Element, ROW, OWN, THREADS>(values, value_source, first_key, thread);
+  bool more_steps = advance(now);
+  int stage = 0;
+  const auto load = [&](const key_step &step, char *to) {
+    load_queries(step, to);
+    if (EARLY) copy_async_commit();
+    load_douts(step, to);
+  };
+  if (more_steps) load(now, shared + room::STAGES_AT);
+  copy_async_commit();
+  if constexpr (P::SPLIT) {
     copy_async_wait<0>();
-    if (careful || !(masked || P::SPLIT) || !__syncthreads_or(!all_finite(dk) || !all_finite(dv))) break;
+    __syncthreads();
+    split_tile<P, ROW, OWN, THREADS>(keys, key_scale, CAREFUL, thread);
+    split_tile<P, ROW, OWN, THREADS>(values, value_scale, CAREFUL, thread, rows.dweight_gain);
+  }
+  while (more_steps) {
+    const bool again = advance(later);
+    char *const here = shared + room::STAGES_AT + stage * room::STAGE;
+    if (STAGES == 2) {
+      if (again) load(later, shared + room::STAGES_AT + (stage ^ 1) * room::STAGE);
+      copy_async_commit();
+    }
+    const bool whole = P::SPLIT && (CAREFUL || !split.rows[0]);
+    if (EARLY && !whole)
+      copy_async_wait<1>();
+    else
+      copy_async_wait<STAGES - 1>();
+    __syncthreads();
+    if (whole) {
+      split_tile<P, ROW, STEP, THREADS>(here, query_scale, CAREFUL, thread);
+      split_tile<P, ROW, STEP, THREADS>(here + room::STEP_TILE, dout_scale, CAREFUL, thread);
+      __syncthreads();
+    }
+    compute(now, later, again, here);
+    if (!EARLY) __syncthreads();
+    if (!EARLY && STAGES == 1) {
+      if (again) load(later, here);
+      copy_async_commit();
+    }
+    if (STAGES == 2) stage ^= 1;
+    now = later;
+    more_steps = again;
+  }
+  copy_async_wait<0>();
+  if (!CAREFUL && __syncthreads_or(!all_finite(dk) || !all_finite(dv))) {
+    // What can leak, leaks through pairs that are masked; only f32 has another reason to look again (products_f32).
+    bool suspect = P::SPLIT || bias;
+    for (int64_t h = key_head * group; h < (key_head + 1) * group; h++) {
+      const int64_t *start = plan.col_start + sa_device_plane(plan, batch, h) * plan.col_tiles + col_tile;
+      suspect = suspect || some_masked(plan.col_runs + start[0], start[1] - start[0]);
+    }
+    if (suspect) return true;
   }
   const int64_t row = first_key + warp * 16;
   if (p.dk.data) write_rows<Element>(p.dk, batch, key_head, row, p.keys, p.width, column, (Real)p.scale, dk);
   if (p.dv.data) write_rows<Element>(p.dv, batch, key_head, row, p.keys, p.value_width, column, (Real)1, dv);
+  return false;
 }
 
 template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
@@ -265,8 +271,22 @@ static __global__ void __launch_bounds__(32 * WARPS)
     backward_keys(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
                   const __grid_constant__ backward_rows<typename P::real> rows,
                   const __grid_constant__ backward_aligned aligned, const __grid_constant__ split_operands split,
-                  int64_t first) {
-  make_key_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL>(p, plan, rows, aligned, split, first + blockIdx.x);
+                  int64_t first, uint8_t *suspects) {
+  dependents_launch();
+  const int64_t index = first + blockIdx.x;
+  const bool suspect =
+      make_key_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL, false>(p, plan, rows, aligned, split, index);
+  if (threadIdx.x == 0 && suspects) suspects[index] = suspect;
+}
+
+template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
+static __global__ void __launch_bounds__(32 * WARPS)
+    careful_backward_keys(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
+                          const __grid_constant__ backward_rows<typename P::real> rows,
+                          const __grid_constant__ backward_aligned aligned, const uint8_t *suspects, int64_t blocks) {
+  redo_suspects<32 * WARPS>(suspects, blocks, [&](int64_t block) {
+    make_key_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL, true>(p, plan, rows, aligned, {}, block);
+  });
 }
 
 #endif

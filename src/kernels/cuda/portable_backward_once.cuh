@@ -575,7 +575,12 @@ static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
     backward_once(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
                   const __grid_constant__ backward_rows<float> rows, const __grid_constant__ backward_aligned aligned,
                   const __grid_constant__ backward_sums sums) {
-  if (CAREFUL && !*sums.flagged) return;
+  if (CAREFUL) {
+    dependency_wait();
+    if (!*sums.flagged) return;
+  } else {
+    dependents_launch();
+  }
   once_job<C, CAREFUL>(p, plan, rows, aligned, sums).run();
 }
 

@@ -142,12 +142,12 @@ static __device__ __forceinline__ void give_nonfinite(typename P::real (&to)[SLI
 
 template <class Real, int BLOCKS>
 static __device__ __forceinline__ bool all_finite(const Real (&x)[BLOCKS][4]) {
-  bool finite = true;
+  finite_test<Real> test;
 #pragma unroll
   for (int n = 0; n < BLOCKS; n++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) finite = finite && is_finite(x[n][i]);
-  return finite;
+    for (int i = 0; i < 4; i++) test.note(x[n][i], i);
+  return test.passed();
 }
 
 // Writes a warp's accumulators: rows `row` + g and + 8 of `count`, columns from `column` on; two at once where they can

@@ -4,6 +4,7 @@
 #include "kernels/cuda/portable_backward_products.cuh"
 #include "kernels/cuda/portable_backward_split.cuh"
 #include "kernels/cuda/portable_backward_weights.cuh"
+#include "kernels/cuda/portable_careful.cuh"
 
 template <class P, int ROW, int OWN, int STEP, int STAGES>
 struct query_room {
@@ -33,6 +34,12 @@ struct query_block {
     head = h;
     row_tile = p.row_tiles > 1 ? p.row_order[sa_device_plane(p, b, h) * p.row_tiles + place / PARTS] : 0;
     first = row_tile * SA_TILE + place % PARTS * (16 * GROUPS);
+  }
+
+  // Whether some pair of the row of tiles is not visible.
+  __device__ __forceinline__ bool masked() const {
+    const int64_t *start = plan->row_start + sa_device_plane(*plan, batch, head) * plan->row_tiles + row_tile;
+    return some_masked(plan->row_runs + start[0], start[1] - start[0]);
   }
 
   __device__ __forceinline__ step_walk walk() const {
@@ -122,9 +129,9 @@ static __device__ __forceinline__ void differentiate_step(const sa_problem &p, c
 }
 
 // dQ of block `index`: 16 WARPS queries of a head, SLICE columns of it, and their shares of dAlibi; from STEP keys at a
-// time. `split`: of K and V.
-template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
-static __device__ __forceinline__ void make_query_gradients(const sa_problem &p, const sa_device_plan &plan,
+// time. `split`: of K and V. Returns whether the block has to be done carefully; then it has written nothing.
+template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL, bool CAREFUL>
+static __device__ __forceinline__ bool make_query_gradients(const sa_problem &p, const sa_device_plan &plan,
                                                             const backward_rows<typename P::real> &rows,
                                                             const backward_aligned &aligned,
                                                             const split_operands &split, int64_t index) {
@@ -140,7 +147,7 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
   const int column = (int)(index % SLICES) * SLICE;
   query_block<WARPS> block;
   block.find(plan, head / p.heads, head % p.heads, item % blocks);
-  if (block.first >= p.queries) return;
+  if (block.first >= p.queries) return false;
   const int64_t key_head = block.head / (p.heads / p.key_heads);
 
   char *const queries = shared, *const douts = shared + room::OWN_TILE;
@@ -158,8 +165,8 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
   mine.read(rows, head * rows.padded + query);
   const score_rule<Real> rule = score_rule_of<Real>(p, block.batch, block.head);
   const auto some = [&](int pattern, int offset) { return block.template some<STEP>(pattern, offset); };
-  const auto load = [&](int64_t first, char *stage, bool careful) {
-    if (P::SPLIT && split.rows[0] && !careful) {
+  const auto load = [&](int64_t first, char *stage) {
+    if (P::SPLIT && split.rows[0] && !CAREFUL) {
       const int64_t head = block.batch * p.key_heads + key_head;
       load_split<ROW, STEP, THREADS>(stage, scales.key, split, 0, head, first, thread);
       load_split<ROW, STEP, THREADS>(stage + room::STEP_TILE, scales.value, split, 1, head, first, thread);
@@ -171,7 +178,7 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
 
   Real dq[SLICE / 8][4];
   double slope_share[2] = {};
-  const auto compute = [&](int64_t first, int pattern, int offset, char *keys, bool careful) {
+  const auto compute = [&](int64_t first, int pattern, int offset, char *keys) {
     uint32_t visible = block.template visible<BLOCKS>(warp, pattern, offset);
     const bool idle = pattern != SA_FULL && !__any_sync(~0u, visible != 0);
     Real ds[BLOCKS][4];
@@ -201,7 +208,7 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
         }
       }
     }
-    if (careful) {
+    if (CAREFUL) {
       __syncthreads();
       if (thread < STEP / 32 + 1) bad[thread] = 0;
       __syncthreads();
@@ -209,68 +216,65 @@ static __device__ __forceinline__ void make_query_gradients(const sa_problem &p,
       __syncthreads();
     }
     if (idle) return;
-    if (careful) give_nonfinite<P, SLICE>(dq, ds, visible, bad, key_source, first, column);
-    multiply_columns<P, ROW, SLICE>(dq, ds, keys, scales.key, column, careful);
+    if (CAREFUL) give_nonfinite<P, SLICE>(dq, ds, visible, bad, key_source, first, column);
+    multiply_columns<P, ROW, SLICE>(dq, ds, keys, scales.key, column, CAREFUL);
   };
 
-  for (bool careful = false;; careful = true) {
-    memset(dq, 0, sizeof dq);
-    memset(slope_share, 0, sizeof slope_share);
-    bool masked = p.bias.data != NULL;
-    step_walk walk = block.walk();
-    int64_t now, later;
-    int pattern, offset, later_pattern, later_offset, stage = 0;
-    load_tile<Element, ROW, OWN, THREADS>(queries, query_source, block.first, thread);
-    load_tile<Element, ROW, OWN, THREADS>(douts, dout_source, block.first, thread);
-    bool more = next_step<STEP>(walk, p.keys, some, now, pattern, offset);
-    if (more) load(now, shared + room::STAGES_AT, careful);
-    copy_async_commit();
-    if constexpr (P::SPLIT) {
-      copy_async_wait<0>();
-      __syncthreads();
-      split_tile<P, ROW, OWN, THREADS>(queries, scales.query, careful, thread);
-      split_tile<P, ROW, OWN, THREADS>(douts, scales.dout, careful, thread, rows.dweight_gain);
-    }
-    while (more) {
-      const bool again = next_step<STEP>(walk, p.keys, some, later, later_pattern, later_offset);
-      char *const here = shared + room::STAGES_AT + stage * room::STAGE;
-      if (STAGES == 2) {
-        if (again) load(later, shared + room::STAGES_AT + (stage ^ 1) * room::STAGE, careful);
-        copy_async_commit();
-      }
-      copy_async_wait<STAGES - 1>();
-      __syncthreads();
-      if (P::SPLIT && (careful || !split.rows[0])) {
-        split_tile<P, ROW, STEP, THREADS>(here, scales.key, careful, thread);
-        split_tile<P, ROW, STEP, THREADS>(here + room::STEP_TILE, scales.value, careful, thread);
-        __syncthreads();
-      }
-      masked = masked || pattern != SA_FULL;
-      compute(now, pattern, offset, here, careful);
-      __syncthreads();
-      if (STAGES == 1) {
-        if (again) load(later, here, careful);
-        copy_async_commit();
-      } else {
-        stage ^= 1;
-      }
-      now = later, pattern = later_pattern, offset = later_offset;
-      more = again;
-    }
+  memset(dq, 0, sizeof dq);
+  memset(slope_share, 0, sizeof slope_share);
+  step_walk walk = block.walk();
+  int64_t now, later;
+  int pattern, offset, later_pattern, later_offset, stage = 0;
+  load_tile<Element, ROW, OWN, THREADS>(queries, query_source, block.first, thread);
+  load_tile<Element, ROW, OWN, THREADS>(douts, dout_source, block.first, thread);
+  bool more = next_step<STEP>(walk, p.keys, some, now, pattern, offset);
+  if (more) load(now, shared + room::STAGES_AT);
+  copy_async_commit();
+  if constexpr (P::SPLIT) {
     copy_async_wait<0>();
-    if (careful || !(masked || P::SPLIT) || !__syncthreads_or(!all_finite(dq))) break;
+    __syncthreads();
+    split_tile<P, ROW, OWN, THREADS>(queries, scales.query, CAREFUL, thread);
+    split_tile<P, ROW, OWN, THREADS>(douts, scales.dout, CAREFUL, thread, rows.dweight_gain);
   }
+  while (more) {
+    const bool again = next_step<STEP>(walk, p.keys, some, later, later_pattern, later_offset);
+    char *const here = shared + room::STAGES_AT + stage * room::STAGE;
+    if (STAGES == 2) {
+      if (again) load(later, shared + room::STAGES_AT + (stage ^ 1) * room::STAGE);
+      copy_async_commit();
+    }
+    copy_async_wait<STAGES - 1>();
+    __syncthreads();
+    if (P::SPLIT && (CAREFUL || !split.rows[0])) {
+      split_tile<P, ROW, STEP, THREADS>(here, scales.key, CAREFUL, thread);
+      split_tile<P, ROW, STEP, THREADS>(here + room::STEP_TILE, scales.value, CAREFUL, thread);
+      __syncthreads();
+    }
+    compute(now, pattern, offset, here);
+    __syncthreads();
+    if (STAGES == 1) {
+      if (again) load(later, here);
+      copy_async_commit();
+    } else {
+      stage ^= 1;
+    }
+    now = later, pattern = later_pattern, offset = later_offset;
+    more = again;
+  }
+  copy_async_wait<0>();
+  if (!CAREFUL && __syncthreads_or(!all_finite(dq)) && (P::SPLIT || p.bias.data || block.masked())) return true;
   if (p.dq.data)
     write_rows<Element>(p.dq, block.batch, block.head, block.first + warp * 16, p.queries, p.width, column,
                         (Real)p.scale, dq);
   if constexpr (GENERAL) {
-    if (!rows.slope_share || column) return;
+    if (!rows.slope_share || column) return false;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const double share = over_quad_sum(slope_share[half]);
       if (t == 0) rows.slope_share[head * rows.padded + query + 8 * half] = (Real)share;
     }
   }
+  return false;
 }
 
 template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
@@ -278,8 +282,23 @@ static __global__ void __launch_bounds__(32 * WARPS)
     backward_queries(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
                      const __grid_constant__ backward_rows<typename P::real> rows,
                      const __grid_constant__ backward_aligned aligned, const __grid_constant__ split_operands split,
-                     int64_t first) {
-  make_query_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL>(p, plan, rows, aligned, split, first + blockIdx.x);
+                     int64_t first, uint8_t *suspects) {
+  dependents_launch();
+  const int64_t index = first + blockIdx.x;
+  const bool suspect =
+      make_query_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL, false>(p, plan, rows, aligned, split, index);
+  if (threadIdx.x == 0 && suspects) suspects[index] = suspect;
+}
+
+template <class P, int ROW, int WARPS, int STEP, int STAGES, int SLICE, bool GENERAL>
+static __global__ void __launch_bounds__(32 * WARPS)
+    careful_backward_queries(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
+                             const __grid_constant__ backward_rows<typename P::real> rows,
+                             const __grid_constant__ backward_aligned aligned, const uint8_t *suspects,
+                             int64_t blocks) {
+  redo_suspects<32 * WARPS>(suspects, blocks, [&](int64_t block) {
+    make_query_gradients<P, ROW, WARPS, STEP, STAGES, SLICE, GENERAL, true>(p, plan, rows, aligned, {}, block);
+  });
 }
 
 #endif

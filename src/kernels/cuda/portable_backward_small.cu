@@ -56,12 +56,34 @@ static __device__ __forceinline__ void prepare_head(const sa_problem &p, const s
   __syncthreads();
 }
 
+// Block `place` of a head. Returns whether it has to be done carefully; then it has written nothing.
+template <class P, bool CAREFUL>
+static __device__ __forceinline__ bool make_gradients(const sa_problem &p, const sa_device_plan &plan,
+                                                      const backward_rows<typename P::real> &rows,
+                                                      const backward_aligned &aligned, int64_t head, int64_t place) {
+  constexpr int ROW = small_shape<P>::ROW;
+  const small_blocks blocks = small_blocks_of(p);
+  if (place < blocks.keys)
+    return make_key_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false, CAREFUL>(
+        p, plan, rows, aligned, {}, head * blocks.keys + place);
+  return make_query_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false, CAREFUL>(
+      p, plan, rows, aligned, {}, head * blocks.queries + place - blocks.keys);
+}
+
+template <class P>
+__attribute__((noinline)) static __device__ void make_gradients_carefully(const sa_problem &p,
+                                                                          const sa_device_plan &plan,
+                                                                          const backward_rows<typename P::real> &rows,
+                                                                          const backward_aligned &aligned, int64_t head,
+                                                                          int64_t place) {
+  make_gradients<P, true>(p, plan, rows, aligned, head, place);
+}
+
 template <class P>
 static __global__ void __launch_bounds__(32 * SMALL_WARPS)
     backward_small(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
                    const __grid_constant__ backward_rows<typename P::real> rows,
                    const __grid_constant__ backward_aligned aligned) {
-  constexpr int ROW = small_shape<P>::ROW;
   const small_blocks blocks = small_blocks_of(p);
   const int64_t head = blockIdx.x / blocks.all(), place = blockIdx.x % blocks.all();
   // The block's own memory, as if all heads were there: it has those of its head.
@@ -73,12 +95,11 @@ static __global__ void __launch_bounds__(32 * SMALL_WARPS)
   own.delta = rows.delta + shift;
   own.coarse = rows.coarse + shift / BACKWARD_BLOCK;
   prepare_head<P>(p, plan, own, aligned, head);
-  if (place < blocks.keys)
-    make_key_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(p, plan, own, aligned, {},
-                                                                                          head * blocks.keys + place);
-  else
-    make_query_gradients<P, ROW, SMALL_WARPS, SMALL_STEP, SMALL_STAGES, SMALL_WIDTH, false>(
-        p, plan, own, aligned, {}, head * blocks.queries + place - blocks.keys);
+  if (make_gradients<P, false>(p, plan, own, aligned, head, place)) {
+    // Its own copy, so that these stay in registers.
+    const backward_rows<typename P::real> rest = own;
+    make_gradients_carefully<P>(p, plan, rest, aligned, head, place);
+  }
 }
 
 bool sa_cuda_portable_backward_small(const sa_problem *p) {

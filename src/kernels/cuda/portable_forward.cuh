@@ -6,21 +6,17 @@
 #define SAFEATTN_KERNELS_CUDA_PORTABLE_FORWARD_CUH
 #include <limits.h>
 
+#include "kernels/cuda/portable_careful.cuh"
 #include "kernels/cuda/portable_forward_gather.cuh"
 #include "kernels/cuda/portable_forward_merge.cuh"
 
+// Block `index` of the grid: its queries, and its part of their keys and of the columns of v.
 template <class C>
-static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
-    forward_kernel(const __grid_constant__ forward_job job) {
-  typedef typename C::real real;
-  char *const shared = dynamic_shared<char>();
-  uint32_t *const bad = (uint32_t *)(shared + C::BAD);  // rows of the values' tile, for the careful pass
-  int64_t index = blockIdx.x;
+static __device__ __forceinline__ forward_block block_of_grid(const forward_job &job, int64_t index) {
   const int value_part = (int)(index % job.value_parts);
   index /= job.value_parts;
   const int part = (int)(index % job.parts);
   forward_block block = block_of_item(job, index / job.parts, C::PACKED, C::QUERIES);
-  if (block.query >= block_rows(job, C::PACKED)) return;
   block.part = part;
   block.value_part = value_part;
   if (job.parts > 1) {
@@ -28,23 +24,56 @@ static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
     block.first_tile = (int)(all * part / job.parts);
     block.tiles = (int)(all * (part + 1) / job.parts) - block.first_tile;
   }
+  return block;
+}
+
+// Returns whether the block has to be done carefully; then it has written nothing.
+template <class C, bool CAREFUL>
+static __device__ __forceinline__ bool make_block(const forward_job &job, int64_t index) {
+  typedef typename C::real real;
+  char *const shared = dynamic_shared<char>();
+  const forward_block block = block_of_grid<C>(job, index);
+  if (block.query >= block_rows(job, C::PACKED)) return false;
   gathered<C> got;
-  for (bool careful = false;; careful = true) {
-    load_queries<C>(job, block, shared);
-    copy_async_commit();
-    gather<C>(job, block, careful, shared, bad, got);
+  load_queries<C>(job, block, shared);
+  copy_async_commit();
+  gather<C, CAREFUL>(job, block, shared, got);
+  if (__syncthreads_or(!CAREFUL && came_out_nonfinite(got))) {
     // What can leak, leaks through pairs that are masked; only f32 has another reason to look again (products_f32).
-    const bool suspect = !careful && (got.masked || job.p.bias.data || C::products::SPLIT) && came_out_nonfinite(got);
-    if (!__syncthreads_or(suspect)) break;
+    if (C::products::SPLIT || job.p.bias.data || block_masked(job, block, C::PACKED)) return true;
   }
   if (job.parts > 1) {
     write_part<C>(job, block, got);
-    return;
+    return false;
   }
   real base[C::FOLD][2], factor[C::FOLD][2];
   end_rows<C>(job, block, got, base, factor);
-  if (C::EXTRAS && job.p.weights.data && value_part == 0) keep_ends<C>(job, block, base, factor);
+  if (C::EXTRAS && job.p.weights.data && block.value_part == 0) keep_ends<C>(job, block, base, factor);
   write_out<C>(job, block, shared, got);
+  return false;
+}
+
+template <class C>
+__attribute__((noinline)) static __device__ void make_block_carefully(const forward_job &job, int64_t index) {
+  make_block<C, true>(job, index);
+}
+
+template <class C>
+static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
+    forward_kernel(const __grid_constant__ forward_job job) {
+  dependents_launch();
+  const bool suspect = make_block<C, false>(job, blockIdx.x);
+  if constexpr (C::PACKED) {
+    if (suspect) make_block_carefully<C>(job, blockIdx.x);
+  } else if (threadIdx.x == 0 && job.suspects) {
+    job.suspects[blockIdx.x] = suspect;
+  }
+}
+
+template <class C>
+static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
+    careful_forward_kernel(const __grid_constant__ forward_job job, int64_t blocks) {
+  redo_suspects<C::THREADS>(job.suspects, blocks, [&](int64_t block) { make_block<C, true>(job, block); });
 }
 
 // Heads whose keys and values, of `head_bytes` each, fit half of the second-level cache; whole groups.
@@ -65,6 +94,29 @@ static int forward_parts(const forward_job &job, int64_t items, int64_t resident
   if (parts > tiles / least) parts = tiles / least;
   if (parts > MERGE_PARTS) parts = MERGE_PARTS;
   return parts > 1 ? (int)parts : 1;
+}
+
+// The blocks of the grid, and those again that have to be done carefully.
+template <class C>
+static int launch_blocks(forward_job &job, cudaStream_t stream) {
+  const int device = job.p.device;
+  const int64_t blocks = job.items * job.parts * job.value_parts;
+  if (blocks > INT_MAX) return sa_cuda_host->fail(SA_UNSUPPORTED, forward_name, "q: has too many heads and queries");
+  const bool careful = !C::PACKED && (C::products::SPLIT || job.p.bias.data || job.plan.partial);
+  if (careful) {
+    job.suspects = (uint8_t *)sa_cuda_scratch(forward_name, device, blocks);
+    if (!job.suspects) return SA_NO_MEMORY;
+  }
+  int status =
+      sa_cuda_launch(forward_name, forward_kernel<C>, dim3((unsigned)blocks), dim3(C::THREADS), C::SHARED, stream, job);
+  if constexpr (!C::PACKED) {
+    if (!status && careful)
+      status =
+          sa_cuda_launch<true>(forward_name, careful_forward_kernel<C>, dim3(redo_grid(device, blocks, C::RESIDENT)),
+                               dim3(C::THREADS), C::SHARED, stream, job, blocks);
+  }
+  if (careful) sa_cuda_scratch_release(device, job.suspects);
+  return status;
 }
 
 template <class C>
@@ -102,12 +154,7 @@ static int launch_forward(forward_job &job, cudaStream_t stream) {
     job.row_base = memory;
     job.row_factor = (real *)memory + rows;
   }
-  const int64_t grid = job.items * job.parts * job.value_parts;
-  int status =
-      grid > INT_MAX ? sa_cuda_host->fail(SA_UNSUPPORTED, forward_name, "q: has too many heads and queries") : SA_OK;
-  if (!status)
-    status =
-        sa_cuda_launch(forward_name, forward_kernel<C>, dim3((unsigned)grid), dim3(C::THREADS), C::SHARED, stream, job);
+  int status = launch_blocks<C>(job, stream);
   if (!status && job.parts > 1)
     status = sa_cuda_launch(forward_name, merge_kernel<typename C::products, C::WIDTH>,
                             dim3((unsigned)(job.items * C::QUERIES)), dim3(32 * MERGE_WARPS), 0, stream, job);

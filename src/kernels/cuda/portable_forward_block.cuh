@@ -21,6 +21,7 @@ typedef struct forward_job {
   int32_t queries;      // of a block
   int32_t width;        // columns that are gathered of a query
   bool packed;
+  uint8_t *suspects;  // by block of the grid: whether it is to be done carefully; NULL: none
   // What the parts gathered, [item * parts + part][query of the block]; NULL when the keys are not split.
   void *part_out, *part_peak, *part_sum;
   uint8_t *part_alive;
@@ -113,6 +114,13 @@ static __device__ __forceinline__ forward_block block_of_item(const forward_job 
   return block;
 }
 
+// Whether some pair of the block's row of tiles is not visible.
+static __device__ __forceinline__ bool block_masked(const forward_job &job, const forward_block &block, bool packed) {
+  const int64_t row = packed ? 0 : block.query / SA_TILE;
+  const int64_t *start = job.plan.row_start + block.plane * job.plan.row_tiles + row;
+  return some_masked(block.runs, start[1] - start[0]);
+}
+
 static __device__ __forceinline__ int64_t block_rows(const forward_job &job, bool packed) {
   return packed ? job.group * job.p.queries : job.p.queries;
 }
@@ -165,7 +173,6 @@ struct gathered {
   typename C::products::total o[C::FOLD][C::COLUMNS];
   typename C::real peak[C::FOLD][2], sum[C::FOLD][2];
   uint32_t alive;  // bit 2 * fold + half: this lane saw a visible pair of that row
-  bool masked;     // some pair was not visible
 };
 
 // This lane's visible pairs of a tile: bits[fold][half], as in the plan's row_bits.

@@ -37,19 +37,19 @@ __attribute__((noinline)) static __device__ void add_nonfinite(careful_step<C> &
   }
 }
 
-// Attention of the block over its tiles. `careful` is for blocks that came out non-finite: the same products in the
+// Attention of the block over its tiles. CAREFUL is for blocks that came out non-finite: the same products in the
 // same order, with the non-finite elements of V 0, and then these given to the rows that see them. So a row that sees
 // none gets the very bits that any finite V would have given.
-template <class C>
-static __device__ __forceinline__ void gather(const forward_job &job, const forward_block &block, bool careful,
-                                              char *shared, uint32_t *bad, gathered<C> &got) {
+template <class C, bool CAREFUL>
+static __device__ __forceinline__ void gather(const forward_job &job, const forward_block &block, char *shared,
+                                              gathered<C> &got) {
   typedef typename C::products P;
   typedef typename C::element element;
   typedef typename C::real real;
   const sa_problem &p = job.p;
+  uint32_t *const bad = (uint32_t *)(shared + C::BAD);  // rows of the values' tile
   clear_sum(got.o);
   got.alive = 0;
-  got.masked = false;
 #pragma unroll
   for (int f = 0; f < C::FOLD; f++)
 #pragma unroll
@@ -96,13 +96,12 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
         seen[f][half] = full ? ~0u : bits[f][half] >> (step.piece * (C::KEYS / 4));
         any |= seen[f][half] &= (uint32_t)((1ull << C::KEYS / 4) - 1);
       }
-    if (!full) got.masked = true;
     // For rows that see nothing here, nothing changes.
     const bool idle = !full && !__any_sync(0xffffffff, any != 0);
 
     copy_async_wait<0>();
     __syncthreads();
-    if (careful && threadIdx.x < (C::KEYS + 31) / 32) bad[threadIdx.x] = 0;
+    if (CAREFUL && threadIdx.x < (C::KEYS + 31) / 32) bad[threadIdx.x] = 0;
     if (step_advance<C>(step, p.keys) && step.walk.left) load_bits<C>(job, block, step.walk.pattern, bits);
     char *const key_tile = stage + C::KEY_TILE, *const value_tile = stage + C::VALUE_TILE;
     if (C::STAGES > 1) {
@@ -118,10 +117,10 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
     copy_async_commit();
 
     if constexpr (P::SPLIT) {
-      if (first) split_tile<P, C::ROW, C::QUERIES, C::THREADS>(shared, query_scales<C>(shared), careful, threadIdx.x);
-      split_tile<P, C::ROW, C::KEYS, C::THREADS>(key_tile, key_scales<C>(shared), careful, threadIdx.x);
+      if (first) split_tile<P, C::ROW, C::QUERIES, C::THREADS>(shared, query_scales<C>(shared), CAREFUL, threadIdx.x);
+      split_tile<P, C::ROW, C::KEYS, C::THREADS>(key_tile, key_scales<C>(shared), CAREFUL, threadIdx.x);
       if (C::STAGES > 1)
-        split_tile<P, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, value_scales<C>(shared), careful, threadIdx.x);
+        split_tile<P, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, value_scales<C>(shared), CAREFUL, threadIdx.x);
       __syncthreads();
       first = false;
     }
@@ -142,7 +141,7 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
       exponent_units<C>(rule, shared, exponent);
       soften<C>(exponent, s, got, factor);
       if (C::EXTRAS && dropout.threshold) drop<C>(dropout, block, key, s);
-      if (careful) {
+      if (CAREFUL) {
         memcpy(kept.weights, s, sizeof kept.weights);
         memcpy(kept.seen, seen, sizeof kept.seen);
       }
@@ -156,11 +155,11 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
         load_tile<element, C::ROW, C::KEYS, C::THREADS>(key_tile, keys, step_key<C>(step), threadIdx.x);
       copy_async_commit();
       if constexpr (P::SPLIT) {
-        split_tile<P, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, value_scales<C>(shared), careful, threadIdx.x);
+        split_tile<P, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, value_scales<C>(shared), CAREFUL, threadIdx.x);
         __syncthreads();
       }
     }
-    if (careful) {
+    if (CAREFUL) {
       if (C::STAGES > 1) __syncthreads();
       make_finite<typename P::stored, C::VALUE_ROW, C::KEYS, C::THREADS>(value_tile, bad, threadIdx.x);
       __syncthreads();
@@ -168,7 +167,7 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
     if (!idle) {
       if (P::SPLIT) take_weights<C>(s, shared, weights, unit);
       multiply_values<C>(weights, value_tile, factor, unit, got.o);
-      if (careful) {
+      if (CAREFUL) {
         memcpy(kept.o, got.o, sizeof kept.o);
         add_nonfinite<C>(kept, values.data + key * values.stride, values.stride, values.bytes / (int)sizeof(element),
                          bad);
@@ -189,16 +188,17 @@ static __device__ __forceinline__ void gather(const forward_job &job, const forw
 
 template <class C>
 static __device__ __forceinline__ bool came_out_nonfinite(const gathered<C> &got) {
-  bool found = false;
+  finite_test<typename C::real> test;
 #pragma unroll
   for (int f = 0; f < C::FOLD; f++) {
-    found |= !is_finite(got.sum[f][0]) || !is_finite(got.sum[f][1]);
+    test.note(got.sum[f][0], 0);
+    test.note(got.sum[f][1], 1);
 #pragma unroll
     for (int n = 0; n < C::COLUMNS; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) found |= !is_finite(got.o[f][n].d[e]);
+      for (int e = 0; e < 4; e++) test.note(got.o[f][n].d[e], e);
   }
-  return found;
+  return !test.passed();
 }
 
 #endif

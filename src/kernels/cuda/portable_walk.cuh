@@ -26,6 +26,13 @@ static __device__ __forceinline__ int count_tiles(const sa_run *runs, int64_t co
   return tiles;
 }
 
+// Whether some of the runs are of tiles of which some pairs are not visible.
+static __device__ __forceinline__ bool some_masked(const sa_run *runs, int64_t count) {
+  bool found = false;
+  for (int64_t k = 0; k < count; k++) found |= runs[k].pattern != SA_FULL;
+  return found;
+}
+
 static __device__ __forceinline__ tile_walk walk_start(const sa_run *runs, int first, int count) {
   tile_walk walk = {runs, {0, 0, 0}, 0, 0, 0, count};
   if (!count) return walk;

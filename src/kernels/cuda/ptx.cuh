@@ -13,6 +13,20 @@ static __device__ __forceinline__ void *shared_pointer(uint32_t address) {
   return __cvta_shared_to_generic(address);
 }
 
+// After this, the next kernel of the stream may start where it was launched early; from sm_90 on, before that nothing.
+static __device__ __forceinline__ void dependents_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before this one in the stream has ended and its writes are seen; before sm_90 it has.
+static __device__ __forceinline__ void dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Matrix products of a warp, d += a b. With g = lane / 4 and t = lane % 4 a lane holds
 //
 //   d (16 x 8):  d[0], d[1] = (g, 2t), (g, 2t + 1);  d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1)

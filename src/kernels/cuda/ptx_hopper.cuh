@@ -249,16 +249,6 @@ static __device__ __forceinline__ void store_matrices(uint32_t to, const uint32_
                : "memory");
 }
 
-// After this, the next kernel of the stream may start where it was launched as a programmatic dependent.
-static __device__ __forceinline__ void dependents_launch() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-// Waits until the kernel before this one in the stream has ended and its writes are seen.
-static __device__ __forceinline__ void dependency_wait() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
 // wgmma. Four warps multiply together: D[64][N] += A[64][16] B[16][N], halves with f32 accumulators. Thread t of the
 // warpgroup has of D, in d[4 j + 2 r + c], row t / 32 * 16 + t % 32 / 4 + 8 r and column 8 j + 2 (t % 4) + c; of A in
 // registers, packed in pairs of columns, a[2 h + r]: the same row and columns 8 h + 2 (t % 4) and the next.

@@ -154,9 +154,6 @@ static inline void store_matrices(uint32_t to, const uint32_t *r) {
   emulator::store_matrices(to, r);
 }
 
-static inline void dependents_launch() {}
-static inline void dependency_wait() {}
-
 // wgmma
 
 static inline uint32_t wgmma_operand(uint32_t address, uint32_t panel) {
