@@ -297,6 +297,26 @@ helper.describe_cuda("attention on a CUDA device", function()
     end
   end)
 
+  -- A careful launch looks at 32 blocks of each of its own in one go where a block is a warp, as here.
+  it("does carefully what came out not finite, however many blocks there are", function()
+    local heads, length, width = os.getenv "SAFEATTN_QUICK" and 20 or 600, 80, 200
+    local o = {}
+    for n, name in ipairs {"q", "k", "v", "dout"} do
+      o[name] = sa.randn({1, heads, length, width}, {seed = n, dtype = "f64", device = "cuda"})
+    end
+    local function attend()
+      local run = sa.forward(o.q, o.k, o.v, {mask = sa.mask.padding {70}})
+      local g = run:backward(o.dout)
+      return {out = run.out, lse = run.lse, dq = g.dq, dk = g.dk, dv = g.dv}
+    end
+    local clean = attend()
+    for _, head in ipairs {1, 2, heads - 1, heads} do
+      o.k:set(1, head, 75, 3, 0 / 0)
+      o.v:set(1, head, 75, width, 1 / 0)
+    end
+    for name, t in pairs(attend()) do assert.tensor.bitwise(t, clean[name], name) end
+  end)
+
   -- Rows that many blocks load are split once, before; what is not finite is split as it is loaded.
   for _, c in ipairs {
     {width = 64, dlse = true}, {width = 100, values = "heavy", sinks = true},

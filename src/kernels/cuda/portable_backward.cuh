@@ -128,85 +128,55 @@ static int launch_split(const backward_job &job, bool queries, const Launch &lau
   return launch((int64_t)0, job.p.batch * job.p.key_heads, split_operands{});
 }
 
-// launch(suspects) with room for a word of each of so many blocks, then again(suspects), which does some once more;
-// where nothing can leak, launch(NULL) alone.
-template <class P, class Launch, class Again>
-static int launch_suspected(const backward_job &job, int64_t blocks, const Launch &launch, const Again &again) {
+// Launches a kernel for `each` blocks a key head of every batch, which walk the queries or the keys, and its careful
+// one where something can leak.
+template <class P, int ROW, class Kernel, class Careful>
+static int launch_side(const backward_job &job, const backward_rows<typename P::real> &rows, bool walk_queries,
+                       int64_t each, int threads, int shared, Kernel kernel, Careful careful) {
+  const sa_problem &p = job.p;
+  const int64_t blocks = p.batch * p.key_heads * each;
   if (!blocks) return SA_OK;
-  if (!P::SPLIT && !job.p.bias.data && !job.plan.partial) return launch((uint8_t *)NULL);
-  uint8_t *const suspects = (uint8_t *)sa_cuda_scratch(backward_name, job.p.device, blocks);
-  if (!suspects) return SA_NO_MEMORY;
-  int status = launch(suspects);
-  if (!status) status = again(suspects);
-  sa_cuda_scratch_release(job.p.device, suspects);
+  uint8_t *suspects = NULL;
+  if (P::SPLIT || p.bias.data || job.plan.partial) {
+    suspects = (uint8_t *)sa_cuda_scratch(backward_name, p.device, blocks);
+    if (!suspects) return SA_NO_MEMORY;
+  }
+  int status = launch_split<P, ROW>(job, walk_queries, [&](int64_t first, int64_t end, const split_operands &split) {
+    unsigned grid;
+    const int refused = backward_grid((end - first) * each, &grid);
+    if (refused) return refused;
+    return sa_cuda_launch(backward_name, kernel, dim3(grid), dim3(threads), shared, job.stream, p, job.plan, rows,
+                          job.aligned, split, first * each, suspects);
+  });
+  if (suspects) {
+    if (!status)
+      status = sa_cuda_launch<true>(backward_name, careful, dim3(redo_grid(p.device, blocks, 1)), dim3(threads), shared,
+                                    job.stream, p, job.plan, rows, job.aligned, suspects, blocks);
+    sa_cuda_scratch_release(p.device, suspects);
+  }
   return status;
 }
 
 template <class C, bool GENERAL>
 static int launch_keys(const backward_job &job, const backward_rows<typename C::products::real> &rows) {
   typedef typename C::products P;
-  constexpr int THREADS = 32 * C::KEY_WARPS,
-                BYTES = key_room<P, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES>::BYTES;
-  const int64_t each = job.plan.col_tiles * (SA_TILE / (16 * C::KEY_WARPS)) * C::KEY_SLICES,
-                blocks = job.p.batch * job.p.key_heads * each;
-  const auto launch_some = [&](uint8_t *suspects, int64_t first, int64_t end, const split_operands &split) {
-    unsigned grid;
-    const int status = backward_grid((end - first) * each, &grid);
-    if (status) return status;
-    return sa_cuda_launch(backward_name,
-                          backward_keys<P, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES, C::KEY_SLICE, GENERAL>,
-                          dim3(grid), dim3(THREADS), BYTES, job.stream, job.p, job.plan, rows, job.aligned, split,
-                          first * each, suspects);
-  };
-  return launch_suspected<P>(
-      job, blocks,
-      [&](uint8_t *suspects) {
-        return launch_split<P, C::ROW>(job, true, [&](int64_t first, int64_t end, const split_operands &split) {
-          return launch_some(suspects, first, end, split);
-        });
-      },
-      [&](const uint8_t *suspects) {
-        return sa_cuda_launch<true>(
-            backward_name,
-            careful_backward_keys<P, C::ROW, C::KEY_WARPS, C::KEY_STEP, C::KEY_STAGES, C::KEY_SLICE, GENERAL>,
-            dim3(redo_grid(job.p.device, blocks, 1)), dim3(THREADS), BYTES, job.stream, job.p, job.plan, rows,
-            job.aligned, suspects, blocks);
-      });
+  constexpr int WARPS = C::KEY_WARPS, STEP = C::KEY_STEP, STAGES = C::KEY_STAGES, SLICE = C::KEY_SLICE;
+  return launch_side<P, C::ROW>(job, rows, true, job.plan.col_tiles * (SA_TILE / (16 * WARPS)) * C::KEY_SLICES,
+                                32 * WARPS, key_room<P, C::ROW, WARPS, STEP, STAGES>::BYTES,
+                                backward_keys<P, C::ROW, WARPS, STEP, STAGES, SLICE, GENERAL>,
+                                careful_backward_keys<P, C::ROW, WARPS, STEP, STAGES, SLICE, GENERAL>);
 }
 
 template <class C, bool GENERAL>
 static int launch_queries(const backward_job &job, const backward_rows<typename C::products::real> &rows) {
   typedef typename C::products P;
-  constexpr int THREADS = 32 * C::QUERY_WARPS,
-                BYTES = query_room<P, C::ROW, C::QUERIES, C::QUERY_STEP, C::QUERY_STAGES>::BYTES;
+  constexpr int WARPS = C::QUERY_WARPS, STEP = C::QUERY_STEP, STAGES = C::QUERY_STAGES, SLICE = C::QUERY_SLICE;
   // Without key heads there are no queries' heads either.
   const int64_t group = job.p.key_heads ? job.p.heads / job.p.key_heads : 0;
-  const int64_t each = group * job.plan.row_tiles * (SA_TILE / C::QUERIES) * C::QUERY_SLICES,
-                blocks = job.p.batch * job.p.key_heads * each;
-  const auto launch_some = [&](uint8_t *suspects, int64_t first, int64_t end, const split_operands &split) {
-    unsigned grid;
-    const int status = backward_grid((end - first) * each, &grid);
-    if (status) return status;
-    return sa_cuda_launch(
-        backward_name,
-        backward_queries<P, C::ROW, C::QUERY_WARPS, C::QUERY_STEP, C::QUERY_STAGES, C::QUERY_SLICE, GENERAL>,
-        dim3(grid), dim3(THREADS), BYTES, job.stream, job.p, job.plan, rows, job.aligned, split, first * each,
-        suspects);
-  };
-  return launch_suspected<P>(
-      job, blocks,
-      [&](uint8_t *suspects) {
-        return launch_split<P, C::ROW>(job, false, [&](int64_t first, int64_t end, const split_operands &split) {
-          return launch_some(suspects, first, end, split);
-        });
-      },
-      [&](const uint8_t *suspects) {
-        return sa_cuda_launch<true>(backward_name,
-                                    careful_backward_queries<P, C::ROW, C::QUERY_WARPS, C::QUERY_STEP, C::QUERY_STAGES,
-                                                             C::QUERY_SLICE, GENERAL>,
-                                    dim3(redo_grid(job.p.device, blocks, 1)), dim3(THREADS), BYTES, job.stream, job.p,
-                                    job.plan, rows, job.aligned, suspects, blocks);
-      });
+  return launch_side<P, C::ROW>(job, rows, false, group * job.plan.row_tiles * (SA_TILE / C::QUERIES) * C::QUERY_SLICES,
+                                32 * WARPS, query_room<P, C::ROW, C::QUERIES, STEP, STAGES>::BYTES,
+                                backward_queries<P, C::ROW, WARPS, STEP, STAGES, SLICE, GENERAL>,
+                                careful_backward_queries<P, C::ROW, WARPS, STEP, STAGES, SLICE, GENERAL>);
 }
 
 template <class C>
