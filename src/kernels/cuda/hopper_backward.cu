@@ -406,7 +406,7 @@ static int launch(const sa_problem *p, const hopper_backward_call &c, cudaStream
   if (!status && c.dq_out.data && !c.deterministic) {
     status = sa_cuda_launch(function, hopper_backward_convert<T, WIDTH>, row_blocks, 2 * WIDTH, 0, stream, c);
   }
-  if (!status) status = launch_products<T, WIDTH, true>(extras, c, stream, blocks);
+  if (!status && hopper_backward_leaks(c)) status = launch_products<T, WIDTH, true>(extras, c, stream, blocks);
   if (!status && c.slope_part) status = sa_cuda_launch(function, hopper_backward_slopes, heads, 256, 0, stream, c);
   return status;
 }

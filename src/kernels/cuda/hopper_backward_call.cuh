@@ -67,6 +67,11 @@ typedef struct hopper_backward_call {
   int32_t *part_turn;  // as part_sums: how many of its jobs have added
 } hopper_backward_call;
 
+// Whether what is not finite may have met a pair that is masked: else the careful launches have nothing to mend.
+static inline bool hopper_backward_leaks(const hopper_backward_call &c) {
+  return c.plan.partial || c.scores.bias.data;
+}
+
 // Row statistics lie so that the four rows of which a thread has accumulators in two neighbouring groups of eight are
 // one load of 16 bytes.
 static __device__ __forceinline__ int hopper_backward_slot(int row) {

@@ -84,8 +84,9 @@ int hopper_wide_launch(const char *function, const hopper_backward_call &c, int 
   };
   const bool keys = c.dk_out.data || c.dv_out.data, queries = c.dq_out.data;
   int status = keys || queries ? launch(hopper_wide_passes<SHAPE, false, true, true>) : SA_OK;
-  if (!status && keys) status = launch(hopper_wide_passes<SHAPE, true, true, false>);
-  if (!status && queries) status = launch(hopper_wide_passes<SHAPE, true, false, true>);
+  const bool leaks = hopper_backward_leaks(c);
+  if (!status && keys && leaks) status = launch(hopper_wide_passes<SHAPE, true, true, false>);
+  if (!status && queries && leaks) status = launch(hopper_wide_passes<SHAPE, true, false, true>);
   return status;
 }
 

@@ -268,7 +268,8 @@ static int launch_once(const backward_job &job, const backward_rows<float> &rows
   if (!status)
     status = sa_cuda_launch(backward_name, backward_once<C, false>, dim3(grid), dim3(C::THREADS), C::SHARED, job.stream,
                             p, job.plan, rows, job.aligned, sums);
-  if (!status)
+  // Without a masked pair nothing can leak.
+  if (!status && job.plan.partial)
     status = sa_cuda_launch<true>(backward_name, backward_once<C, true>, dim3(grid), dim3(C::THREADS), C::SHARED,
                                   job.stream, p, job.plan, rows, job.aligned, sums);
   sa_cuda_scratch_release(p.device, memory);
