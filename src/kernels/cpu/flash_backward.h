@@ -12,8 +12,8 @@
 // a third of the first's work, but beside it would wait for it at every block, and 2 threads were 1.33 times as fast as
 // 1.
 //
-// Half types have dQ gathered in float, which is as much again as Q, K and V together: so heads come in windows, of one
-// a thread at least, and a head's dQ is where that of the head before it in the last window was, a block as soon as
+// Half types have dQ gathered in float, which for all heads would be as much again as Q and K: so heads come in
+// windows, of one a thread at least, and a head's dQ is where that of a head of the last window was, a block as soon as
 // that was written. That a chunk has to wait for it is rare: the last ones of a window have begun before.
 //
 // Heads that share dBias are one item's, and some of them take turns at every block of queries, so that its rows of the

@@ -38,8 +38,9 @@
 // A column or a chunk whose result is not finite is noted, and a last launch (CAREFUL) does all columns that touch one
 // again: the same products in the same order, but the elements of Q, dO and K that are not finite are replaced by 0
 // where they are multiplied by P or dS, and their products then added one by one where the pair is visible. So keys and
-// rows that see nothing of the kind get the very bits of a clean run; clean inputs pay for a test of the results. Both
-// launches are brought to the device early and wait there for the one before them to end.
+// rows that see nothing of the kind get the very bits of a clean run; clean inputs pay for a test of the results, and,
+// where some pair may be masked, for that launch. Both launches are brought to the device early and wait there for the
+// one before them to end.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_CUH
 #include "kernels/cuda/hopper_backward_repairs.cuh"

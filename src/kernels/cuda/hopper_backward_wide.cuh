@@ -28,7 +28,8 @@
 // A result that is not finite is noted, and last launches (CAREFUL) do its job again: the same products in the same
 // order, but the elements of Q, dO and K that are not finite are replaced by 0 where they are multiplied by P or dS,
 // and their products then added one by one where the pair is visible. So keys and rows that see nothing of the kind
-// get the very bits of a clean run; clean inputs pay for a test of the results.
+// get the very bits of a clean run; clean inputs pay for a test of the results, and, where some pair may be masked, for
+// those launches.
 #ifndef SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_WIDE_CUH
 #define SAFEATTN_KERNELS_CUDA_HOPPER_BACKWARD_WIDE_CUH
 #include "kernels/cuda/hopper_backward_wide_keys.cuh"

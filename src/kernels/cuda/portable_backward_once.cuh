@@ -569,7 +569,7 @@ struct once_job {
   }
 };
 
-// The careful launch goes through what the first one has flagged once more.
+// The careful launch, which is there where some pair is masked, goes through what the first one has flagged once more.
 template <class C, bool CAREFUL>
 static __global__ void __launch_bounds__(C::THREADS, C::RESIDENT)
     backward_once(const __grid_constant__ sa_problem p, const __grid_constant__ sa_device_plan plan,
